@@ -13,7 +13,7 @@ TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),https://download.pytorch.o
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --only-binary=:all:
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --only-binary=:all:
 # A stamp carries the checksum of what it installed: same pins, no second installation.
 CORE := $(VENV)/.core-$(shell cat requirements/core.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 DEV := $(VENV)/.dev-$(shell cat requirements/core.txt requirements/dev.txt pyproject.toml | cksum | cut -d ' ' -f 1)
@@ -43,17 +43,19 @@ clean:
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "dsv4 needs Python 3.11 or newer and found none on PATH;" \
 		"install one, or name it: make demo PYTHON=/path/to/python" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
-		sys.exit("dsv4 needs Python 3.11 or newer; $(PYTHON) is " + v if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("dsv4 needs Python 3.11 or newer, but $(PYTHON) is %d.%d" % sys.version_info[:2] \
+		if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(CORE): | $(BIN)/python
-	$(if $(TORCH_INDEX),-$(PIP) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) \
-		$$(grep ^torch== requirements/core.txt) 2>/dev/null || echo "CPU index not reachable: using pip's default torch")
-	$(PIP) -r requirements/core.txt
-	$(PIP) --no-deps --no-build-isolation --editable .
-	rm -f $(VENV)/.core-* && touch $@
+	@echo "installing the pinned packages of requirements/core.txt into $(VENV) (once; about a minute)"
+	@$(if $(TORCH_INDEX),$(PIP) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) \
+		$$(grep ^torch== requirements/core.txt) 2>/dev/null || echo "no CPU build of torch at hand: taking the default one")
+	@$(PIP) -r requirements/core.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.core-* && touch $@
 
 $(DEV): $(CORE)
-	$(PIP) -r requirements/dev.txt
-	rm -f $(VENV)/.dev-* && touch $@
+	@echo "installing the test tools of requirements/dev.txt into $(VENV) (once)"
+	@$(PIP) -r requirements/dev.txt
+	@rm -f $(VENV)/.dev-* && touch $@

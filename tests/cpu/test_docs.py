@@ -1,0 +1,93 @@
+"""Documents that cannot rot: marked README blocks run; commands, options and make targets named anywhere exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from dsv4.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+BLOCK = re.compile(r"^```(?P<language>sh|python) test\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+README_BLOCKS = [(match["language"], match["body"]) for match in BLOCK.finditer((ROOT / "README.md").read_text())]
+
+
+def code(text: str) -> list[str]:
+    """Single lines of code in a Markdown text: `spans` and the lines of fenced or indented blocks."""
+    fenced = re.findall(r"^```[^\n]*\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose)
+    indented = re.findall(r"^ {4}(\S.*)$", prose, flags=re.MULTILINE)
+    return [*spans, *(line.removeprefix("$ ") for block in fenced for line in block.splitlines()), *indented]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Every `dsv4 NAME ... --option` in the code of a text, as (name, options)."""
+    calls = [re.match(r"(?:\S*/)?dsv4 ([a-z][\w-]*)(.*)", line) for line in code(text)]
+    return [(call[1], re.findall(r"(?<=\s)--?[a-z][\w-]*", call[2].split(" #")[0])) for call in calls if call]
+
+
+def known_commands() -> dict[str, set[str]]:
+    """Name of every command of the program -> the options it takes."""
+    group = typer.main.get_command(app)
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in group.commands.items()
+    }
+
+
+def unknown(text: str) -> list[str]:
+    known = known_commands()
+    findings = [f"dsv4 {name}" for name, _ in commands(text) if name not in known]
+    findings += [
+        f"dsv4 {name} {option}"
+        for name, options in commands(text)
+        for option in options
+        if option not in known.get(name, {option}) | {"--help"}
+    ]
+    return findings
+
+
+def test_the_readme_has_blocks_to_run() -> None:
+    assert {language for language, _ in README_BLOCKS} == {"sh", "python"}
+
+
+@pytest.mark.parametrize(("language", "body"), README_BLOCKS, ids=[f"{i}" for i in range(len(README_BLOCKS))])
+def test_a_marked_block_of_the_readme_runs(language: str, body: str, tmp_path: Path) -> None:
+    """With the environment's own commands first on PATH, in a scratch folder that holds nothing of the repository."""
+    command = ["bash", "-euo", "pipefail", "-c", body] if language == "sh" else [sys.executable, "-c", body]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, f"{body}\n--- exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.strip(), f"{body}\n--- printed nothing"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_prose_exist(document: Path) -> None:
+    assert not unknown(document.read_text()), "commands or options that the program does not have"
+
+
+def test_a_dead_command_is_found() -> None:
+    assert unknown("Try `dsv4 fly --high` and `dsv4 generate --no-such-option`.") == [
+        "dsv4 fly",
+        "dsv4 generate --no-such-option",
+    ]
+
+
+def test_make_targets_in_prose_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {
+        (document.name, match[1])
+        for document in DOCUMENTS
+        for line in code(document.read_text())
+        if (match := re.match(r"make ([a-z-]+)", line))
+    }
+    assert named, "no document names a make target"
+    assert {(document, target) for document, target in named if target not in targets} == set()
