@@ -1,0 +1,107 @@
+"""Twins of sample and token_logprobs, and the counter-based noise they are defined by."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd constants of SplitMix64 as signed 64-bit integers (products wrap)
+MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX2 = 0x94D049BB133111EB - 2**64
+
+
+class Penalties(NamedTuple):
+    """What rows have said so far and how much that counts. A row without penalties has factors 1, 0, 0."""
+
+    in_prompt: Tensor
+    """[B, V] bool: the token occurs in the prompt."""
+    counts: Tensor
+    """[B, V] i32: how often the token was generated."""
+    repetition: Tensor
+    """[B] f32: divides positive and multiplies negative logits of tokens seen in prompt or output."""
+    presence: Tensor
+    """[B] f32: subtracted once from generated tokens."""
+    frequency: Tensor
+    """[B] f32: subtracted per generated occurrence."""
+
+
+def splitmix(z: Tensor) -> Tensor:
+    """The output function of SplitMix64 on int64 [...]; right shifts are logical."""
+    z = (z >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(z).mul_(MIX1)
+    z = (z >> 27).bitwise_and_(2**37 - 1).bitwise_xor_(z).mul_(MIX2)
+    return (z >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(z)
+
+
+@functools.lru_cache(maxsize=4)
+def _steps(vocab: int, device: torch.device) -> Tensor:
+    return torch.arange(1, vocab + 1, device=device) * GOLDEN
+
+
+def uniform_ref(seed: Tensor, counter: Tensor, vocab: int) -> Tensor:
+    """Noise u [B, V] f32 in (0, 1 - 2^-24] of rows seed, counter [B] i64: a pure function of (seed, counter, token)."""
+    key = splitmix(splitmix(seed + GOLDEN) + (counter + 1) * GOLDEN)
+    high = (splitmix(key[:, None] + _steps(vocab, seed.device)) >> 32).bitwise_and_(2**32 - 1)
+    return high.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+
+
+def penalize_ref(logits: Tensor, p: Penalties) -> Tensor:
+    """logits [B, V] f32 -> new logits: repetition first, then frequency and presence."""
+    generated = p.counts > 0
+    factor = torch.where(generated | p.in_prompt, p.repetition[:, None], 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    return logits - p.frequency[:, None] * p.counts - p.presence[:, None] * generated
+
+
+def keep_ref(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """bool [B, V]: the tokens that top-k, then top-p on the renormalised rest, leave; at least one per row."""
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(values, dtype=torch.bool)
+    if top_k is not None:
+        limit = torch.where(top_k > 0, top_k, logits.shape[-1])
+        keep = torch.arange(logits.shape[-1], device=logits.device) < limit[:, None]
+        values = values.masked_fill(~keep, -torch.inf)
+    if top_p is not None:
+        probs = values.softmax(-1)
+        before = probs.cumsum(-1) - probs
+        # the sum of all may round to below top_p = 1 or above it: 1 means off
+        keep = keep & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
+    keep[:, 0] = True
+    return torch.zeros_like(keep).scatter_(1, ids, keep)
+
+
+def sample_ref(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+    *,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    bias: Tensor | None = None,
+    penalties: Penalties | None = None,
+) -> Tensor:
+    finite = (logits.amax(-1) - logits.amin(-1)) < torch.inf
+    if bias is not None:
+        logits = logits + bias
+    if penalties is not None:
+        logits = penalize_ref(logits, penalties)
+    drawn = temperature > 0
+    if drawn.any():
+        scores = logits - logits.amax(-1, keepdim=True)
+        scores = scores / torch.where(drawn, temperature, 1.0)[:, None]
+        if top_k is not None or top_p is not None:
+            scores = scores.masked_fill(~keep_ref(scores, top_k, top_p), -torch.inf)
+        if min_p is not None:
+            scores = scores.masked_fill(scores < min_p.log()[:, None], -torch.inf)
+        arrival = -torch.log1p(-uniform_ref(seed, counter, logits.shape[-1]))
+        logits = torch.where(drawn[:, None], scores - arrival.log(), logits)
+    return torch.where(finite, logits.argmax(-1), -1)
+
+
+def token_logprobs_ref(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[:, None])
+    values, ids = logprobs.topk(top, dim=-1)
+    return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, values, ids
