@@ -35,10 +35,10 @@ def sample(
     -> tokens [B] i64; -1 where a row of logits holds NaN or an infinity: the caller must stop that request
 
     None switches a filter off for every row. A row's result depends on that row alone.
-    The draw is the Gumbel maximum argmax(l - log E), E = -log1p(-u), u = ((h >> 32) + 1/2) 2^-32, at most 1 - 2^-24, f32;
-    h of token t is SplitMix64's mix(key + (t + 1) g), key = mix(mix(seed + g) + (counter + 1) g), g = 0x9E3779B97F4A7C15,
-    modulo 2^64. Against a walk along the cumulative sum it has one merit: a last-bit difference in the logits, such as
-    another batch size brings, changes the token about as rarely as any method can.
+    The draw is the Gumbel maximum argmax(l - log E), E = -log1p(-u), u = ((h >> 32) + 1/2) 2^-32, at most 1 - 2^-24;
+    h of token t is SplitMix64's mix(key + (t + 1) g), key = mix(mix(seed + g) + (counter + 1) g), modulo 2^64, with
+    g = 0x9E3779B97F4A7C15. Against a walk along the cumulative sum it has one merit: a last-bit difference in the
+    logits, such as another batch size brings, changes the token about as rarely as any method can.
     Reads B*V*4 bytes (twice that with bias, 5 more per element with penalties).
     """
     raise no_kernel("sample")
@@ -52,6 +52,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Te
     -> logprob [T] f32, rank [T] i64 (1 = most likely; ties share the better rank), top values [T, top] f32, top ids
     [T, top] i64
 
-    A token's own value is the same float as in the top list: equal to the largest exactly when it was the greedy choice.
+    A token's own value is the same float as in the top list: the largest exactly when it was the greedy choice.
     """
     raise no_kernel("token_logprobs")
