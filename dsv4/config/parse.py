@@ -71,7 +71,8 @@ def parse(data: Mapping[str, Any], where: str) -> ModelConfig:
     has_indexer = kinds is not None and any(kind == "csa" for kind, _ in kinds)
     _check_sizes(fields, has_indexer, findings)
     findings.raise_if_any()
-    assert kinds is not None and hashed is not None and theta is not None and compress_theta is not None
+    assert kinds is not None and hashed is not None and stages is not None  # or there would have been findings
+    assert theta is not None and compress_theta is not None
 
     draft = LayerSpec("window", 0, False, theta, None)
     layers = tuple(

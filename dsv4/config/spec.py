@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class QuantizationConfig:
     """
 
     quant_method: str
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(hash=False)  # a mapping has no hash; without it a whole config would have none
 
     @property
     def label(self) -> str:
