@@ -1,0 +1,140 @@
+"""NVFP4: value = e2m1(code) * e4m3(scale) * global, groups of 16 along K, one float32 global per tensor or per row.
+
+    global = amax / 2688                        2688 = 6 * 448; stored in DECODE form: it multiplies
+    scale  = E4M3(clamp(group_amax / (6 * global), 2^-9, 448))
+    code   = E2M1(x / (scale * global))         a true division, by the ROUNDED scale
+
+Zero group: the clamp gives scale byte 0x01 (2^-9) and the codes are signed zeros, so it decodes to exact zeros.
+Zero tensor or row: its amax is raised to 2^-100 before the division, so the global is never 0 and nothing divides by 0.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv4.errors import KernelError
+from dsv4.quant.formats import (
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_TINY,
+    as_float32,
+    check_finite,
+    e2m1_decode_packed,
+    e2m1_encode,
+    e4m3_decode,
+    groups_of,
+    pack_nibbles,
+    unpack_nibbles,
+)
+
+GROUP = 16
+GLOBAL_RANGE = E2M1_MAX * E4M3_MAX  #: 2688, the largest product of a code and a scale
+AMAX_FLOOR = 2.0**-100
+_GLOBAL_FLOOR = AMAX_FLOOR / GLOBAL_RANGE
+#: Exponents that an E4M3 scale can hold as a power of two: 2^-9 .. 2^8.
+SCALE_EXPONENTS = (-9, 8)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    per_row: bool = False,
+    global_scale: Tensor | None = None,
+    check: bool = False,
+    name: str = "x",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise x [..., N, K] (float32 or bfloat16, K a multiple of 16) to (codes, scale, global).
+
+    codes  [..., N, K/2]  uint8   packed E2M1
+    scale  [..., N, K/16] e4m3
+    global [...] float32, or [..., N] with per_row=True (each row then depends on itself alone: batch-invariant)
+
+    A given `global_scale` (same shapes, decode form) is used and returned as it is; values beyond its range saturate.
+    N = 0 gives empty codes and scales. check=True raises KernelError naming `name` on NaN or Inf (and synchronises);
+    without it a NaN or Inf makes its global, and so everything decoded with it, non-finite.
+    """
+    if check:
+        check_finite(x, name)
+    groups = groups_of(as_float32(x, name), GROUP, name)
+    group_amax = groups.abs().amax(dim=-1)
+    if global_scale is not None:
+        stored = global_scale
+        divisor = stored.clamp(min=_GLOBAL_FLOOR)
+    else:
+        stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(GLOBAL_RANGE)
+    divisor = divisor.reshape(divisor.shape + (1,) * (group_amax.ndim - divisor.ndim))
+    scale = group_amax.div_(divisor * E2M1_MAX).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = e2m1_encode(groups / (scale.float() * divisor).unsqueeze(-1))
+    return pack_nibbles(codes.flatten(-2)), scale, stored
+
+
+def _amax(group_amax: Tensor, per_row: bool) -> Tensor:
+    if per_row:
+        return group_amax.amax(dim=-1)
+    if group_amax.numel() == 0:  # amax has no identity for an empty reduction
+        return group_amax.new_zeros(group_amax.shape[:-2])
+    return group_amax.amax(dim=(-2, -1))
+
+
+def dequantize(codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values [..., N, K] of codes [..., N, K/2] uint8, scale [..., N, K/16] e4m3, global [...] or [..., N] float32.
+
+    code * scale is exact; the global is multiplied last. Exact in float64; one rounding in float32; bfloat16 rounds the float32
+    result. The number of dimensions of `global_scale` tells per-tensor from per-row; anything else raises KernelError.
+    """
+    if global_scale.ndim not in (codes.ndim - 1, codes.ndim - 2):
+        raise KernelError(
+            f"global scale has shape {tuple(global_scale.shape)} for codes {tuple(codes.shape)}; "
+            f"expected {tuple(codes.shape[:-2])} (per tensor) or {tuple(codes.shape[:-1])} (per row)"
+        )
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    values = groups_of(e2m1_decode_packed(codes).to(work), GROUP, "values") * e4m3_decode(scale).to(work).unsqueeze(-1)
+    return values.mul_(global_scale.reshape(global_scale.shape + (1,) * (values.ndim - global_scale.ndim))).flatten(-2).to(dtype)
+
+
+def mxfp4_exponents(codes: Tensor, e8m0: Tensor) -> tuple[Tensor, Tensor]:
+    """(k_min, k_max): smallest and largest scale exponent over the non-zero groups of each MXFP4 tensor, int32 [...].
+
+    codes [..., N, K/2] uint8, e8m0 [..., N, K/32] uint8. The cast to NVFP4 is exact when k_max - k_min <= 17.
+    A tensor of zeros has k_min = k_max = 8, the exponent whose NVFP4 global is 1.
+    """
+    exponent = e8m0.int() - 127
+    used = ((groups_of(codes, 16, "codes") & 0x77) != 0).any(dim=-1)  # 0x77 drops the signs: minus zero is zero
+    largest, smallest = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
+    empty = ~used.flatten(-2).any(dim=-1)
+    k_min = exponent.masked_fill(~used, largest).flatten(-2).amin(dim=-1).masked_fill_(empty, 8)
+    k_max = exponent.masked_fill(~used, smallest).flatten(-2).amax(dim=-1).masked_fill_(empty, 8)
+    return k_min, k_max
+
+
+def from_mxfp4(codes: Tensor, e8m0: Tensor, k_max: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Recast MXFP4 (codes [..., N, K/2] uint8, e8m0 [..., N, K/32] uint8) as NVFP4 (codes, scale, global, exact).
+
+    global = 2^(k_max - 8) per leading index, scale = 2^(k - k_max + 8) on each half of a group of 32, codes copied bit for bit.
+    Pass `k_max` (int32 [...]) to share one global between tensors, e.g. the larger of w1 and w3; it may not be below a tensor's own.
+    Groups more than 17 octaves below k_max do not fit: they take scale 2^-9 and re-rounded codes. `exact` says whether every
+    value is still the same number, which is certain when the span is <= 17. Synchronises.
+    Raises KernelError for an E8M0 NaN (byte 255) or a k_max that is too small.
+    """
+    if bool((e8m0 == 255).any()):
+        raise KernelError("MXFP4 scale holds byte 255 (NaN); expected 0..254, repair the source of this tensor")
+    own_max = mxfp4_exponents(codes, e8m0)[1]
+    k = own_max if k_max is None else torch.as_tensor(k_max, dtype=torch.int32, device=codes.device).expand_as(own_max)
+    if bool((k < own_max).any()):
+        raise KernelError(f"k_max {k.flatten().tolist()} is below the tensor's own {own_max.flatten().tolist()}; pass the joint maximum")
+    wanted = e8m0.int() - 127 - k[..., None, None] + 8
+    held = wanted.clamp(*SCALE_EXPONENTS)
+    scale = _exp2(held).to(torch.float8_e4m3fn).repeat_interleave(2, dim=-1)
+    global_scale = _exp2(k - 8)
+    short = (wanted < held).unsqueeze(-1)
+    exact = True
+    if bool(short.any()):
+        values = groups_of(e2m1_decode_packed(codes), 32) * _exp2(torch.where(short, wanted.unsqueeze(-1) - held.unsqueeze(-1), 0))
+        rounded = e2m1_encode(values)
+        exact = torch.equal(groups_of(e2m1_decode_packed(pack_nibbles(rounded)), 32), values)
+        codes = pack_nibbles(torch.where(short, rounded, groups_of(unpack_nibbles(codes), 32)).flatten(-2))
+    return codes, scale, global_scale, exact
+
+
+def _exp2(exponent: Tensor) -> Tensor:
+    # Through the bits of a float64: exact, also for float32 subnormals such as 2^-135, on every device.
+    return ((exponent.long() + 1023) << 52).view(torch.float64).float()
