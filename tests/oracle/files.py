@@ -1,4 +1,4 @@
-"""safetensors files as bytes: read and write without any tensor library, so that FP8, FP4 and BF16 stay what they are."""
+"""safetensors files as bytes: read and write without any tensor library, so FP8, FP4 and BF16 stay what they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from .formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_nibbles
 
+# The names transformers saves differently from the official files (the rest it renames back on saving).
+_SAVED_BY_TRANSFORMERS = {"embed_tokens.": "embed.", "hc_head.hc_": "hc_head_", ".attn.norm.": ".attn.kv_norm."}
 _STORAGE = {"F8_E4M3": "<u1", "F8_E8M0": "<u1", "U8": "<u1", "I8": "<u1", "BF16": "<u2", "F32": "<f4", "I64": "<i8"}
 
 
@@ -48,7 +50,7 @@ def f32(x: NDArray[Any]) -> Stored:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of every safetensors file in `folder`; a leading `model.` is dropped from names."""
+    """Every tensor of every safetensors file in `folder`; names become the official ones."""
     tensors: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()
@@ -58,7 +60,10 @@ def read_folder(folder: Path) -> dict[str, Stored]:
                 continue
             begin, end = entry["data_offsets"]
             raw = np.frombuffer(data[8 + size + begin : 8 + size + end], dtype=_STORAGE[entry["dtype"]])
-            tensors[name.removeprefix("model.")] = Stored(entry["dtype"], raw.reshape(entry["shape"]))
+            name = name.removeprefix("model.")
+            for saved, official in _SAVED_BY_TRANSFORMERS.items():
+                name = name.replace(saved, official)
+            tensors[name] = Stored(entry["dtype"], raw.reshape(entry["shape"]))
     return tensors
 
 

@@ -15,7 +15,7 @@ E2M1_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def _e4m3_table() -> Array:
-    """The 256 values of E4M3FN by code: 4 exponent bits (bias 7), 3 mantissa bits, no infinity, NaN at 0x7f and 0xff."""
+    """The 256 values of E4M3FN by code: 4 exponent bits (bias 7), 3 mantissa bits, NaN at 0x7f and 0xff."""
     table = np.empty(256)
     for code in range(256):
         exponent, mantissa = (code >> 3) & 15, code & 7

@@ -143,16 +143,17 @@ class Author:
 
     def compressor(self, p: str, ratio: int, width: int) -> None:
         """wkv, wgate, ape, norm; twice as wide when windows overlap."""
-        wide = width * (2 if ratio == 4 else 1)
+        wide, hidden = width * (2 if ratio == 4 else 1), self.c["hidden_size"]
         for module in ("wkv", "wgate"):
-            self.plain(f"{p}.{module}.weight", self.normal(wide, self.c["hidden_size"], std=self.c["hidden_size"] ** -0.5))
+            self.plain(f"{p}.{module}.weight", self.normal(wide, hidden, std=hidden**-0.5))
         self.out[f"{p}.ape"] = f32(self.normal(ratio, wide, std=0.7))
         self.norm(f"{p}.norm", width)
 
     def attention(self, p: str, ratio: int) -> None:
         """All `attn.*` tensors of one block."""
         c = self.c
-        hidden, heads, head_dim, rank = (c[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "q_lora_rank"))
+        hidden, rank = c["hidden_size"], c["q_lora_rank"]
+        heads, head_dim = c["num_attention_heads"], c["head_dim"]
         self.linear(f"{p}.wq_a", rank, hidden)
         self.norm(f"{p}.q_norm", rank)
         self.linear(f"{p}.wq_b", heads * head_dim, rank)
