@@ -35,7 +35,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: no such file, expected the config.json of a DeepSeek-V4 checkpoint folder")
     try:
         data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({error}); download the file again") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: found a {type(data).__name__}, expected a JSON object")

@@ -1,0 +1,227 @@
+"""Parameters and bytes counted from a config alone: what a checkpoint holds, and what one decoded token must read.
+
+Parameters are logical weights: FP4 counts one per nibble, scales and the hash table `tid2eid` count nothing. Bytes
+include the block scales of a format and leave out NVFP4's globals (4 bytes a tensor). Schemes:
+
+| scheme                       | linears                                                                 |
+|------------------------------|-------------------------------------------------------------------------|
+| native                       | as DeepSeek stores them: FP4 experts, FP8, some BF16                    |
+| nvfp4                        | weight policy `nvfp4` of this engine: router and `weights_proj` as stored |
+| all_linear_nvfp4             | every linear NVFP4 (0.5625 bytes a weight)                              |
+| all_linear_nvfp4_bf16_head   | the same, with the vocabulary projection left in BF16                   |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+
+from dsv4.checkpoint.names import TensorSpec, expected_tensors
+from dsv4.config import ModelConfig
+
+# Rows of the parameter table, in this order. `hash_table` has bytes but no parameters; `draft` is all of `mtp.*`.
+COMPONENTS = ("attention", "indexer", "compressors", "experts", "shared_experts", "router", "mhc", "norms",
+              "embedding", "lm_head", "hash_table", "draft")  # fmt: skip
+
+Format = str  # "nvfp4", "fp4" (MXFP4), "fp8", "bf16", "f32", "i64"
+
+
+def _all_linear(spec: TensorSpec) -> Format:
+    return spec.stored if spec.role == "param" else "nvfp4"
+
+
+SCHEMES: dict[str, Callable[[TensorSpec], Format]] = {
+    "native": lambda spec: spec.stored,
+    "nvfp4": lambda spec: "nvfp4" if spec.nvfp4 else spec.stored,
+    "all_linear_nvfp4": _all_linear,
+    "all_linear_nvfp4_bf16_head": lambda spec: "bf16" if spec.name == "head" else _all_linear(spec),
+}
+
+
+def format_bytes(shape: tuple[int, ...], form: Format) -> int:
+    """Stored bytes of one tensor of logical `shape` ([N, K] for the quantised formats), block scales included."""
+    numel = prod(shape)
+    rows, inputs = shape[0], shape[-1]
+    if form == "nvfp4":
+        return rows * -(-inputs // 2) + rows * -(-inputs // 16)
+    if form == "fp4":
+        return rows * -(-inputs // 2) + rows * -(-inputs // 32)
+    if form == "fp8":
+        return numel + -(-rows // 128) * -(-inputs // 128)
+    return numel * {"bf16": 2, "f32": 4, "i64": 8}[form]
+
+
+def component_of(spec: TensorSpec) -> str:
+    """The row of COMPONENTS that `spec` belongs to."""
+    return "draft" if spec.block.startswith("mtp.") else spec.component
+
+
+def read_share(spec: TensorSpec, config: ModelConfig) -> tuple[int, int]:
+    """(a, b): one decoded token reads a/b of this tensor. Experts: K of E. Tables: one row of V. Draft: none."""
+    if spec.block.startswith("mtp."):
+        return 0, 1
+    if spec.role == "expert":
+        return config.num_experts_per_tok, config.n_routed_experts
+    return (1, config.vocab_size) if spec.component in ("embedding", "hash_table") else (1, 1)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Bytes of weights one decoded token reads at batch 1.
+
+    linears: the matrix products, scales included. mhc: the FP32 hyper-connection tensors. other: ape, norms, sinks,
+    biases, one row of each table. by_component splits the total.
+    """
+
+    linears: int
+    mhc: int
+    other: int
+    by_component: dict[str, int]
+
+    @property
+    def floor(self) -> int:
+        """Linears and mHC: what bounds the step; the rest is a thousandth and mostly stays in cache."""
+        return self.linears + self.mhc
+
+    @property
+    def total(self) -> int:
+        return self.linears + self.mhc + self.other
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything counted from one config. parameters: by component. resident, read: by scheme."""
+
+    parameters: dict[str, int]
+    active: int
+    resident: dict[str, dict[str, int]]
+    read: dict[str, Read]
+    draft_step_linears: int
+
+    @property
+    def draft(self) -> int:
+        return self.parameters["draft"]
+
+    @property
+    def trunk(self) -> int:
+        return sum(self.parameters.values()) - self.draft
+
+
+def count(config: ModelConfig) -> Sizes:
+    """Count parameters, and bytes under every scheme.
+
+    active: parameters one token uses, with K of E experts, the head, and one row of the embedding table.
+    draft_step_linears: linear parameters one pass over the draft stages reads, without the shared head.
+    """
+    specs = list(expected_tensors(config, mtp=True).values())
+    parameters = dict.fromkeys(COMPONENTS, 0)
+    active = draft_step = 0
+    for spec in specs:
+        if spec.component == "hash_table":
+            continue
+        parameters[component_of(spec)] += spec.numel
+        used, out_of = read_share(spec, config)
+        active += spec.numel * used // out_of if spec.role != "expert" else 0
+        if component_of(spec) == "draft" and spec.role == "linear":
+            draft_step += spec.numel
+    one_expert = 3 * config.moe_intermediate_size * config.hidden_size
+    active += len(config.layers) * config.num_experts_per_tok * one_expert
+    draft_step += len(config.mtp_layers) * config.num_experts_per_tok * one_expert
+    resident = {scheme: _resident(specs, form) for scheme, form in SCHEMES.items()}
+    read = {scheme: _read(specs, form, config) for scheme, form in SCHEMES.items()}
+    return Sizes(parameters, active, resident, read, draft_step)
+
+
+def _resident(specs: Iterable[TensorSpec], form: Callable[[TensorSpec], Format]) -> dict[str, int]:
+    sizes = dict.fromkeys(COMPONENTS, 0)
+    for spec in specs:
+        sizes[component_of(spec)] += format_bytes(spec.shape, form(spec))
+    return sizes
+
+
+def _read(specs: Iterable[TensorSpec], form: Callable[[TensorSpec], Format], config: ModelConfig) -> Read:
+    return sum_read(((spec, format_bytes(spec.shape, form(spec))) for spec in specs), config)
+
+
+def sum_read(stored: Iterable[tuple[TensorSpec, int]], config: ModelConfig) -> Read:
+    """The Read of tensors given with their stored bytes (from a scheme, or from the headers of a checkpoint)."""
+    groups = {"linears": 0, "mhc": 0, "other": 0}
+    by_component = dict.fromkeys(COMPONENTS, 0)
+    expert_bytes = 0
+    for spec, nbytes in stored:
+        used, out_of = read_share(spec, config)
+        if spec.role == "expert" and used:
+            expert_bytes += nbytes
+            continue
+        group = "linears" if spec.role != "param" else "mhc" if spec.component == "mhc" else "other"
+        groups[group] += nbytes * used // out_of
+        by_component[component_of(spec)] += nbytes * used // out_of
+    # Summed first: the experts of a layer are alike, so their mean is what a token reads, and it divides exactly.
+    by_component["experts"] = expert_bytes * config.num_experts_per_tok // config.n_routed_experts
+    groups["linears"] += by_component["experts"]
+    return Read(**groups, by_component=by_component)
+
+
+# ------------------------------------------------------------------------------------------------------- KV cache
+
+
+@dataclass(frozen=True)
+class KVSizes:
+    """Bytes of the KV cache of one sequence in the production layout (FP8 entries with a BF16 rotary tail).
+
+    entry: one window or compressed entry. index_key: one FP4 indexer key; index_key_fp8: its FP8 form.
+    per_token: what each further token costs, on average. windows, states: fixed per sequence; the states are the
+    compressors' running windows in FP32.
+    """
+
+    entry: int
+    index_key: int
+    index_key_fp8: int
+    per_token: float
+    windows: int
+    states: int
+
+
+def kv_sizes(config: ModelConfig) -> KVSizes:
+    """The KV cache unit sizes of `config`: 584 and 68 bytes for the released models."""
+    nope, rope = config.head_dim - config.qk_rope_head_dim, config.qk_rope_head_dim
+    scales = -(-nope // 64)
+    entry = nope + 2 * rope + -(-scales // 8) * 8  # one E8M0 byte per 64 values, padded to 8
+    width = config.index_head_dim
+    index_key, index_key_fp8 = -(-width // 2) + -(-width // 32), width + 4
+    per_token, states = 0.0, 0
+    for layer in config.layers:
+        if layer.kind == "window":
+            continue
+        per_token += entry / layer.ratio
+        # Running windows of (value, gate) in FP32; overlapping entries keep two windows of double width.
+        if layer.kind == "csa":
+            per_token += index_key / layer.ratio
+            states += 2 * layer.ratio * 2 * (config.head_dim + width) * 2 * 4
+        else:
+            states += layer.ratio * config.head_dim * 2 * 4
+    windows = len(config.layers) * config.sliding_window * entry
+    return KVSizes(entry, index_key, index_key_fp8, per_token, windows, states)
+
+
+def kv_bytes(config: ModelConfig, tokens: int) -> dict[str, int]:
+    """KV bytes of a sequence of `tokens` tokens by part, without the states: csa, index_keys, hca, windows.
+
+    `index_keys_fp8` is the alternative to `index_keys`. `read_per_token` is what one more token must read: the
+    windows, the top-k entries, every index key and every HCA entry.
+    """
+    unit = kv_sizes(config)
+    parts = dict.fromkeys(("csa", "index_keys", "hca", "windows", "index_keys_fp8", "read_per_token"), 0)
+    parts["windows"] = parts["read_per_token"] = unit.windows
+    for layer in config.layers:
+        entries = tokens // layer.ratio if layer.ratio else 0
+        if layer.kind == "csa":
+            parts["csa"] += entries * unit.entry
+            parts["index_keys"] += entries * unit.index_key
+            parts["index_keys_fp8"] += entries * unit.index_key_fp8
+            parts["read_per_token"] += min(entries, config.index_topk) * unit.entry + entries * unit.index_key
+        elif layer.kind == "hca":
+            parts["hca"] += entries * unit.entry
+            parts["read_per_token"] += entries * unit.entry
+    return parts
