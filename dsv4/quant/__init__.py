@@ -1,1 +1,1 @@
-"""Numerics only, in plain PyTorch: number formats, quantisers, scale layouts and weights as stored. No model knowledge."""
+"""Numerics only, in plain PyTorch: number formats, quantisers, scale layouts, weights as stored. No model knowledge."""

@@ -1,6 +1,7 @@
 """The three small number formats: E2M1 (FP4 values), E4M3 (FP8 values, NVFP4 scales), E8M0 (power-of-two scales).
 
-Rounding everywhere: to nearest, ties to the even code, saturating at the largest finite value. Minus zero keeps its sign.
+Rounding everywhere: to nearest, ties to the even code, saturating at the largest finite value.
+Minus zero keeps its sign.
 Tensors live on any device; nothing here copies to the host unless a function says so.
 
 Packed E2M1: two codes in a byte along the last dimension, the even index in the LOW nibble.
@@ -54,10 +55,11 @@ def groups_of(x: Tensor, group: int, name: str = "x") -> Tensor:
 
 
 def round_to_grid(y: Tensor, *, mantissa_bits: int, min_exponent: int) -> Tensor:
-    """Round float32 y to the nearest value with that many mantissa bits, ties to even; spacing is fixed below 2^min_exponent.
+    """Round float32 y to the nearest value with that many mantissa bits, ties to even.
 
-    E2M1 is (1, 0), E4M3 is (3, -6). Does not saturate: keep |y| within half a step of the format's maximum. Zeros come back as +0.
-    Six elementwise kernels instead of a table search or an FP8 round trip, which are ten times slower on a CPU.
+    The spacing is fixed below 2^min_exponent: E2M1 is (1, 0), E4M3 is (3, -6). Zeros come back as +0, NaN as NaN.
+    Does not saturate: keep |y| within half a step of the format's maximum.
+    Six elementwise kernels instead of a table search or an FP8 round trip, which are several times slower on a CPU.
     """
     power = y.abs().clamp_(min=2.0**min_exponent).view(torch.int32).bitwise_and_(_EXPONENT_MASK).view(torch.float32)
     # One unit in the last place of `magic` is the step we want, so the addition itself rounds, and rounds ties to even.
@@ -71,9 +73,10 @@ def pow2_ceil(x: Tensor) -> Tensor:
 
 
 def e2m1_encode(x: Tensor, *, check: bool = False) -> Tensor:
-    """Nearest E2M1 codes (uint8, 0..15) of x [...] float32 or bfloat16: ties to even, saturating at 6, sign of zero kept.
+    """Nearest E2M1 codes (uint8, 0..15) of x [...] float32 or bfloat16: ties to even, saturating at 6.
 
-    NaN has no code: it becomes an arbitrary one. check=True raises KernelError on NaN or Inf (and synchronises).
+    The sign of zero is kept: -0.0 and small negative values give code 8. NaN has no code: it becomes an arbitrary one.
+    check=True raises KernelError on NaN or Inf (and synchronises).
     """
     if check:
         check_finite(x)
@@ -106,10 +109,12 @@ def e2m1_decode_packed(packed: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack codes [..., K] uint8 (0..15), K even, into [..., K/2] uint8: even index in the LOW nibble (see the diagram above)."""
+    """Pack codes [..., K] uint8 (0..15), K even, into [..., K/2] uint8: even index in the LOW nibble, as drawn above."""
     if codes.shape[-1] % 2:
         raise KernelError(f"cannot pack {codes.shape[-1]} codes two to a byte; expected an even last dimension")
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    # A pair read as one little-endian int16 is 0x0H0L; OR-ing its shift by 4 puts 0xHL into the low byte.
+    pair = codes.contiguous().view(torch.int16)
+    return (pair >> 4).bitwise_or_(pair).to(torch.uint8)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def e4m3_decode(q: Tensor) -> Tensor:
 def e8m0_encode(exponent: Tensor, *, check: bool = False) -> Tensor:
     """E8M0 bytes (uint8) of integer exponents [...] in [-127, 127]: byte = exponent + 127.
 
-    check=True raises KernelError for an exponent outside that range (and synchronises); without it the exponent is clamped.
+    check=True raises KernelError for an exponent outside that range (and synchronises); else it is clamped.
     """
     if check and exponent.numel():
         low, high = (int(v) for v in exponent.aminmax())
@@ -146,5 +151,5 @@ def e8m0_encode(exponent: Tensor, *, check: bool = False) -> Tensor:
 
 
 def e8m0_decode(byte: Tensor) -> Tensor:
-    """float32 values 2^(byte - 127) of E8M0 bytes [...] uint8; exact (byte 0 is the subnormal 2^-127). Byte 255 is NaN."""
+    """float32 values 2^(byte - 127) of E8M0 bytes [...] uint8; exact (0 is the subnormal 2^-127). Byte 255 is NaN."""
     return byte.view(torch.float8_e8m0fnu).float()

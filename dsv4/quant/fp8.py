@@ -1,12 +1,14 @@
-"""FP8 E4M3 with power-of-two scales: 128x128 weight blocks, per-row activation groups, and the fake quantisers of the model.
+"""FP8 E4M3 with power-of-two scales: 128x128 weight blocks, activation groups, and the fake quantisers of the model.
 
 Activation rule (SPEC 2.0), per row and group:
     a = max(amax, 1e-4);  scale = 2^ceil(log2(a * float32(1/448)));  q = E4M3(clamp(x / scale, +-448))
 with the ceil taken from the float32 product's bits: its exponent, plus one if a mantissa bit is set.
 x / scale can exceed 448 only by the rounding of that product, which the cast rounds away, so no clamp is spent on it.
 
-A ragged last group is a group of fewer columns with its own scale. T = 0 rows give empty results. A zero group gives zeros.
-NaN or Inf: the element comes back NaN and its group means nothing; check=True raises KernelError instead (and synchronises).
+A ragged last group is a group of fewer columns with its own scale. T = 0 rows give empty results.
+A zero group takes the floor's scale, 2^-22, and gives zeros with their signs.
+NaN or Inf: the element comes back NaN and its group means nothing; check=True raises KernelError instead
+(and synchronises).
 """
 
 import torch
@@ -37,12 +39,14 @@ def quantize_block(x: Tensor, block: int = BLOCK, *, check: bool = True, name: s
 
 
 def dequantize_block(data: Tensor, scale: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values [..., N, K] of data e4m3 [..., N, K] and scale [..., ceil(N/block), ceil(K/block)] (E8M0 uint8, or float32 factors).
+    """Values [..., N, K] of data e4m3 [..., N, K] and scale [..., ceil(N/block), ceil(K/block)].
 
-    Exact for power-of-two scales in float32, float64 and bfloat16 (short of underflow); float32 factors round once.
+    The scale is E8M0 bytes (uint8) or float32 factors. Exact in float64; in float32 and bfloat16 exact for powers of two
+    (short of underflow), while other factors round.
     """
-    factor = e8m0_decode(scale) if scale.dtype == torch.uint8 else scale
-    tiles = _tiles(e4m3_decode(data), block) * factor[..., :, None, :, None]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = (e8m0_decode(scale) if scale.dtype == torch.uint8 else scale).to(work)
+    tiles = _tiles(e4m3_decode(data).to(work), block) * factor[..., :, None, :, None]
     return _untile(tiles, data.shape).to(dtype)
 
 
@@ -98,4 +102,6 @@ def fp4_act_fake_quant(x: Tensor, group: int = mxfp4.GROUP, *, check: bool = Fal
 
 def _finish(rounded: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     out = rounded.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-    return out.copysign_(x)  # round_to_grid loses the sign of zeros; the casts of the stored formats keep it
+    return out.contiguous().copysign_(
+        x
+    )  # round_to_grid loses the sign of zeros; the casts of the stored formats keep it

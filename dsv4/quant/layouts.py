@@ -43,7 +43,8 @@ def unswizzle_32_4_4(flat: Tensor, rows: int, columns: int) -> Tensor:
     padded_rows, padded_columns = _padded(rows, columns)
     if flat.shape[-1] != padded_rows * padded_columns:
         raise KernelError(
-            f"swizzled scales hold {flat.shape[-1]} bytes; expected {padded_rows * padded_columns} for {rows} x {columns} scales"
+            f"swizzled scales hold {flat.shape[-1]} bytes; "
+            f"expected {padded_rows * padded_columns} for {rows} x {columns} scales"
         )
     tiles = _raw(flat).view(*flat.shape[:-1], padded_rows // 128, padded_columns // 4, 32, 4, 4)
     lead = range(tiles.ndim - 5)
@@ -53,7 +54,7 @@ def unswizzle_32_4_4(flat: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def swizzle_grouped(scale: Tensor, group_rows: Sequence[int]) -> Tensor:
-    """Swizzle the row groups of scale [T, C] one after another, each padded to 128 rows by itself, into one flat tensor.
+    """Swizzle the row groups of scale [T, C] one after another, each padded to 128 rows by itself, into a flat tensor.
 
     group_rows  rows of each group in order (experts' token counts), summing to T; a group of 0 rows takes no bytes.
     """

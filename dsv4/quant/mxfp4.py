@@ -1,4 +1,4 @@
-"""MXFP4: value = e2m1(code) * 2^(byte - 127), groups of 32 along K. The release format of the routed experts (SPEC 3.2, 2.0).
+"""MXFP4: value = e2m1(code) * 2^(byte - 127), groups of 32 along K. The release format of the routed experts.
 
     scale = 2^ceil(log2(max(group_amax, 6 * 2^-126) / 6)),  code = E2M1(x / scale), ties to even
 
@@ -25,12 +25,12 @@ AMAX_FLOOR = E2M1_MAX * 2.0**-126
 
 
 def group_scale(amax: Tensor) -> Tensor:
-    """float32 power-of-two scale of groups with maximum magnitude `amax` float32 [...]: the smallest with amax / scale <= 6."""
+    """Power-of-two scale (float32) of groups with largest magnitude `amax` float32 [...]: smallest with amax/scale <= 6."""
     return pow2_ceil(amax.clamp(min=AMAX_FLOOR).div_(E2M1_MAX))
 
 
 def quantize(x: Tensor, *, check: bool = True, name: str = "x") -> tuple[Tensor, Tensor]:
-    """Quantise x [..., K] (float32 or bfloat16, K a multiple of 32) to (codes uint8 [..., K/2], e8m0 uint8 [..., K/32]).
+    """Quantise x [..., K] (float32 or bfloat16, K % 32 == 0) to (codes uint8 [..., K/2], e8m0 uint8 [..., K/32]).
 
     Raises KernelError naming `name` on NaN or Inf unless check=False (which does not synchronise).
     """
@@ -45,7 +45,7 @@ def quantize(x: Tensor, *, check: bool = True, name: str = "x") -> tuple[Tensor,
 def dequantize(codes: Tensor, e8m0: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [..., K] of codes [..., K/2] uint8 and e8m0 [..., K/32] uint8.
 
-    Exact in float32, float64 and bfloat16 for scales from 2^-125 up (below that a float32 subnormal may be flushed by the device).
+    Exact in float32, float64 and bfloat16. Values below 2^-126 are subnormal there, and a device may flush them.
     """
     values = groups_of(e2m1_decode_packed(codes), GROUP, "values") * e8m0_decode(e8m0).unsqueeze(-1)
     return values.flatten(-2).to(dtype)

@@ -23,15 +23,14 @@ from dsv4.quant.formats import (
     e4m3_decode,
     groups_of,
     pack_nibbles,
-    unpack_nibbles,
 )
 
 GROUP = 16
+MX_GROUP = 32
 GLOBAL_RANGE = E2M1_MAX * E4M3_MAX  #: 2688, the largest product of a code and a scale
 AMAX_FLOOR = 2.0**-100
 _GLOBAL_FLOOR = AMAX_FLOOR / GLOBAL_RANGE
-#: Exponents that an E4M3 scale can hold as a power of two: 2^-9 .. 2^8.
-SCALE_EXPONENTS = (-9, 8)
+SCALE_EXPONENTS = (-9, 8)  #: an E4M3 scale holds the powers of two 2^-9 .. 2^8
 
 
 def quantize(
@@ -61,7 +60,7 @@ def quantize(
         divisor = stored.clamp(min=_GLOBAL_FLOOR)
     else:
         stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(GLOBAL_RANGE)
-    divisor = divisor.reshape(divisor.shape + (1,) * (group_amax.ndim - divisor.ndim))
+    divisor = _broadcast(divisor, group_amax.ndim)
     scale = group_amax.div_(divisor * E2M1_MAX).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     codes = e2m1_encode(groups / (scale.float() * divisor).unsqueeze(-1))
     return pack_nibbles(codes.flatten(-2)), scale, stored
@@ -78,17 +77,21 @@ def _amax(group_amax: Tensor, per_row: bool) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [..., N, K] of codes [..., N, K/2] uint8, scale [..., N, K/16] e4m3, global [...] or [..., N] float32.
 
-    code * scale is exact; the global is multiplied last. Exact in float64; one rounding in float32; bfloat16 rounds the float32
-    result. The number of dimensions of `global_scale` tells per-tensor from per-row; anything else raises KernelError.
+    code * scale is exact; the global is multiplied last. Exact in float64; one rounding in float32; bfloat16 rounds the
+    float32 result. The dimensions of `global_scale` tell per-tensor from per-row; another shape raises KernelError.
     """
-    if global_scale.ndim not in (codes.ndim - 1, codes.ndim - 2):
+    if global_scale.shape not in (codes.shape[:-1], codes.shape[:-2]):
         raise KernelError(
             f"global scale has shape {tuple(global_scale.shape)} for codes {tuple(codes.shape)}; "
             f"expected {tuple(codes.shape[:-2])} (per tensor) or {tuple(codes.shape[:-1])} (per row)"
         )
     work = torch.float64 if dtype == torch.float64 else torch.float32
     values = groups_of(e2m1_decode_packed(codes).to(work), GROUP, "values") * e4m3_decode(scale).to(work).unsqueeze(-1)
-    return values.mul_(global_scale.reshape(global_scale.shape + (1,) * (values.ndim - global_scale.ndim))).flatten(-2).to(dtype)
+    return values.mul_(_broadcast(global_scale, values.ndim)).flatten(-2).to(dtype)
+
+
+def _broadcast(global_scale: Tensor, ndim: int) -> Tensor:
+    return global_scale.reshape(global_scale.shape + (1,) * (ndim - global_scale.ndim))
 
 
 def mxfp4_exponents(codes: Tensor, e8m0: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,9 @@ def mxfp4_exponents(codes: Tensor, e8m0: Tensor) -> tuple[Tensor, Tensor]:
     A tensor of zeros has k_min = k_max = 8, the exponent whose NVFP4 global is 1.
     """
     exponent = e8m0.int() - 127
-    used = ((groups_of(codes, 16, "codes") & 0x77) != 0).any(dim=-1)  # 0x77 drops the signs: minus zero is zero
+    used = ((groups_of(codes, MX_GROUP // 2, "codes") & 0x77) != 0).any(
+        dim=-1
+    )  # 0x77 drops the signs: minus zero is zero
     largest, smallest = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
     empty = ~used.flatten(-2).any(dim=-1)
     k_min = exponent.masked_fill(~used, largest).flatten(-2).amin(dim=-1).masked_fill_(empty, 8)
@@ -109,30 +114,31 @@ def mxfp4_exponents(codes: Tensor, e8m0: Tensor) -> tuple[Tensor, Tensor]:
 def from_mxfp4(codes: Tensor, e8m0: Tensor, k_max: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Recast MXFP4 (codes [..., N, K/2] uint8, e8m0 [..., N, K/32] uint8) as NVFP4 (codes, scale, global, exact).
 
-    global = 2^(k_max - 8) per leading index, scale = 2^(k - k_max + 8) on each half of a group of 32, codes copied bit for bit.
-    Pass `k_max` (int32 [...]) to share one global between tensors, e.g. the larger of w1 and w3; it may not be below a tensor's own.
-    Groups more than 17 octaves below k_max do not fit: they take scale 2^-9 and re-rounded codes. `exact` says whether every
-    value is still the same number, which is certain when the span is <= 17. Synchronises.
-    Raises KernelError for an E8M0 NaN (byte 255) or a k_max that is too small.
+    global = 2^(k_max - 8) per leading index, scale = 2^(k - k_max + 8) on each half of a group of 32, codes copied bit
+    for bit. Pass `k_max` (int or int32 [...]) to share one global between tensors, e.g. the larger of w1's and w3's.
+    Groups more than 17 octaves below k_max do not fit: they take scale 2^-9 and re-rounded codes. `exact` says whether
+    every value is still the same number, which is certain when the span is <= 17; mxfp4_exponents tells which tensor
+    of a stack spans more. Synchronises.
+    Raises KernelError for an E8M0 NaN (byte 255) or a k_max below a tensor's own.
     """
     if bool((e8m0 == 255).any()):
         raise KernelError("MXFP4 scale holds byte 255 (NaN); expected 0..254, repair the source of this tensor")
     own_max = mxfp4_exponents(codes, e8m0)[1]
     k = own_max if k_max is None else torch.as_tensor(k_max, dtype=torch.int32, device=codes.device).expand_as(own_max)
     if bool((k < own_max).any()):
-        raise KernelError(f"k_max {k.flatten().tolist()} is below the tensor's own {own_max.flatten().tolist()}; pass the joint maximum")
+        found, needed = k.flatten().tolist(), own_max.flatten().tolist()
+        raise KernelError(f"k_max {found} is below the largest scale exponent {needed}; pass the joint maximum")
     wanted = e8m0.int() - 127 - k[..., None, None] + 8
     held = wanted.clamp(*SCALE_EXPONENTS)
     scale = _exp2(held).to(torch.float8_e4m3fn).repeat_interleave(2, dim=-1)
     global_scale = _exp2(k - 8)
-    short = (wanted < held).unsqueeze(-1)
-    exact = True
-    if bool(short.any()):
-        values = groups_of(e2m1_decode_packed(codes), 32) * _exp2(torch.where(short, wanted.unsqueeze(-1) - held.unsqueeze(-1), 0))
-        rounded = e2m1_encode(values)
-        exact = torch.equal(groups_of(e2m1_decode_packed(pack_nibbles(rounded)), 32), values)
-        codes = pack_nibbles(torch.where(short, rounded, groups_of(unpack_nibbles(codes), 32)).flatten(-2))
-    return codes, scale, global_scale, exact
+    if not bool((wanted < held).any()):
+        return codes, scale, global_scale, True
+    # -8 octaves take every code to zero; going no further keeps what is lost visible in float32.
+    shift = (wanted - held).clamp_(-8, 0)
+    values = (groups_of(e2m1_decode_packed(codes), MX_GROUP) * _exp2(shift).unsqueeze(-1)).flatten(-2)
+    rounded = pack_nibbles(e2m1_encode(values))
+    return rounded, scale, global_scale, torch.equal(e2m1_decode_packed(rounded), values)
 
 
 def _exp2(exponent: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear weight as stored: one class per format, logical shape [..., N, K]; a stack of experts has shape [E, N, K]."""
+"""A linear weight as stored: one class per format, logical shape [..., N, K]; stacked experts have shape [E, N, K]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from dsv4.errors import CheckpointError, KernelError
 from dsv4.quant import fp8, mxfp4, nvfp4
 from dsv4.quant.formats import check_finite, e4m3_decode, e8m0_decode
-
 
 W = TypeVar("W", bound="Weight")
 
@@ -52,11 +51,14 @@ class Weight(ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values [..., N, K] in `dtype`: exact in float64; NVFP4 with a general global, and FP8 with float32 factors, round in float32."""
+        """Values [..., N, K] in `dtype`: exact in float64, and in float32 and bfloat16 where all factors are powers of two.
+
+        An NVFP4 global and float32 FP8 factors that are not round once in float32.
+        """
 
     @abstractmethod
-    def _scales(self) -> dict[str, Tensor]:
-        """The tensors that can hold NaN or Inf, decoded."""
+    def _floats(self) -> dict[str, Tensor]:
+        """Every stored tensor that can hold NaN or Inf, decoded."""
 
     @abstractmethod
     def _with(self, tensors: dict[str, Tensor]) -> Self:
@@ -70,7 +72,7 @@ class Weight(ABC):
 
     def check_finite(self, name: str) -> None:
         """Raise CheckpointError naming `name` when a stored scale or value is NaN or Inf. Synchronises."""
-        for part, tensor in self._scales().items():
+        for part, tensor in self._floats().items():
             check_finite(tensor, f"{name}.{part}", CheckpointError)
 
     def to(self, device: torch.device | str) -> Self:
@@ -81,7 +83,7 @@ class Weight(ABC):
     def select(self, index: int) -> Self:
         """Entry `index` of the first leading dimension, e.g. one expert: a view. A cached dense form comes along."""
         if len(self.shape) < 3:
-            raise KernelError(f"cannot select expert {index} of a weight of shape {self.shape}; expected a stacked [E, N, K]")
+            raise KernelError(f"cannot select entry {index} of a weight of shape {self.shape}; expected [E, N, K]")
         chosen = self._with({name: tensor[index] for name, tensor in self.tensors().items()})
         if self._dense is not None:
             chosen._dense = self._dense[index]
@@ -108,17 +110,21 @@ class Weight(ABC):
             step = steps[dim]
             if start % step or (stop % step and stop != size):
                 raise KernelError(
-                    f"cannot cut {self.format} at {start}..{stop}: its {name} covers {step} entries at a time; use multiples of {step}"
+                    f"cannot cut {self.format} at {start}..{stop}: its {name} covers {step} entries at a time; "
+                    f"use multiples of {step}"
                 )
             cut[name] = tensor.narrow(dim, start // step, -(-stop // step) - start // step)
         return self._with(cut)
 
 
 class NVFP4Weight(Weight):
-    """codes uint8 [..., N, K/2], scale e4m3 [..., N, K/16], global_scale float32 [...] (decode form: it multiplies), input_scale
-    float32 [...] or None (decode form too; the calibrated activation global). A global of shape (1,) for one matrix is taken as ()."""
+    """codes uint8 [..., N, K/2], scale e4m3 [..., N, K/16], global_scale float32 [...], input_scale float32 [...] or None.
 
-    _steps = {"codes": (1, 2), "scale": (1, 16), "global_scale": None, "input_scale": None}
+    Both globals are in decode form: they multiply. input_scale is the calibrated global of the activations.
+    For a single matrix a global of shape (1,) is taken as ().
+    """
+
+    _steps: ClassVar = {"codes": (1, 2), "scale": (1, nvfp4.GROUP), "global_scale": None, "input_scale": None}
 
     def __init__(self, codes: Tensor, scale: Tensor, global_scale: Tensor, input_scale: Tensor | None = None) -> None:
         super().__init__()
@@ -145,8 +151,9 @@ class NVFP4Weight(Weight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return nvfp4.dequantize(self.codes, self.scale, self.global_scale, dtype)
 
-    def _scales(self) -> dict[str, Tensor]:
-        return {"scale": e4m3_decode(self.scale), **{n: t for n, t in self.tensors().items() if t.dtype == torch.float32}}
+    def _floats(self) -> dict[str, Tensor]:
+        globals_ = {name: t for name, t in self.tensors().items() if t.dtype == torch.float32}
+        return {"scale": e4m3_decode(self.scale), **globals_}
 
     def _with(self, tensors: dict[str, Tensor]) -> NVFP4Weight:
         return type(self)(**tensors)
@@ -155,7 +162,7 @@ class NVFP4Weight(Weight):
 class MXFP4Weight(Weight):
     """codes uint8 [..., N, K/2], scale E8M0 bytes uint8 [..., N, K/32]."""
 
-    _steps = {"codes": (1, 2), "scale": (1, 32)}
+    _steps: ClassVar = {"codes": (1, 2), "scale": (1, mxfp4.GROUP)}
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -173,7 +180,7 @@ class MXFP4Weight(Weight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return mxfp4.dequantize(self.codes, self.scale, dtype)
 
-    def _scales(self) -> dict[str, Tensor]:
+    def _floats(self) -> dict[str, Tensor]:
         return {"scale": e8m0_decode(self.scale)}
 
     def _with(self, tensors: dict[str, Tensor]) -> MXFP4Weight:
@@ -181,9 +188,9 @@ class MXFP4Weight(Weight):
 
 
 class FP8Weight(Weight):
-    """data e4m3 [..., N, K], scale [..., ceil(N/128), ceil(K/128)]: E8M0 bytes uint8, or float32 factors. The block is 128x128."""
+    """data e4m3 [..., N, K], scale [..., ceil(N/128), ceil(K/128)]: E8M0 bytes uint8, or float32 factors."""
 
-    _steps = {"data": (1, 1), "scale": (fp8.BLOCK, fp8.BLOCK)}
+    _steps: ClassVar = {"data": (1, 1), "scale": (fp8.BLOCK, fp8.BLOCK)}
     block = (fp8.BLOCK, fp8.BLOCK)
 
     def __init__(self, data: Tensor, scale: Tensor) -> None:
@@ -204,7 +211,7 @@ class FP8Weight(Weight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return fp8.dequantize_block(self.data, self.scale, fp8.BLOCK, dtype)
 
-    def _scales(self) -> dict[str, Tensor]:
+    def _floats(self) -> dict[str, Tensor]:
         scale = self.scale if self.scale.dtype == torch.float32 else e8m0_decode(self.scale)
         return {"scale": scale, "data": e4m3_decode(self.data)}
 
@@ -215,7 +222,7 @@ class FP8Weight(Weight):
 class PlainWeight(Weight):
     """data [..., N, K] bfloat16 ("bf16") or float32 ("f32"); the dense form of float32 is the data itself."""
 
-    _steps = {"data": (1, 1)}
+    _steps: ClassVar = {"data": (1, 1)}
     _formats: ClassVar[dict[torch.dtype, str]] = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
     def __init__(self, data: Tensor) -> None:
@@ -229,7 +236,7 @@ class PlainWeight(Weight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.data.to(dtype)
 
-    def _scales(self) -> dict[str, Tensor]:
+    def _floats(self) -> dict[str, Tensor]:
         return {"data": self.data}
 
     def _with(self, tensors: dict[str, Tensor]) -> PlainWeight:
@@ -242,7 +249,7 @@ def stack(weights: Sequence[W]) -> W:
     kinds = {(type(w), w.format, w.shape, tuple(p)) for w, p in zip(weights, parts, strict=True)}
     if len(kinds) != 1:
         found = sorted(f"{w.format} {w.shape}" for w in weights)
-        raise CheckpointError(f"cannot stack {found or 'no weights'}; expected weights of one format, shape and set of tensors")
+        raise CheckpointError(f"cannot stack {found}; expected one or more weights of one format, shape and tensor set")
     return weights[0]._with({name: torch.stack([part[name] for part in parts]) for name in parts[0]})
 
 
