@@ -109,7 +109,7 @@ def e2m1_decode_packed(packed: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack codes [..., K] uint8 (0..15), K even, into [..., K/2] uint8: even index in the LOW nibble, as drawn above."""
+    """Pack codes [..., K] uint8 (0..15), K even, into [..., K/2] uint8: even index in the LOW nibble, as drawn."""
     if codes.shape[-1] % 2:
         raise KernelError(f"cannot pack {codes.shape[-1]} codes two to a byte; expected an even last dimension")
     # A pair read as one little-endian int16 is 0x0H0L; OR-ing its shift by 4 puts 0xHL into the low byte.

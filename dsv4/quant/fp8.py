@@ -41,8 +41,8 @@ def quantize_block(x: Tensor, block: int = BLOCK, *, check: bool = True, name: s
 def dequantize_block(data: Tensor, scale: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values [..., N, K] of data e4m3 [..., N, K] and scale [..., ceil(N/block), ceil(K/block)].
 
-    The scale is E8M0 bytes (uint8) or float32 factors. Exact in float64; in float32 and bfloat16 exact for powers of two
-    (short of underflow), while other factors round.
+    The scale is E8M0 bytes (uint8) or float32 factors. Exact in float64; in float32 and bfloat16 exact for powers of
+    two (short of underflow), while other factors round.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
     factor = (e8m0_decode(scale) if scale.dtype == torch.uint8 else scale).to(work)
@@ -101,7 +101,5 @@ def fp4_act_fake_quant(x: Tensor, group: int = mxfp4.GROUP, *, check: bool = Fal
 
 
 def _finish(rounded: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    out = rounded.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-    return out.contiguous().copysign_(
-        x
-    )  # round_to_grid loses the sign of zeros; the casts of the stored formats keep it
+    out = rounded.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype).contiguous()
+    return out.copysign_(x)  # round_to_grid loses the sign of zeros; the stored formats keep it

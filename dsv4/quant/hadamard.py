@@ -11,7 +11,8 @@ def hadamard(x: Tensor) -> Tensor:
     """x [..., n] @ H_n * n^-0.5 in x's dtype (float32 or bfloat16), n a power of two; H[i, j] = (-1)^popcount(i & j).
 
     Butterflies in float32, stride 1 first, then one multiplication and one rounding, so a row's bits do not depend on
-    how many rows there are (a matrix product would not promise that). Its own inverse, up to rounding. Raises KernelError when n is not a power of two.
+    how many rows there are (a matrix product would not promise that). Its own inverse, up to rounding.
+    Raises KernelError when n is not a power of two.
     """
     n = x.shape[-1]
     if n < 1 or n & (n - 1):

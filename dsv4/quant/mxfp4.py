@@ -25,7 +25,7 @@ AMAX_FLOOR = E2M1_MAX * 2.0**-126
 
 
 def group_scale(amax: Tensor) -> Tensor:
-    """Power-of-two scale (float32) of groups with largest magnitude `amax` float32 [...]: smallest with amax/scale <= 6."""
+    """Scale of groups with largest magnitude `amax` float32 [...]: the smallest power of two with amax / scale <= 6."""
     return pow2_ceil(amax.clamp(min=AMAX_FLOOR).div_(E2M1_MAX))
 
 

@@ -101,9 +101,8 @@ def mxfp4_exponents(codes: Tensor, e8m0: Tensor) -> tuple[Tensor, Tensor]:
     A tensor of zeros has k_min = k_max = 8, the exponent whose NVFP4 global is 1.
     """
     exponent = e8m0.int() - 127
-    used = ((groups_of(codes, MX_GROUP // 2, "codes") & 0x77) != 0).any(
-        dim=-1
-    )  # 0x77 drops the signs: minus zero is zero
+    magnitudes = groups_of(codes, MX_GROUP // 2, "codes") & 0x77  # without signs: minus zero is zero
+    used = (magnitudes != 0).any(dim=-1)
     largest, smallest = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
     empty = ~used.flatten(-2).any(dim=-1)
     k_min = exponent.masked_fill(~used, largest).flatten(-2).amin(dim=-1).masked_fill_(empty, 8)

@@ -51,9 +51,9 @@ class Weight(ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values [..., N, K] in `dtype`: exact in float64, and in float32 and bfloat16 where all factors are powers of two.
+        """Values [..., N, K] in `dtype`: exact in float64, and in float32 and bfloat16 if all factors are powers of two.
 
-        An NVFP4 global and float32 FP8 factors that are not round once in float32.
+        An NVFP4 global, or float32 FP8 factors, that are not powers of two round once in float32.
         """
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Weight(ABC):
 
 
 class NVFP4Weight(Weight):
-    """codes uint8 [..., N, K/2], scale e4m3 [..., N, K/16], global_scale float32 [...], input_scale float32 [...] or None.
+    """codes uint8 [..., N, K/2], scale e4m3 [..., N, K/16], global_scale and (or None) input_scale float32 [...].
 
     Both globals are in decode form: they multiply. input_scale is the calibrated global of the activations.
     For a single matrix a global of shape (1,) is taken as ().
