@@ -1,6 +1,5 @@
 """Twins of sample and token_logprobs, and the counter-based noise they are defined by."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -33,15 +32,11 @@ def splitmix(z: Tensor) -> Tensor:
     return (z >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(z)
 
 
-@functools.lru_cache(maxsize=4)
-def _steps(vocab: int, device: torch.device) -> Tensor:
-    return torch.arange(1, vocab + 1, device=device) * GOLDEN
-
-
 def uniform_ref(seed: Tensor, counter: Tensor, vocab: int) -> Tensor:
     """Noise u [B, V] f32 in (0, 1 - 2^-24] of rows seed, counter [B] i64: a pure function of (seed, counter, token)."""
     key = splitmix(splitmix(seed + GOLDEN) + (counter + 1) * GOLDEN)
-    high = (splitmix(key[:, None] + _steps(vocab, seed.device)) >> 32).bitwise_and_(2**32 - 1)
+    steps = torch.arange(1, vocab + 1, device=seed.device).mul_(GOLDEN)
+    high = (splitmix(key[:, None] + steps) >> 32).bitwise_and_(2**32 - 1)
     return high.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
 

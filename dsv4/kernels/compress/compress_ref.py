@@ -1,0 +1,56 @@
+"""Twin of compress: per-channel softmax pooling of a window's tokens into one entry."""
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.compress.rows import CompressRows
+from dsv4.kernels.index_query.index_query_ref import index_rounding_ref
+from dsv4.kernels.kv_append.kv_append_ref import kv_entry_ref
+from dsv4.kernels.rms_norm.rms_norm_ref import rms_norm_ref
+from dsv4.kernels.rope.rope_ref import rope_ref
+
+
+def pool_ref(source: Tensor, items: Tensor, width: int) -> Tensor:
+    """source [N, 2*C] f32 = (u | g); items [Ne, n] i64 rows of it, -1 = absent -> [Ne, width] f32.
+
+    C = 2 * width (CSA): the older half of the items gives its channels [:width], the newer half [width:]. C = width: HCA.
+    """
+    channels = source.shape[-1] // 2
+    absent = (items < 0).unsqueeze(-1)
+    u, g = source[items.clamp(min=0)].split(channels, dim=-1)
+    u, g = u.masked_fill(absent, 0), g.masked_fill(absent, float("-inf"))
+    if channels == 2 * width:
+        half = items.shape[1] // 2
+        u = torch.cat([u[:, :half, :width], u[:, half:, width:]], dim=1)
+        g = torch.cat([g[:, :half, :width], g[:, half:, width:]], dim=1)
+    return (torch.softmax(g, dim=1) * u).sum(1)
+
+
+def compress_ref(
+    u: Tensor,
+    g: Tensor,
+    ape: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    pool: Tensor,
+    rows: CompressRows,
+    cis: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    index: bool,
+    quantize: bool,
+) -> None:
+    width = pool.shape[-1]
+    fresh = torch.cat([u, g + ape[rows.phase]], dim=-1)
+    flat = state.view(-1, state.shape[-1])
+    source = flat if rows.from_state else torch.cat([flat[rows.history], fresh])
+    flat[rows.write_to] = fresh if len(rows.write_rows) == len(fresh) else fresh[rows.write_rows]
+    if not len(rows.entry_to):
+        return
+    pooled = pool_ref(source, rows.items, width).to(dtype)
+    if index:
+        entry = index_rounding_ref(rope_ref(rms_norm_ref(pooled, weight, eps), cis), quantize)
+    else:
+        entry = kv_entry_ref(pooled, weight, cis, eps, quantize)
+    pool.view(-1, width)[rows.entry_to] = entry

@@ -1,0 +1,35 @@
+"""Twin of mhc_pre: the mixes of a site, Sinkhorn, and the collapsed input."""
+
+import torch
+from torch import Tensor
+
+
+def mixes_ref(h: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """(fn . vec(h)) * rsqrt(mean(vec(h)^2) + eps) in float32: the scale is applied after the product. -> [T, rows of fn]"""
+    v = h.flatten(-2).float()
+    return torch.nn.functional.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+
+
+def sinkhorn_ref(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """[..., M, M] logits -> doubly stochastic: softmax over rows, then `iters` column steps with row steps between them."""
+    c = torch.softmax(logits, dim=-1) + eps
+    c = c / (c.sum(-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        c = c / (c.sum(-1, keepdim=True) + eps)
+        c = c / (c.sum(-2, keepdim=True) + eps)
+    return c
+
+
+def mhc_pre_ref(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, sinkhorn_iters: int, hc_eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    streams = h.shape[-2]
+    z = mixes_ref(h, fn, norm_eps)
+    z_pre, z_post, z_comb = z.split([streams, streams, streams * streams], dim=-1)
+    b_pre, b_post, b_comb = base.split([streams, streams, streams * streams])
+    pre = torch.sigmoid(z_pre * scale[0] + b_pre) + hc_eps
+    post = 2 * torch.sigmoid(z_post * scale[1] + b_post)
+    logits = torch.addcmul(b_comb, z_comb, scale[2]).unflatten(-1, (streams, streams))
+    comb = sinkhorn_ref(logits, sinkhorn_iters, hc_eps)
+    x = torch.bmm(pre.unsqueeze(-2), h.float()).squeeze(-2).to(h.dtype)
+    return x, post, comb

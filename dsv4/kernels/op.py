@@ -1,0 +1,99 @@
+"""What an op is: a contract, a plain PyTorch twin that defines it and, on CUDA tensors, one launch.
+
+On a CPU tensor the op *is* its twin. On a CUDA tensor the kernel runs, unless `DSV4_REF` names the op (or is `all`): that
+swaps the twin in, so a wrong answer is bisected to one op by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from dsv4.errors import KernelError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "i64": torch.int64,
+    "bool": torch.bool,
+    "u8": torch.uint8,
+}
+REGISTRY: dict[str, Callable[..., Any]] = {}
+
+
+def twins_on_cuda() -> frozenset[str]:
+    """Names in `DSV4_REF`: ops whose twin runs on CUDA tensors too."""
+    return frozenset(filter(None, os.environ.get("DSV4_REF", "").split(",")))
+
+
+def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callable[[F], F]:
+    """Make the decorated launcher an op with twin `ref`.
+
+    `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that must
+    agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes allowed. A
+    signature (shapes and dtypes) is checked the first time it is seen. The keyword `out=` receives the result in place.
+    """
+    specs = [(arg, *_parse(spec)) for arg, spec in shapes.items()]
+
+    def decorate(launch: F) -> F:
+        seen: set[tuple[Any, ...]] = set()
+        use_twin = {"all", name} & twins_on_cuda()
+
+        @functools.wraps(launch)
+        def call(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+            first = args[0]
+            signature = tuple([(a.shape, a.dtype) for a in args[: len(specs)] if isinstance(a, Tensor)])
+            if signature not in seen:
+                _check(name, specs, args)
+                seen.add(signature)
+            result = ref(*args, **kwargs) if use_twin or not first.is_cuda else launch(*args, **kwargs)
+            if out is None:
+                return result
+            return out.copy_(result)
+
+        REGISTRY[name] = call
+        return cast(F, call)
+
+    return decorate
+
+
+def no_kernel(name: str) -> KernelError:
+    """The error of an op that has no CUDA kernel in this build."""
+    return KernelError(
+        f"op '{name}' has no CUDA kernel in this build; run it with its PyTorch twin (DSV4_REF={name}, or DSV4_REF=all for "
+        "every op) or load the model with device='cpu'"
+    )
+
+
+def _parse(spec: str) -> tuple[list[str], tuple[torch.dtype, ...]]:
+    dims, _, dtypes = spec.partition(":")
+    return dims.split(), tuple(_DTYPES[d] for d in dtypes.split())
+
+
+def _check(name: str, specs: list[tuple[str, list[str], tuple[torch.dtype, ...]]], args: tuple[Any, ...]) -> None:
+    sizes: dict[str, int] = {}
+    for (arg, dims, dtypes), value in zip(specs, args, strict=False):
+        if not isinstance(value, Tensor):
+            raise KernelError(f"{name}: '{arg}' must be a tensor [{' '.join(dims)}], got {type(value).__name__}")
+        shape = list(value.shape)
+        letters = dims
+        if dims[:1] == ["*"]:
+            letters = dims[1:]
+            shape = shape[len(shape) - len(letters) :]
+        if len(shape) != len(letters):
+            raise KernelError(f"{name}: '{arg}' must have shape [{' '.join(dims)}], got {list(value.shape)}")
+        for letter, size in zip(letters, shape, strict=True):
+            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if size != expected:
+                raise KernelError(
+                    f"{name}: '{arg}' has {letter} = {size} where {letter} = {expected} was expected "
+                    f"(shape {list(value.shape)}, contract [{' '.join(dims)}])"
+                )
+        if dtypes and value.dtype not in dtypes:
+            raise KernelError(f"{name}: '{arg}' has dtype {value.dtype}, expected one of {', '.join(map(str, dtypes))}")

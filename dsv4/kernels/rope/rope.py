@@ -1,0 +1,16 @@
+"""Rotary position embedding of the LAST `R` channels, adjacent pairs (2i, 2i+1)."""
+
+from torch import Tensor
+
+from dsv4.kernels.op import no_kernel, op
+from dsv4.kernels.rope.rope_ref import rope_ref
+
+
+@op("rope", ref=rope_ref, shapes={"x": "* N : bf16 f32"})
+def rope(x: Tensor, cis: Tensor, *, inverse: bool = False) -> Tensor:
+    """(a, b) -> (a cos - b sin, a sin + b cos) on the last R = 2 * cis.shape[-1] channels; `inverse` conjugates.
+
+    x [T, N] or [T, H, N] bf16|f32; cis [T, R/2] complex64 = cos + i sin of position * frequency (float32 product).
+    float32 inside, one rounding to x's dtype; the first N - R channels pass through unchanged.
+    """
+    raise no_kernel("rope")

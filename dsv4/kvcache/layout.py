@@ -1,0 +1,20 @@
+"""How many tokens, entries and pages a sequence needs, per kind of layer."""
+
+from __future__ import annotations
+
+PAGE_ENTRIES = 64  # compressed entries (and their index keys) per page
+
+
+def entries(tokens: int, ratio: int) -> int:
+    """Compressed entries a sequence of `tokens` tokens has: entry i is complete once token ratio*(i+1)-1 is seen."""
+    return tokens // ratio
+
+
+def pages(tokens: int, ratio: int) -> int:
+    """Pages of PAGE_ENTRIES entries that hold them."""
+    return -(-entries(tokens, ratio) // PAGE_ENTRIES)
+
+
+def state_tokens(kind: str, ratio: int) -> int:
+    """Tokens the compressor's running state holds per slot: two windows for CSA, whose entries overlap, one for HCA."""
+    return 2 * ratio if kind == "csa" else ratio

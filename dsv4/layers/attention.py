@@ -1,0 +1,75 @@
+"""Attention of one layer: low-rank queries, one shared key/value, window and compressed entries, grouped output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.config import LayerSpec, ModelConfig
+from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
+from dsv4.kernels.grouped_linear.operand import grouped_operand
+from dsv4.kernels.kv_append.kv_append import kv_append
+from dsv4.kernels.linear.linear import linear
+from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
+from dsv4.kernels.rms_norm.rms_norm import rms_norm
+from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
+from dsv4.kvcache.cache import LayerCache
+from dsv4.layers.compressor import Compressor
+from dsv4.layers.indexer import Indexer
+from dsv4.layers.scope import Scope
+from dsv4.layers.settings import Settings
+from dsv4.layers.step import Step
+
+
+class Attention:
+    """`layers.L.attn`. Kinds: window only; HCA adds every visible entry of its compressor; CSA those its indexer picks."""
+
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
+        self.spec, self.heads, self.head_dim, self.eps = spec, config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        self.dtype, self.kv_quant = settings.dtype, settings.kv_quant
+        act = settings.act
+        self.in_proj = linear_operand(scope.weight("wq_a"), scope.weight("wkv"), act=act)
+        self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
+        self.wo_a = grouped_operand(scope.weight("wo_a"), config.o_groups, act=act)
+        self.wo_b = linear_operand(scope.weight("wo_b"), act=act)
+        self.q_norm, self.kv_norm = scope.f32("q_norm.weight"), scope.f32("kv_norm.weight")
+        self.sink = scope.f32("attn_sink")
+        if spec.kind == "window":
+            return
+        side = [scope.weight("compressor.wkv"), scope.weight("compressor.wgate")]
+        self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=False)
+        if spec.kind == "csa":
+            side += [scope.weight(f"indexer.{name}") for name in ("compressor.wkv", "compressor.wgate", "weights_proj")]
+            self.indexer = Indexer(scope.at("indexer"), config, spec, settings)
+        self.side_proj = linear_operand(*side, act=act, weight_only=True)
+
+    def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """x [T, D], normed -> [T, D]. Appends the step's entries to `cache`."""
+        cis, window = step.cis(self.spec), step.plan.window
+        qr, kv = linear(x, self.in_proj)
+        qr = rms_norm(qr, self.q_norm, self.eps)
+        (q,) = linear(qr, self.wq_b)
+        q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
+
+        before = cache.ring.view(-1, self.head_dim)[window.history]
+        entry = kv_append(
+            kv, self.kv_norm, cis, cache.ring, window.write_rows, window.write_to, eps=self.eps, quantize=self.kv_quant
+        )
+        local = cache.ring if window.in_ring else torch.cat([before, entry])
+
+        pool, pool_rows = self._compressed(x, qr, cache, step)
+        scale = self.head_dim**-0.5
+        o = sparse_attention(q, local, window.rows, pool, pool_rows, self.sink, cis, scale=scale)
+        (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
+        return out
+
+    def _compressed(self, x: Tensor, qr: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        if self.spec.kind == "window":
+            return None, None
+        u, g, *index = linear(x, self.side_proj, torch.float32)
+        self.compressor(u, g, cache.state, cache.pool, step)
+        if self.spec.kind == "hca":
+            return cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
+        iu, ig, head_weights = index
+        return cache.pool, self.indexer(qr, iu, ig, head_weights.to(self.dtype), cache, step)

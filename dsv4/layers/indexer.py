@@ -1,0 +1,39 @@
+"""The lightning indexer of a CSA layer: which compressed entries a token attends to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv4.config import LayerSpec, ModelConfig
+from dsv4.kernels.index_query.index_query import index_query
+from dsv4.kernels.index_topk.index_topk import index_topk
+from dsv4.kernels.linear.linear import linear
+from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kvcache.cache import LayerCache
+from dsv4.layers.compressor import Compressor
+from dsv4.layers.scope import Scope
+from dsv4.layers.settings import Settings
+from dsv4.layers.step import Step
+
+
+class Indexer:
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
+        self.spec, self.heads, self.topk = spec, config.index_n_heads, config.index_topk
+        self.wq_b = linear_operand(scope.weight("wq_b"), act=settings.act)
+        self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=True)
+        self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
+        self.quantize = settings.index_quant
+
+    def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk] i64.
+
+        The index keys are always appended; scoring is skipped while every visible entry is taken anyway.
+        """
+        self.compressor(u, g, cache.index_state, cache.index_pool, step)
+        rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
+        if rows.most_visible <= self.topk:
+            return rows.all_rows
+        (q,) = linear(qr, self.wq_b)
+        q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
+        weights = head_weights * self.scale
+        return index_topk(q, weights, cache.index_pool, rows.entries, rows.visible, step.plan.spans, self.topk)

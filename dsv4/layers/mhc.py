@@ -1,0 +1,44 @@
+"""Manifold-constrained hyper-connections: M residual streams around every sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dsv4.config import ModelConfig
+from dsv4.kernels.mhc_head.mhc_head import mhc_head
+from dsv4.kernels.mhc_post.mhc_post import mhc_post
+from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
+from dsv4.kernels.rms_norm.rms_norm import rms_norm
+from dsv4.layers.scope import Scope
+
+
+class Site:
+    """One sublayer with its streams: `hc_attn_*` and `attn_norm`, or `hc_ffn_*` and `ffn_norm`."""
+
+    def __init__(self, scope: Scope, name: str, config: ModelConfig):
+        self.fn, self.base, self.scale = (scope.f32(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
+        self.norm = scope.f32(f"{name}_norm.weight")
+        self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+
+    def __call__(self, h: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """h [T, M, D] -> [T, M, D]: collapse, norm, sublayer, mix back. There is no other residual path."""
+        x, post, comb = mhc_pre(
+            h, self.fn, self.base, self.scale, sinkhorn_iters=self.iters, hc_eps=self.hc_eps, norm_eps=self.eps
+        )
+        return mhc_post(sublayer(rms_norm(x, self.norm, self.eps)), h, post, comb)
+
+
+class StreamHead:
+    """`hc_head_*` and `norm`: the streams become the lm head's input."""
+
+    def __init__(self, scope: Scope, config: ModelConfig):
+        self.fn, self.base, self.scale = (scope.f32(f"hc_head_{part}") for part in ("fn", "base", "scale"))
+        self.norm = scope.f32("norm.weight")
+        self.hc_eps, self.eps = config.hc_eps, config.rms_norm_eps
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h [T, M, D] -> [T, D], normed."""
+        x = mhc_head(h, self.fn, self.base, self.scale, hc_eps=self.hc_eps, norm_eps=self.eps)
+        return rms_norm(x, self.norm, self.eps)

@@ -1,0 +1,133 @@
+"""DeepSeek-V4 on one page. Read this first; each name below is a file in layers/, each op a folder in kernels/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv4.config import LayerSpec, ModelConfig
+from dsv4.errors import RequestError
+from dsv4.kernels.linear.linear import linear
+from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kvcache import KVCache, make_plan
+from dsv4.kvcache.cache import LayerCache
+from dsv4.layers.attention import Attention
+from dsv4.layers.mhc import Site, StreamHead
+from dsv4.layers.moe import MoE
+from dsv4.layers.scope import Scope
+from dsv4.layers.settings import Settings
+from dsv4.layers.step import Rotaries, Step
+from dsv4.quant.weights import Weight
+
+Observe = Callable[[str, Tensor], None]
+
+
+class Block:
+    """One layer: attention and MoE, each inside its hyper-connection site."""
+
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
+        self.attn_site, self.ffn_site = Site(scope, "attn", config), Site(scope, "ffn", config)
+        self.attn = Attention(scope.at("attn"), config, spec, settings)
+        self.ffn = MoE(scope.at("ffn"), config, spec, settings)
+
+    def __call__(self, h: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
+        """h [T, M, D] -> the streams after the attention site and after the FFN site."""
+        mid = self.attn_site(h, lambda x: self.attn(x, cache, step))
+        return mid, self.ffn_site(mid, lambda x: self.ffn(x, step))
+
+
+class Model:
+    """Embedding, layers, head. `path` is the checkpoint folder, None for a model made from a seed."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Weight | Tensor],
+        settings: Settings,
+        *,
+        device: str = "cpu",
+        path: Path | None = None,
+    ):
+        self.config, self.settings, self.device, self.path = config, settings, device, path
+        root = Scope(weights)
+        self.embed = root.tensor("embed.weight").to(settings.dtype)
+        self.blocks = [Block(root.at(f"layers.{i}"), config, spec, settings) for i, spec in enumerate(config.layers)]
+        self.stream_head = StreamHead(root, config)
+        self.lm_head = linear_operand(root.weight("head"), act=settings.act, weight_only=True)
+        self.rotaries = Rotaries(config, device)
+
+    def new_cache(self, max_seqs: int, max_tokens: int) -> KVCache:
+        """A cache for at most `max_seqs` sequences of `max_tokens` tokens together."""
+        return KVCache(self.config, max_seqs, max_tokens, dtype=self.settings.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: Sequence[tuple[int, Tensor]],
+        cache: KVCache,
+        *,
+        all_logits: bool = False,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Append each (slot, ids [n] i64) to its sequence and return logits: [B, V] f32 of the last rows, or [T, V] of all.
+
+        Prefill, a chunk of one, decode (n = 1) and mixtures are the same call; sequences may have different lengths.
+        `observe(name, tensor)` sees the streams [T, M, D] after `layers.L.attn` and `layers.L.ffn`, and `logits`.
+        """
+        plan = make_plan(batch, cache)
+        step = self.rotaries.step(plan)
+        h = self.embed[plan.tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        for i, block in enumerate(self.blocks):
+            mid, h = block(h, cache.layers[i], step)
+            if observe is not None:
+                observe(f"layers.{i}.attn", mid)
+                observe(f"layers.{i}.ffn", h)
+        for segment in plan.segments:
+            cache.advance(segment.slot, segment.length)
+        if not all_logits and len(plan.tokens) != len(plan.segments):
+            h = h[plan.last_rows]
+        (logits,) = linear(self.stream_head(h), self.lm_head, torch.float32)
+        if observe is not None:
+            observe("logits", logits)
+        return logits
+
+    def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:
+        """Teacher-forced logits [T, V] f32 of one sequence: the first `prefill` tokens (default all) in chunks of `chunk`
+        (default one chunk), the rest one by one.
+        """
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        total = len(tokens)
+        prefill = total if prefill is None else prefill
+        chunk = max(prefill, 1) if chunk is None else chunk
+        if tokens.dim() != 1 or not total or not 0 <= prefill <= total or chunk < 1:
+            raise RequestError(
+                f"logits wants ids [T >= 1], 0 <= prefill <= T and chunk >= 1; got shape {list(tokens.shape)}, "
+                f"prefill {prefill}, chunk {chunk}"
+            )
+        cache = self.new_cache(1, total)
+        slot = cache.acquire()
+        parts = [*tokens[:prefill].split(chunk), *tokens[prefill:].split(1)]
+        return torch.cat([self.forward([(slot, part)], cache, all_logits=True) for part in parts if len(part)])
+
+
+def load(
+    path: str | Path = "nano",
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    act: str = "bf16",
+    kv_quant: bool = True,
+    index_quant: bool = True,
+    weights: str = "native",
+) -> Model:
+    """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or `random:tiny` (seeded, no file).
+
+    dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4` (W4A4).
+    kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4` (every large
+    linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
+    """
+    config, tensors, folder = load_model_weights(path, policy=weights, device=device)
+    return Model(config, tensors, Settings.parse(config, dtype, act, kv_quant, index_quant), device=device, path=folder)
