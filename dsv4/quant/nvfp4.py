@@ -47,7 +47,8 @@ def quantize(
     scale  [..., N, K/16] e4m3
     global [...] float32, or [..., N] with per_row=True (each row then depends on itself alone: batch-invariant)
 
-    A given `global_scale` (same shapes, decode form) is used and returned as it is; values beyond its range saturate.
+    A given `global_scale` ([...] or [..., N], decode form) is used and returned as it is; values beyond its range
+    saturate, and a global of 0 decodes to zeros.
     N = 0 gives empty codes and scales. check=True raises KernelError naming `name` on NaN or Inf (and synchronises);
     without it a NaN or Inf makes its global, and so everything decoded with it, non-finite.
     """
@@ -56,6 +57,7 @@ def quantize(
     groups = groups_of(as_float32(x, name), GROUP, name)
     group_amax = groups.abs().amax(dim=-1)
     if global_scale is not None:
+        _check_global(global_scale, x)
         stored = global_scale
         divisor = stored.clamp(min=_GLOBAL_FLOOR)
     else:
@@ -80,14 +82,19 @@ def dequantize(codes: Tensor, scale: Tensor, global_scale: Tensor, dtype: torch.
     code * scale is exact; the global is multiplied last. Exact in float64; one rounding in float32; bfloat16 rounds the
     float32 result. The dimensions of `global_scale` tell per-tensor from per-row; another shape raises KernelError.
     """
-    if global_scale.shape not in (codes.shape[:-1], codes.shape[:-2]):
-        raise KernelError(
-            f"global scale has shape {tuple(global_scale.shape)} for codes {tuple(codes.shape)}; "
-            f"expected {tuple(codes.shape[:-2])} (per tensor) or {tuple(codes.shape[:-1])} (per row)"
-        )
+    _check_global(global_scale, codes)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     values = groups_of(e2m1_decode_packed(codes).to(work), GROUP, "values") * e4m3_decode(scale).to(work).unsqueeze(-1)
     return values.mul_(_broadcast(global_scale, values.ndim)).flatten(-2).to(dtype)
+
+
+def _check_global(global_scale: Tensor, of: Tensor) -> None:
+    per_tensor, per_row = of.shape[:-2], of.shape[:-1]
+    if global_scale.shape not in (per_tensor, per_row):
+        raise KernelError(
+            f"global scale has shape {tuple(global_scale.shape)}; "
+            f"expected {tuple(per_tensor)} (per tensor) or {tuple(per_row)} (per row)"
+        )
 
 
 def _broadcast(global_scale: Tensor, ndim: int) -> Tensor:

@@ -51,7 +51,7 @@ class Weight(ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values [..., N, K] in `dtype`: exact in float64, and in float32 and bfloat16 if all factors are powers of two.
+        """Values [..., N, K] in `dtype`: exact in float64; in float32 and bfloat16 if all factors are powers of two.
 
         An NVFP4 global, or float32 FP8 factors, that are not powers of two round once in float32.
         """
@@ -135,7 +135,7 @@ class NVFP4Weight(Weight):
         self.global_scale = _per_matrix(global_scale, lead, "global_scale")
         self.input_scale = None if input_scale is None else _per_matrix(input_scale, lead, "input_scale")
         self.shape = (*self.codes.shape[:-1], self.codes.shape[-1] * 2)
-        _expect("NVFP4 scale", scale, torch.float8_e4m3fn, (*self.shape[:-1], self.shape[-1] // nvfp4.GROUP))
+        _expect("NVFP4 scale", scale, torch.float8_e4m3fn, _grouped(self.shape, nvfp4.GROUP))
 
     @classmethod
     def quantize(cls, x: Tensor, *, name: str = "weight") -> NVFP4Weight:
@@ -170,7 +170,7 @@ class MXFP4Weight(Weight):
         self.codes = _bytes(codes, "codes")
         self.scale = _bytes(scale, "scale")
         self.shape = (*self.codes.shape[:-1], self.codes.shape[-1] * 2)
-        _expect("MXFP4 scale", self.scale, torch.uint8, (*self.shape[:-1], self.shape[-1] // mxfp4.GROUP))
+        _expect("MXFP4 scale", self.scale, torch.uint8, _grouped(self.shape, mxfp4.GROUP))
 
     @classmethod
     def quantize(cls, x: Tensor, *, name: str = "weight") -> MXFP4Weight:
@@ -264,6 +264,14 @@ def _per_matrix(tensor: Tensor, lead: torch.Size, name: str) -> Tensor:
         tensor = tensor.reshape(())
     _expect(f"NVFP4 {name}", tensor, torch.float32, tuple(lead))
     return tensor
+
+
+def _grouped(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+    if shape[-1] % group:
+        raise CheckpointError(
+            f"weight of logical shape {shape} has {shape[-1]} columns; expected a multiple of {group}"
+        )
+    return (*shape[:-1], shape[-1] // group)
 
 
 def _expect(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
