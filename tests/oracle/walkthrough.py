@@ -81,7 +81,7 @@ class Walkthrough:
         self.rounder = rounder or Rounder()
         self.stored = read_folder(Path(folder))
         self.weights: dict[str, tuple[str, Array]] = {}
-        self.streams: list[Array] = []  # after the embedding and after every layer: [T, M, D]
+        self.streams: dict[str, Array] = {}  # "layers.L.attn", "layers.L.ffn": the streams [T, M, D] after that site
 
     # ---- reading -------------------------------------------------------------------------------------------------
     def tensor(self, name: str) -> Array:
@@ -102,11 +102,9 @@ class Walkthrough:
     def logits(self, ids: np.ndarray) -> Array:
         """Token ids [T] -> logits [T, V]."""
         h = np.repeat(self.tensor("embed.weight")[ids][:, None, :], self.c.hc_mult, axis=1)  # SPEC 2.2
-        self.streams = [h]
         for number, layer in enumerate(self.c.layers):
             h = self.site(h, f"layers.{number}.", "attn", lambda x, p, n=layer: self.attention(x, f"{p}attn.", n))
             h = self.site(h, f"layers.{number}.", "ffn", lambda x, p, n=layer: self.moe(x, f"{p}ffn.", n, ids))
-            self.streams.append(h)
         z = self.mix(h, "hc_head_fn")  # SPEC 2.3, head
         pre = sigmoid(z * self.tensor("hc_head_scale") + self.tensor("hc_head_base")) + self.c.hc_eps
         x = (pre[..., None] * h).sum(1)
@@ -133,7 +131,8 @@ class Walkthrough:
         comb = sinkhorn(comb, self.c.hc_sinkhorn_iters, self.c.hc_eps)
         x = (pre[..., None] * h).sum(1)
         y = sublayer(self.norm(x, f"{prefix}{kind}_norm"), prefix)
-        return post[..., None] * y[:, None, :] + np.einsum("tjk,tjd->tkd", comb, h)
+        self.streams[prefix + kind] = post[..., None] * y[:, None, :] + np.einsum("tjk,tjd->tkd", comb, h)
+        return self.streams[prefix + kind]
 
     # ---- attention -----------------------------------------------------------------------------------------------
     def attention(self, x: Array, p: str, layer: Layer) -> Array:
@@ -197,15 +196,16 @@ class Walkthrough:
         heads, width = c.index_n_heads, c.index_head_dim
         q = rope(self.linear(qr, f"{p}wq_b").reshape(tokens, heads, width), np.arange(tokens), layer.frequencies)
         k = self.compress(x, f"{p}compressor.", layer, width)
+        w = self.linear(x, f"{p}weights_proj") * (width**-0.5 * heads**-0.5)
+        choosy = (c.index_topk + 1) * layer.ratio - 1  # the first query that sees more than it may take
+        q = q[choosy:]
         if self.index_quant:
             turn = hadamard(width).astype(self.dtype)
             q, k = self.rounder.fp4(q @ turn), self.rounder.fp4(k @ turn)
-        w = self.linear(x, f"{p}weights_proj") * (width**-0.5 * heads**-0.5)
-        chosen = []
-        for t in range(tokens):
-            visible = (t + 1) // layer.ratio
-            scores = w[t] @ np.maximum(q[t] @ k[:visible].T, 0)
-            chosen.append(self.rounder.top(scores, min(c.index_topk, visible), "topk"))
+        chosen = [np.arange((t + 1) // layer.ratio) for t in range(min(choosy, tokens))]
+        for t in range(choosy, tokens):
+            scores = w[t] @ np.maximum(q[t - choosy] @ k[: (t + 1) // layer.ratio].T, 0)
+            chosen.append(self.rounder.top(scores, c.index_topk, "topk"))
         return chosen
 
     # ---- experts -------------------------------------------------------------------------------------------------

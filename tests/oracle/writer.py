@@ -125,6 +125,8 @@ class Author:
     def linear(self, module: str, rows: int, columns: int, pack: Any = fp8_pair, gain: float = 1.0) -> None:
         """A linear whose outputs have the size of its inputs, times `gain`."""
         weight = self.normal(rows, columns, std=gain * columns**-0.5)
+        blocks = self.rng.choice([0.5, 1.0, 1.5], (-(-rows // 128), -(-columns // 128)))  # so that scales differ
+        weight *= np.repeat(np.repeat(blocks, 128, 0), 128, 1)[:rows, :columns]
         if self.fmt == "official":
             self.out[f"{module}.weight"], self.out[f"{module}.scale"] = pack(weight)
         else:
