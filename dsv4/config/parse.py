@@ -76,8 +76,8 @@ def parse(data: Mapping[str, Any], where: str) -> ModelConfig:
 
     draft = LayerSpec("window", 0, False, theta, None)
     layers = tuple(
-        LayerSpec(kind, ratio, is_hash, *((theta, None) if kind == "window" else (compress_theta, scaling)))
-        for (kind, ratio), is_hash in zip(kinds, hashed, strict=True)
+        LayerSpec(kind, ratio, layer in hashed, *((theta, None) if kind == "window" else (compress_theta, scaling)))
+        for layer, (kind, ratio) in enumerate(kinds)
     )
     return ModelConfig(**fields, layers=layers, mtp_layers=(draft,) * stages)
 
@@ -104,7 +104,7 @@ def _check_keys(data: Mapping[str, Any], findings: Findings) -> None:
         elif key not in _KNOWN:
             findings.add(key, show(data[key]), "no such key", "remove it if it changes nothing in the model")
     for key, value in (keys.FIXED_REQUIRED | keys.FIXED_OPTIONAL).items():
-        if key not in data:
+        if data.get(key) is None:  # transformers writes null for an optional key it does not know
             if key in keys.FIXED_REQUIRED:
                 findings.add(key, "no such key", show(value), "take the key from the model's config.json")
         elif data[key] != value or isinstance(data[key], bool) != isinstance(value, bool):
@@ -113,7 +113,10 @@ def _check_keys(data: Mapping[str, Any], findings: Findings) -> None:
 
 def _token_id(data: Mapping[str, Any], key: str, vocab: int | None, findings: Findings) -> int | None:
     """A token id, or None for null; -1 is transformers' other way to write "none"."""
-    value = data.get(key, "absent")
+    if key not in data:
+        findings.add(key, "no such key", "a token id or null", "take the key from the model's config.json")
+        return None
+    value = data[key]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if value is None or value == -1:
@@ -193,6 +196,7 @@ def _check_sizes(fields: dict[str, Any], has_indexer: bool, findings: Findings) 
     rules = [
         ("num_experts_per_tok", "n_routed_experts", lambda k, e: k <= e, "at most"),
         ("o_groups", "num_attention_heads", lambda g, h: h % g == 0, "a divisor of"),
+        ("num_nextn_predict_layers", "num_hidden_layers", lambda n, layers: n <= layers, "at most"),
     ]
     if has_indexer:
         rules.append(("index_head_dim", "qk_rope_head_dim", lambda d, r: d >= r, "at least"))

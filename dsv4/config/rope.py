@@ -40,7 +40,6 @@ def parse_rope(data: Mapping[str, Any], findings: Findings) -> tuple[float | Non
 
 def parse_rope_dims(data: Mapping[str, Any], head_dim: int | None, findings: Findings) -> int | None:
     """qk_rope_head_dim, given directly or as partial_rotary_factor times head_dim; all given values must agree."""
-    reader = Reader(data, findings)
     nested = data.get("rope_parameters")
     parts = [part for part in nested.values() if isinstance(part, Mapping)] if isinstance(nested, Mapping) else []
     sources = [("partial_rotary_factor", data)] + [("rope_parameters: partial_rotary_factor", part) for part in parts]
@@ -50,17 +49,18 @@ def parse_rope_dims(data: Mapping[str, Any], head_dim: int | None, findings: Fin
         if source.get("partial_rotary_factor") is not None
     }
     if "qk_rope_head_dim" in data or not factors:
-        dims = reader.integer("qk_rope_head_dim", 2)
+        dims = Reader(data, findings).integer("qk_rope_head_dim", 2)
     else:
         factor = Reader({"partial_rotary_factor": next(iter(factors.values()))}, findings).positive(
             "partial_rotary_factor"
         )
-        dims = None if factor is None or head_dim is None else int(head_dim * factor)
+        # 24 * (8 / 24) may land just below 8
+        dims = None if factor is None or head_dim is None else int(head_dim * factor + 1e-6)
     if dims is None or head_dim is None:
         return None
     for label, factor in factors.items():
-        product = head_dim * factor if isinstance(factor, int | float) else -1.0
-        if dims not in (int(product), round(product)):  # 24 * (8 / 24) may land just below 8
+        number = isinstance(factor, int | float) and 0 < factor <= 1
+        if not number or dims != int(head_dim * factor + 1e-6):
             findings.add(label, show(factor), f"{dims}/{head_dim} (qk_rope_head_dim / head_dim)")
     if dims % 2:
         findings.add("qk_rope_head_dim", str(dims), "an even number: RoPE turns pairs")

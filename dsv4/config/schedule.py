@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from dsv4.config.findings import Findings, Reader, show
@@ -88,17 +88,17 @@ def _transformers(data: Mapping[str, Any], trunk: int, findings: Findings) -> li
     return [(KINDS_OF_TRANSFORMERS[name], rates[name]) for name in names]
 
 
-def parse_hash(data: Mapping[str, Any], trunk: int, findings: Findings) -> list[bool] | None:
-    """Per trunk layer, whether its experts come from the token table: the first num_hash_layers, or mlp_layer_types."""
+def parse_hash(data: Mapping[str, Any], trunk: int, findings: Findings) -> Container[int] | None:
+    """The layers whose experts come from the token table: the first num_hash_layers, or those mlp_layer_types names."""
     reader = Reader(data, findings)
     if "mlp_layer_types" not in data:
         count = reader.integer("num_hash_layers", 0)
         if count is not None and count > trunk:
             findings.add("num_hash_layers", str(count), f"at most num_hidden_layers = {trunk}")
-        return None if count is None else [layer < count for layer in range(trunk)]
+        return None if count is None else range(count)
     names = reader.listing("mlp_layer_types", f"one of 'hash_moe', 'moe' per layer ({trunk})", trunk, str)
     if names is None:
         return None
     for name in sorted(set(names) - {"hash_moe", "moe"}):
         findings.add("mlp_layer_types", show(name), "'hash_moe' or 'moe'")
-    return [name == "hash_moe" for name in names]
+    return {layer for layer, name in enumerate(names) if name == "hash_moe"}
