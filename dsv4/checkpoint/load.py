@@ -1,0 +1,187 @@
+"""From a checkpoint to the weights of the model: checked as a whole first, then read tensor by tensor."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from dsv4.checkpoint.faults import Faults
+from dsv4.checkpoint.layout import not_finite
+from dsv4.checkpoint.pack import Conversion, Stack, place, to_nvfp4
+from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan, stack_key
+from dsv4.checkpoint.random import memory_checkpoint
+from dsv4.checkpoint.reader import Checkpoint, TensorSource
+from dsv4.config import ModelConfig
+from dsv4.errors import CheckpointError, ConfigError
+from dsv4.quant.weights import Weight
+
+Policy = Literal["native", "nvfp4"]
+POLICIES = ("native", "nvfp4")
+_WEIGHT_DATA = ("weight", "weight_packed")
+
+
+def load_model_weights(
+    path: str | Path | TensorSource,
+    *,
+    policy: Policy = "native",
+    device: torch.device | str = "cpu",
+    progress: bool | None = None,
+    mtp: bool = False,
+    report: list[Conversion] | None = None,
+) -> tuple[ModelConfig, dict[str, Weight | Tensor]]:
+    """The config and every weight by canonical key.
+
+    Linears are `Weight`s by module path (`layers.0.attn.wq_a`); routed experts are stacked [E, N, K] under
+    `layers.L.ffn.experts.w1|w2|w3`; everything else is a tensor by its full name, F32 where DeepSeek stores F32.
+
+    path: checkpoint folder, .safetensors file, open checkpoint, or "random:tiny".
+    policy: "native" keeps every format; "nvfp4" makes NVFP4 of every large linear, MXFP4 by exact cast.
+    progress: a bar on stderr; None shows it on a terminal only. mtp: load the draft blocks too.
+    report: gets one `Conversion` per linear that the policy covers.
+    Peak memory is the result plus a few copies of the largest single weight. Raises ConfigError or CheckpointError,
+    the latter listing every fault of files, names, shapes, dtypes and scales.
+    """
+    if policy not in POLICIES:
+        raise CheckpointError(f"policy {policy!r} is unknown; expected one of {', '.join(POLICIES)}")
+    faults = Faults()
+    source, config = open_source(path, faults)
+    plan = make_plan(source, config, faults, mtp=mtp, mixed_experts=policy == "nvfp4")
+    if len(faults):
+        _scan_values(plan, faults)
+        faults.raise_if_any(_label(path))
+    loader = _Loader(plan, policy, device, faults, report)
+    with _bar(progress) as bar:
+        task = bar.add_task(f"loading {_label(path)}", total=plan.nbytes)
+        for nbytes in loader.steps():
+            bar.advance(task, nbytes)
+    faults.raise_if_any(_label(path))
+    return config, loader.weights
+
+
+def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[TensorSource, ModelConfig]:
+    """The tensors and config at `path`; faults of the files go to `faults`, so that the caller can add its own."""
+    if isinstance(path, str) and path.startswith("random:"):
+        source: TensorSource = memory_checkpoint(path)
+    elif isinstance(path, str | Path):
+        source = Checkpoint.scan(path, faults)
+    else:
+        source = path
+    try:
+        return source, source.config()
+    except ConfigError as error:
+        if not len(faults):
+            raise
+        faults.add(str(error))
+        faults.raise_if_any(_label(path))
+        raise
+
+
+def read_linear(source: TensorSource, linear: LinearPlan, faults: Faults) -> Weight | None:
+    """The weight as stored, viewing the mapped file; None when its numbers are at fault."""
+    parts = {suffix: source.tensor(entry.name) for suffix, entry in linear.parts.items()}
+    found = linear.layout.value_faults(parts)
+    for fault in found:
+        faults.add(f"{linear.spec.name}.{fault}")
+    return None if found else linear.layout.decode(parts)
+
+
+def read_param(source: TensorSource, param: ParamPlan, config: ModelConfig, faults: Faults) -> Tensor:
+    """The tensor as stored, viewing the mapped file."""
+    tensor = source.tensor(param.entry.name)
+    for fault in not_finite(tensor):
+        faults.add(f"{param.entry.name}: {fault}")
+    if param.spec.stored == "i64" and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= config.n_routed_experts:
+            faults.add(f"{param.entry.name}: expert ids {low}..{high}, expected 0..{config.n_routed_experts - 1}")
+    return tensor
+
+
+class _Loader:
+    """Executes a plan; faults in the numbers are collected, so that all are known at the end."""
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        policy: Policy,
+        device: torch.device | str,
+        faults: Faults,
+        report: list[Conversion] | None,
+    ) -> None:
+        self.plan, self.policy, self.device, self.faults = plan, policy, device, faults
+        self.report = report if report is not None else []
+        self.weights: dict[str, Weight | Tensor] = {}
+        self._stacks: dict[str, Stack] = {}
+
+    def steps(self) -> Iterator[int]:
+        """Loads one group of tensors per step and yields the stored bytes it had."""
+        for param in self.plan.params:
+            self._param(param)
+            yield param.nbytes
+        for group in joint_groups(self.plan.linears):
+            self._group(group)
+            yield sum(linear.nbytes for linear in group)
+        if not len(self.faults):
+            self.weights |= {key: stack.weight() for key, stack in self._stacks.items()}
+
+    def _param(self, param: ParamPlan) -> None:
+        tensor = read_param(self.plan.source, param, self.plan.config, self.faults)
+        # Files saved in one dtype throughout hold these in BF16; widening is exact and spares the layers a case.
+        dtype = {"f32": torch.float32, "i64": torch.int64}.get(param.spec.stored, tensor.dtype)
+        self.weights[param.spec.name] = tensor.to(self.device, dtype, copy=True)
+
+    def _group(self, group: list[LinearPlan]) -> None:
+        specs = {linear.spec.name: linear.spec for linear in group}
+        read = {linear.spec.name: read_linear(self.plan.source, linear, self.faults) for linear in group}
+        weights = {name: weight for name, weight in read.items() if weight is not None}
+        if len(weights) < len(read):
+            return
+        if self.policy == "nvfp4" and group[0].spec.nvfp4:
+            converted, conversions = to_nvfp4(weights)
+            weights = dict(converted)
+            self.report += conversions
+        for name, weight in weights.items():
+            key = stack_key(specs[name])
+            if key == name:
+                self.weights[key] = place(weight, self.device)
+            else:
+                stack = self._stacks.setdefault(key, Stack(self.plan.config.n_routed_experts, self.device))
+                stack.put(int(name.split(".")[-2]), weight)
+
+
+def joint_groups(linears: list[LinearPlan]) -> Iterator[list[LinearPlan]]:
+    """Linears one by one, but w1 with its w3: they feed one GEMM, so their NVFP4 form shares its global."""
+    by_name = {linear.spec.name: linear for linear in linears}
+    for linear in linears:
+        head, _, last = linear.spec.name.rpartition(".")
+        if last == "w3" and f"{head}.w1" in by_name:
+            continue
+        partner = by_name.get(f"{head}.w3") if last == "w1" else None
+        yield [linear] if partner is None else [linear, partner]
+
+
+def _scan_values(plan: LoadPlan, faults: Faults) -> None:
+    """Adds the faults of scales and parameters to those already found; bulk data is left alone, the load has failed."""
+    unreadable = plan.source.unreadable
+    for param in plan.params:
+        if param.entry.name not in unreadable:
+            read_param(plan.source, param, plan.config, faults)
+    for linear in plan.linears:
+        small = {s: e for s, e in linear.parts.items() if s not in _WEIGHT_DATA and e.name not in unreadable}
+        for fault in linear.layout.value_faults({s: plan.source.tensor(e.name) for s, e in small.items()}):
+            faults.add(f"{linear.spec.name}.{fault}")
+
+
+def _label(path: str | Path | TensorSource) -> str:
+    return str(path) if isinstance(path, str | Path) else str(getattr(path, "path", "the checkpoint"))
+
+
+def _bar(wanted: bool | None) -> Progress:
+    show = sys.stderr.isatty() if wanted is None else wanted
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not show)

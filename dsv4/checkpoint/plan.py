@@ -1,0 +1,153 @@
+"""Which stored tensor becomes what: the names of a checkpoint matched with the config, by headers alone.
+
+`make_plan` finds every missing, extra, misshapen or mistyped tensor; load.py, quantize.py and `dsv4 inspect` follow it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dsv4.checkpoint.compressed_tensors import COMPRESSED_TENSORS
+from dsv4.checkpoint.faults import Faults
+from dsv4.checkpoint.fused import SplitExperts
+from dsv4.checkpoint.header import TensorEntry
+from dsv4.checkpoint.layout import Layout, entry_faults
+from dsv4.checkpoint.modelopt import MODELOPT
+from dsv4.checkpoint.names import TensorSpec, canonical_name, expected_tensors, split_part
+from dsv4.checkpoint.official import FP8, MXFP4, PLAIN
+from dsv4.checkpoint.reader import TensorSource
+from dsv4.config import ModelConfig
+
+LAYOUTS: tuple[Layout, ...] = (COMPRESSED_TENSORS, MODELOPT, FP8, MXFP4, PLAIN)  # the first that owns the parts
+_PARAM_DTYPES = {"i64": ("I64", "I32")}
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear weight [N, K] and the stored tensors it is made of, by suffix."""
+
+    spec: TensorSpec
+    layout: Layout
+    parts: dict[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.parts.values())
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One tensor that is used as it is."""
+
+    spec: TensorSpec
+    entry: TensorEntry
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+
+@dataclass
+class LoadPlan:
+    """Everything to load, in the model's order. unused: on-disk names that are known but not asked for (`mtp.*`)."""
+
+    source: TensorSource
+    config: ModelConfig
+    linears: list[LinearPlan] = field(default_factory=list)
+    params: list[ParamPlan] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plan.nbytes for plan in self.items())
+
+    def items(self) -> Iterator[LinearPlan | ParamPlan]:
+        yield from self.params
+        yield from self.linears
+
+
+def stack_key(spec: TensorSpec) -> str:
+    """The key under which a linear is loaded: experts of one projection share `layers.L.ffn.experts.w1`."""
+    if spec.role != "expert":
+        return spec.name
+    head, _, tail = spec.name.rpartition(".experts.")
+    return f"{head}.experts.{tail.rpartition('.')[2]}"
+
+
+def make_plan(
+    source: TensorSource, config: ModelConfig, faults: Faults, *, mtp: bool = False, mixed_experts: bool = False
+) -> LoadPlan:
+    """The plan to load `source`; every header fault goes to `faults` and leaves that tensor out of the plan.
+
+    mtp: the draft blocks are wanted; else their tensors are `unused`, whatever they are.
+    mixed_experts: experts of one projection may differ in format (they will be converted to one).
+    """
+    source = SplitExperts(source)
+    expected = expected_tensors(config, mtp)
+    plan = LoadPlan(source, config)
+    found = _collect(plan, expected, mtp, faults)
+    # Listed by the index, but in a shard whose header cannot be read: reported with that shard, not as missing.
+    lost = {split_part(canonical_name(name))[0] for name in source.unreadable if name not in source.entries}
+    for name, spec in expected.items():
+        parts = found.get(name, {})
+        if name in lost:
+            continue
+        if not parts:
+            if not source.unknown:
+                faults.add(f"{spec.weight_name}: missing, expected shape {list(spec.shape)}")
+        elif spec.role == "param":
+            _plan_param(plan, spec, parts[""], faults)
+        else:
+            _plan_linear(plan, spec, parts, faults)
+    if not mixed_experts:
+        _check_stacks(plan.linears, faults)
+    return plan
+
+
+def _collect(
+    plan: LoadPlan, expected: dict[str, TensorSpec], mtp: bool, faults: Faults
+) -> dict[str, dict[str, TensorEntry]]:
+    """Stored entries by key and part ("" for a parameter); extra names and names that mean the same are faults."""
+    found: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in plan.source.entries.items():
+        canonical = canonical_name(name)
+        if canonical.startswith("mtp.") and not mtp:
+            plan.unused.append(name)
+            continue
+        key, part = split_part(canonical)
+        if key not in expected:
+            faults.add(f"{name}: extra tensor ({entry.dtype} {list(entry.shape)}), the config has no place for it")
+        elif part in found.setdefault(key, {}):
+            faults.add(f"{name}: duplicate, {found[key][part].name} is the same tensor")
+        else:
+            found[key][part] = entry
+    return found
+
+
+def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults) -> None:
+    found = entry_faults(entry, _PARAM_DTYPES.get(spec.stored, ("BF16", "F32")), (spec.shape,))
+    for fault in found:
+        faults.add(fault)
+    if not found:
+        plan.params.append(ParamPlan(spec, entry))
+
+
+def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.owns(parts))
+    found = layout.header_faults(spec.name, (spec.shape[0], spec.shape[1]), parts)
+    for fault in found:
+        faults.add(fault)
+    if not found:
+        plan.linears.append(LinearPlan(spec, layout, parts))
+
+
+def _check_stacks(linears: list[LinearPlan], faults: Faults) -> None:
+    """Experts of one projection are stacked, so they must be stored alike."""
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for linear in linears:
+        if linear.spec.role == "expert":
+            kinds = stacks.setdefault(stack_key(linear.spec), {})
+            kinds.setdefault(linear.layout.signature(linear.parts), []).append(linear.spec.name.split(".")[-2])
+    for key, kinds in stacks.items():
+        if len(kinds) > 1:
+            what = "; ".join(f"{kind}: experts {', '.join(experts)}" for kind, experts in kinds.items())
+            faults.add(f"{key}: experts stored in different formats ({what}); load with weights='nvfp4' to unify them")
