@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dsv4"
 BASE = {"errors"}
 NUMBERS = BASE | {"config", "quant"}
 MODEL = NUMBERS | {"kernels", "kvcache", "layers", "checkpoint", "parallel"}
-ENGINE = MODEL | {"model", "text"}
+ENGINE = MODEL | {"model", "load", "text"}
 EVERYTHING = ENGINE | {"engine", "bench", "testing", "dsv4"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kvcache": NUMBERS | {"kernels"},
     "layers": NUMBERS | {"kernels", "kvcache", "parallel"},
     "model": MODEL,
+    "load": MODEL | {"model"},
     "engine": ENGINE,
     "dsv4": ENGINE | {"engine"},  # dsv4/__init__.py: the public names
     "bench": EVERYTHING,
