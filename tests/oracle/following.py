@@ -4,8 +4,8 @@ Quantisation makes a deep model chaotic: one value that lies within float32 nois
 other side, moves its neighbours by a step of the format, and from there on two right implementations part. So the long
 comparisons do this instead. The engine's quantiser inputs are recorded. Wherever the walk-through would quantise, it
 looks up the row the engine quantised there, demands that it equals its own row within `tolerance`, rounds the
-engine's row by its own definition, and goes on from that. A wrong value is still an error at the first place it appears,
-and a rounding that differs is only accepted where float32 noise explains it.
+engine's row by its own definition, and goes on from that. A wrong value is still an error at the first place it
+appears, and a rounding that differs is only accepted where float32 noise explains it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def official_config(ratios: list[int], **changes: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": 256,
         "index_head_dim": 128,
-        "index_n_heads": 8,
+        "index_n_heads": 16,
         "index_topk": 8,
         "initializer_range": 0.02,
         "max_position_embeddings": 4096,
