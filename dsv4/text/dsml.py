@@ -123,9 +123,9 @@ class BlockScanner:
     def _json(self, key: str, value: str) -> str:
         try:
             json.loads(value, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
             if self._strict:
-                raise _Malformed(f"parameter {key!r} is neither marked as a string nor JSON")
+                raise _Malformed(f"parameter {key!r} is neither marked as a string nor JSON") from error
             return json.dumps(value, ensure_ascii=False)
         return value
 

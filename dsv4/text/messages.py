@@ -180,11 +180,11 @@ def _order_results(turns: list[Turn]) -> list[Turn]:
         if turn.tool_calls:
             ids = [call.get("id") or call["function"].get("id") for call in turn.tool_calls]
             order = {call_id: position for position, call_id in enumerate(ids) if call_id}
-        places = [position for position, block in enumerate(turn.blocks) if block.is_result]
-        blocks = list(turn.blocks)
-        for place, source in zip(
-            places, sorted(places, key=lambda p: order.get(turn.blocks[p].call_id, 0)), strict=True
-        ):
-            blocks[place] = turn.blocks[source]
-        turns[index] = replace(turn, blocks=tuple(blocks))
+        turns[index] = replace(turn, blocks=_in_order(turn.blocks, order))
     return turns
+
+
+def _in_order(blocks: tuple[Block, ...], order: Mapping[str, int]) -> tuple[Block, ...]:
+    """Results sorted among the places that hold results; text stays where it is."""
+    results = iter(sorted((b for b in blocks if b.is_result), key=lambda b: order.get(b.call_id, 0)))
+    return tuple(next(results) if block.is_result else block for block in blocks)

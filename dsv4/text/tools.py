@@ -54,9 +54,9 @@ def tool_calls_segments(tool_calls: Sequence[Mapping[str, Any]]) -> SegmentList:
 
 
 def _arguments(arguments: Any) -> Mapping[str, Any]:
-    if isinstance(arguments, Mapping):
-        return arguments
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments) if arguments is not None else ""
+    if arguments is None or isinstance(arguments, Mapping):
+        return arguments or {}
+    text = arguments if isinstance(arguments, str) else to_json(arguments, "tool-call arguments")
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
