@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4.checkpoint.load import Policy, load_model_weights
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.errors import RequestError
 from dsv4.kernels.linear.linear import linear
@@ -72,7 +73,8 @@ class Model:
         all_logits: bool = False,
         observe: Observe | None = None,
     ) -> Tensor:
-        """Append each (slot, ids [n] i64) to its sequence and return logits: [B, V] f32 of the last rows, or [T, V] of all.
+        """Append each (slot, ids [n] i64) to its sequence and return logits: [B, V] f32 of the last rows, or [T, V] of
+        all.
 
         Prefill, a chunk of one, decode (n = 1) and mixtures are the same call; sequences may have different lengths.
         `observe(name, tensor)` sees the streams [T, M, D] after `layers.L.attn` and `layers.L.ffn`, and `logits`.
@@ -95,8 +97,8 @@ class Model:
         return logits
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:
-        """Teacher-forced logits [T, V] f32 of one sequence: the first `prefill` tokens (default all) in chunks of `chunk`
-        (default one chunk), the rest one by one.
+        """Teacher-forced logits [T, V] f32 of one sequence: the first `prefill` tokens (default all) in chunks of
+        `chunk` (default one chunk), the rest one by one.
         """
         tokens = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         total = len(tokens)
@@ -121,13 +123,14 @@ def load(
     act: str = "bf16",
     kv_quant: bool = True,
     index_quant: bool = True,
-    weights: str = "native",
+    weights: Policy = "native",
 ) -> Model:
-    """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or `random:tiny` (seeded, no file).
+    """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or `random:tiny` (seeded, no
+    file).
 
-    dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4` (W4A4).
-    kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4` (every large
-    linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
+    dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4`
+    (W4A4). kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4`
+    (every large linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
     """
     config, tensors, folder = load_model_weights(path, policy=weights, device=device)
     return Model(config, tensors, Settings.parse(config, dtype, act, kv_quant, index_quant), device=device, path=folder)

@@ -1,7 +1,7 @@
 """What an op is: a contract, a plain PyTorch twin that defines it and, on CUDA tensors, one launch.
 
-On a CPU tensor the op *is* its twin. On a CUDA tensor the kernel runs, unless `DSV4_REF` names the op (or is `all`): that
-swaps the twin in, so a wrong answer is bisected to one op by name.
+On a CPU tensor the op *is* its twin. On a CUDA tensor the kernel runs, unless `DSV4_REF` names the op (or is `all`):
+that swaps the twin in, so a wrong answer is bisected to one op by name.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def twins_on_cuda() -> frozenset[str]:
 def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callable[[F], F]:
     """Make the decorated launcher an op with twin `ref`.
 
-    `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that must
-    agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes allowed. A
-    signature (shapes and dtypes) is checked the first time it is seen. The keyword `out=` receives the result in place.
+    `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that
+    must agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes
+    allowed. A signature (shapes and dtypes) is checked the first time it is seen. The keyword `out=` receives the
+    result in place.
     """
     specs = [(arg, *_parse(spec)) for arg, spec in shapes.items()]
 
@@ -66,8 +67,8 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
 def no_kernel(name: str) -> KernelError:
     """The error of an op that has no CUDA kernel in this build."""
     return KernelError(
-        f"op '{name}' has no CUDA kernel in this build; run it with its PyTorch twin (DSV4_REF={name}, or DSV4_REF=all for "
-        "every op) or load the model with device='cpu'"
+        f"op '{name}' has no CUDA kernel in this build; run it with its PyTorch twin (DSV4_REF={name}, or DSV4_REF=all "
+        "for every op) or load the model with device='cpu'"
     )
 
 

@@ -33,7 +33,9 @@ class LayerCache:
 
 
 class PageTable:
-    """Pages of one kind of compressed layer: the same page number in every such layer's pool. Host side, between steps."""
+    """Pages of one kind of compressed layer: the same page number in every such layer's pool. Host side, between
+    steps.
+    """
 
     def __init__(self, ratio: int, n_pages: int, slots: int):
         self.ratio = ratio
@@ -89,7 +91,9 @@ class KVCache:
     def acquire(self) -> int:
         """An empty slot. A slot's old contents are never read: what a row may see follows from its length alone."""
         if not self._free_slots:
-            raise CapacityError(f"all {self.max_seqs} sequence slots are in use; release one or load with more max_seqs")
+            raise CapacityError(
+                f"all {self.max_seqs} sequence slots are in use; release one or load with more max_seqs"
+            )
         slot = self._free_slots.pop()
         self._used[slot], self._lengths[slot] = True, 0
         return slot

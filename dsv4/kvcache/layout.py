@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dsv4.config import LayerKind
+
+CompressedKind = tuple[LayerKind, int]  # "csa" or "hca", and the ratio: layers of one kind share a page table
 PAGE_ENTRIES = 64  # compressed entries (and their index keys) per page
 
 
@@ -15,6 +18,6 @@ def pages(tokens: int, ratio: int) -> int:
     return -(-entries(tokens, ratio) // PAGE_ENTRIES)
 
 
-def state_tokens(kind: str, ratio: int) -> int:
+def state_tokens(kind: LayerKind, ratio: int) -> int:
     """Tokens the compressor's running state holds per slot: two windows for CSA, whose entries overlap, one for HCA."""
     return 2 * ratio if kind == "csa" else ratio

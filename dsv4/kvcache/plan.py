@@ -1,4 +1,4 @@
-"""One step as row numbers: which cache rows every token reads and writes. Made once on the host, shared by all layers."""
+"""One step as row numbers: which cache rows each token reads and writes. Made once on the host, for all layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from dsv4.errors import RequestError
 from dsv4.kernels.compress.rows import CompressRows
 from dsv4.kvcache.cache import KVCache, PageTable
-from dsv4.kvcache.layout import entries, state_tokens
+from dsv4.kvcache.layout import CompressedKind, entries, state_tokens
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` new tokens of the sequence in `slot`, at positions start .. start+length-1, rows first .. first+length-1."""
+    """`length` new tokens of the sequence in `slot`, at positions start .. start+length-1, rows first ..
+    first+length-1.
+    """
 
     slot: int
     start: int
@@ -59,7 +61,7 @@ class Plan:
     tokens: Tensor  # [T] i64
     positions: Tensor  # [T] i64
     window: WindowRows
-    compressed: dict[tuple[str, int], CompressedRows]
+    compressed: dict[CompressedKind, CompressedRows]
     spans: list[tuple[int, int]]  # first and last+1 row of each sequence
 
     @property
@@ -135,7 +137,7 @@ def _window(segments: list[Segment], positions: Tensor, size: int) -> WindowRows
 
 
 def _compressed(
-    segments: list[Segment], positions: Tensor, table: PageTable, kind: tuple[str, int], cache: KVCache
+    segments: list[Segment], positions: Tensor, table: PageTable, kind: CompressedKind, cache: KVCache
 ) -> CompressedRows:
     ratio = table.ratio
     visible = (positions + 1) // ratio
@@ -152,9 +154,7 @@ def _compressed(
     return CompressedRows(_compress_rows(segments, positions, table, kind), visible, rows, all_rows, most)
 
 
-def _compress_rows(
-    segments: list[Segment], positions: Tensor, table: PageTable, kind: tuple[str, int]
-) -> CompressRows:
+def _compress_rows(segments: list[Segment], positions: Tensor, table: PageTable, kind: CompressedKind) -> CompressRows:
     ratio, n = table.ratio, state_tokens(*kind)
     write_rows, write_to = _ring_write(segments, n)
     from_state = all(s.length == 1 for s in segments)

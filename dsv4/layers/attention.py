@@ -23,10 +23,17 @@ from dsv4.layers.step import Step
 
 
 class Attention:
-    """`layers.L.attn`. Kinds: window only; HCA adds every visible entry of its compressor; CSA those its indexer picks."""
+    """`layers.L.attn`. Kinds: window only; HCA adds every visible entry of its compressor; CSA those its indexer
+    picks.
+    """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
-        self.spec, self.heads, self.head_dim, self.eps = spec, config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        self.spec, self.heads, self.head_dim, self.eps = (
+            spec,
+            config.num_attention_heads,
+            config.head_dim,
+            config.rms_norm_eps,
+        )
         self.dtype, self.kv_quant = settings.dtype, settings.kv_quant
         act = settings.act
         self.in_proj = linear_operand(scope.weight("wq_a"), scope.weight("wkv"), act=act)

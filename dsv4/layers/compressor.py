@@ -12,7 +12,9 @@ from dsv4.layers.step import Step
 
 
 class Compressor:
-    """Pools windows of `ratio` tokens into entries and appends them to the cache; its projections are done by the caller."""
+    """Pools windows of `ratio` tokens into entries and appends them to the cache; its projections are done by the
+    caller.
+    """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings, *, index: bool):
         self.kind = (spec.kind, spec.ratio)

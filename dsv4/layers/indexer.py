@@ -25,7 +25,8 @@ class Indexer:
         self.quantize = settings.index_quant
 
     def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk] i64.
+        """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk]
+        i64.
 
         The index keys are always appended; scoring is skipped while every visible entry is taken anyway.
         """

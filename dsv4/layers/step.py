@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.kvcache import Plan
+from dsv4.kvcache.layout import CompressedKind
 from dsv4.layers.rotary import cis, frequencies
 
 RopeKey = tuple[float, object]
@@ -19,14 +20,16 @@ class Rotaries:
     def __init__(self, config: ModelConfig, device: str):
         keys = {rope_key(spec): spec for spec in config.layers}
         self.freqs = {
-            key: frequencies(spec.rope_theta, config.qk_rope_head_dim, spec.yarn).to(device) for key, spec in keys.items()
+            key: frequencies(spec.rope_theta, config.qk_rope_head_dim, spec.yarn).to(device)
+            for key, spec in keys.items()
         }
         self.kinds = {(spec.kind, spec.ratio): rope_key(spec) for spec in config.layers if spec.ratio}
 
     def step(self, plan: Plan) -> Step:
         tokens = {key: cis(plan.positions, freqs) for key, freqs in self.freqs.items()}
         entries = {
-            kind: cis(plan.compressed[kind].compress.entry_positions, self.freqs[key]) for kind, key in self.kinds.items()
+            kind: cis(plan.compressed[kind].compress.entry_positions, self.freqs[key])
+            for kind, key in self.kinds.items()
         }
         return Step(plan, tokens, entries)
 
@@ -41,7 +44,7 @@ class Step:
 
     plan: Plan
     token_cis: dict[RopeKey, Tensor]  # [T, R/2] complex64 at each token's position
-    entry_cis: dict[tuple[str, int], Tensor]  # [Ne, R/2] at each completed entry's first token
+    entry_cis: dict[CompressedKind, Tensor]  # [Ne, R/2] at each completed entry's first token
 
     def cis(self, spec: LayerSpec) -> Tensor:
         return self.token_cis[rope_key(spec)]

@@ -13,7 +13,8 @@ from dsv4.kernels.rope.rope_ref import rope_ref
 def pool_ref(source: Tensor, items: Tensor, width: int) -> Tensor:
     """source [N, 2*C] f32 = (u | g); items [Ne, n] i64 rows of it, -1 = absent -> [Ne, width] f32.
 
-    C = 2 * width (CSA): the older half of the items gives its channels [:width], the newer half [width:]. C = width: HCA.
+    C = 2 * width (CSA): the older half of the items gives its channels [:width], the newer half [width:]. C = width:
+    HCA.
     """
     channels = source.shape[-1] // 2
     absent = (items < 0).unsqueeze(-1)

@@ -11,14 +11,17 @@ from torch import Tensor
 class CompressRows:
     """Row numbers (int64) for a step of T tokens that completes Ne entries of ratio m.
 
-    The state ring holds `n` tokens per slot (2m for CSA, whose entries overlap; m for HCA), token t at slot * n + t mod n.
+    The state ring holds `n` tokens per slot (2m for CSA, whose entries overlap; m for HCA), token t at slot * n + t
+    mod n.
     """
 
     phase: Tensor  # [T] t mod m: the row of `ape`
     write_rows: Tensor  # [Tw] tokens of this step that stay in the state
     write_to: Tensor  # [Tw] their rows in the flattened state [S*n, ...]
     from_state: bool  # every token an entry needs is in the state once this step's tokens are written (decode)
-    history: Tensor  # [Nh] state rows read before writing; entries index (history | this step's tokens) unless from_state
+    history: (
+        Tensor  # [Nh] state rows read before writing; entries index (history | this step's tokens) unless from_state
+    )
     items: Tensor  # [Ne, n] rows pooled into each entry, oldest first; -1 = before the sequence began
     entry_positions: Tensor  # [Ne] position of each entry's first token (its RoPE position)
     entry_to: Tensor  # [Ne] rows in the flattened page pool [P*64, ...]

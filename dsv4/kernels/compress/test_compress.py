@@ -27,7 +27,9 @@ def entry_by_definition(u, g, ape, weight, i, ratio, overlap):
     p = torch.softmax(torch.stack([score for score, _ in items]), dim=0)
     pooled = (p * torch.stack([value for _, value in items])).sum(0)
     x = pooled / (pooled.square().mean() + EPS).sqrt() * weight.double()
-    pairs = torch.view_as_complex(x[-16:].view(-1, 2).contiguous()) * cis_at(torch.tensor([ratio * i]))[0].to(torch.complex128)
+    pairs = torch.view_as_complex(x[-16:].view(-1, 2).contiguous()) * cis_at(torch.tensor([ratio * i]))[0].to(
+        torch.complex128
+    )
     return torch.cat([x[:-16], torch.view_as_real(pairs).flatten()])
 
 
@@ -42,8 +44,8 @@ def run(u, g, ape, weight, kind, chunks, slot=1):
         positions = torch.arange(start, start + length)
         rows = _compress_rows([Segment(slot, start, length, 0)], positions, table, kind)
         compress(
-            u[start : start + length], g[start : start + length], ape, weight, state, pool, rows, cis_at(rows.entry_positions),
-            eps=EPS, dtype=torch.float32, index=False, quantize=False,
+            u[start : start + length], g[start : start + length], ape, weight, state, pool, rows,
+            cis_at(rows.entry_positions), eps=EPS, dtype=torch.float32, index=False, quantize=False,
         )  # fmt: skip
         start += length
     return pool.view(-1, WIDTH)[table.rows(slot, 0, start // ratio)]

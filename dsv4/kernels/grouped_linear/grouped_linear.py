@@ -11,6 +11,7 @@ from dsv4.kernels.op import no_kernel, op
 def grouped_linear(o: Tensor, operand: GroupedOperand) -> Tensor:
     """out[t, g*r + i] = sum_k o[t, g*K + k] * wo_a[g*r + i, k].
 
-    o [T, G*K] bf16|f32 (heads in order, H/G of them per group) -> [T, G*r] in o's dtype, float32 accumulation, one rounding.
+    o [T, G*K] bf16|f32 (heads in order, H/G of them per group) -> [T, G*r] in o's dtype, float32 accumulation, one
+    rounding.
     """
     raise no_kernel("grouped_linear")

@@ -10,7 +10,9 @@ from dsv4.quant import nvfp4
 from dsv4.quant.weights import FP8Weight, NVFP4Weight, PlainWeight
 
 
-@pytest.mark.parametrize(("groups", "rank", "width"), [(8, 1024, 512), (16, 32, 64), (2, 24, 240)])  # 8 groups of 1024: Flash
+@pytest.mark.parametrize(
+    ("groups", "rank", "width"), [(8, 1024, 512), (16, 32, 64), (2, 24, 240)]
+)  # 8 groups of 1024: Flash
 def test_equals_one_product_per_group(groups, rank, width):
     g = torch.Generator().manual_seed(groups)
     w, o = torch.randn(groups * rank, width, generator=g) * width**-0.5, torch.randn(3, groups * width, generator=g)

@@ -1,5 +1,7 @@
 """Twin of index_topk."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,15 @@ def index_scores_ref(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     return (dots * weights.unsqueeze(-1)).sum(1)
 
 
-def index_topk_ref(q: Tensor, weights: Tensor, keys: Tensor, entries: Tensor, visible: Tensor, segments, topk: int) -> Tensor:
+def index_topk_ref(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    entries: Tensor,
+    visible: Tensor,
+    segments: Sequence[tuple[int, int]],
+    topk: int,
+) -> Tensor:
     flat = keys.view(-1, keys.shape[-1])
     picked = []
     for sequence, (first, last) in enumerate(segments):

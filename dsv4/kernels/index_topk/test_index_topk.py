@@ -41,5 +41,7 @@ def test_negative_head_weights_count():
 def test_nan_in_a_hidden_entry_does_not_leak():
     keys = torch.zeros(1, 4, 8)
     keys[0, 3] = float("nan")
-    got = index_topk(torch.ones(1, 1, 8), torch.ones(1, 1), keys, torch.arange(4).unsqueeze(0), torch.tensor([3]), [(0, 1)], 4)
+    got = index_topk(
+        torch.ones(1, 1, 8), torch.ones(1, 1), keys, torch.arange(4).unsqueeze(0), torch.tensor([3]), [(0, 1)], 4
+    )
     assert got.tolist() == [[0, 1, 2, -1]]

@@ -17,7 +17,15 @@ def kv_entry_ref(kv: Tensor, weight: Tensor, cis: Tensor, eps: float, quantize: 
 
 
 def kv_append_ref(
-    kv: Tensor, weight: Tensor, cis: Tensor, ring: Tensor, write_rows: Tensor, write_to: Tensor, *, eps: float, quantize: bool
+    kv: Tensor,
+    weight: Tensor,
+    cis: Tensor,
+    ring: Tensor,
+    write_rows: Tensor,
+    write_to: Tensor,
+    *,
+    eps: float,
+    quantize: bool,
 ) -> Tensor:
     entry = kv_entry_ref(kv, weight, cis, eps, quantize)
     ring.view(-1, ring.shape[-1])[write_to] = entry if len(write_rows) == len(entry) else entry[write_rows]

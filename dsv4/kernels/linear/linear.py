@@ -12,7 +12,7 @@ from dsv4.kernels.op import no_kernel, op
 def linear(x: Tensor, operand: LinearOperand, dtype: torch.dtype | None = None) -> list[Tensor]:
     """x @ W_i^T for every weight of the operand.
 
-    x [..., K] bf16|f32 -> [[..., N_i]] in `dtype` (default: x's). The input is quantised once per treatment (operand.treat);
-    accumulation is float32, NVFP4's global scale applies there, and each output is rounded once.
+    x [..., K] bf16|f32 -> [[..., N_i]] in `dtype` (default: x's). The input is quantised once per treatment
+    (operand.treat); accumulation is float32, NVFP4's global scale applies there, and each output is rounded once.
     """
     raise no_kernel("linear")

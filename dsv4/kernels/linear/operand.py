@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.quant import fp8, nvfp4
-from dsv4.quant.weights import Weight
+from dsv4.quant.weights import NVFP4Weight, Weight
 
 Act = Literal["bf16", "fp8", "nvfp4"]
 Treatment = Literal["none", "fp8", "nvfp4"]
@@ -20,8 +20,9 @@ ACTS: tuple[Act, ...] = ("bf16", "fp8", "nvfp4")
 def treatment(format: str, act: Act) -> Treatment:
     """How the input of a weight stored as `format` is quantised under activation mode `act`.
 
-    FP8 weights meet FP8 inputs (1x128) in both quantised modes, as the checkpoint's own recipe says; 4-bit weights meet FP8
-    inputs under `fp8` (DeepSeek's script) and NVFP4 inputs under `nvfp4` (W4A4). Plain weights never quantise their input.
+    FP8 weights meet FP8 inputs (1x128) in both quantised modes, as the checkpoint's own recipe says; 4-bit weights
+    meet FP8 inputs under `fp8` (DeepSeek's script) and NVFP4 inputs under `nvfp4` (W4A4). Plain weights never quantise
+    their input.
     """
     if act == "bf16" or format in ("bf16", "f32"):
         return "none"
@@ -31,8 +32,8 @@ def treatment(format: str, act: Act) -> Treatment:
 def treat(x: Tensor, how: Treatment) -> Tensor:
     """The values the multiplication sees: x [..., K] bf16|f32 -> [..., K] float32.
 
-    `fp8`: E4M3 in groups of 128 with power-of-two scales. `nvfp4`: E2M1 in blocks of 16 with E4M3 scales and one float32
-    global per row, so that a row's result never depends on the rows beside it.
+    `fp8`: E4M3 in groups of 128 with power-of-two scales. `nvfp4`: E2M1 in blocks of 16 with E4M3 scales and one
+    float32 global per row, so that a row's result never depends on the rows beside it.
     """
     if how == "fp8":
         return fp8.act_fake_quant(x, 128).float()
@@ -42,19 +43,52 @@ def treat(x: Tensor, how: Treatment) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LinearOperand:
-    """Weights [N_i, K] that share their input; `dense` is what the CPU multiplies with: float32 [sum N, K] per treatment.
-
-    Products of E2M1, E4M3 and E8M0 are exact in float32; only NVFP4's float32 global rounds (2^-24) when folded in here.
+class Dense:
+    """A matrix as the CPU multiplies with it: values [..., N, K] in BF16 where that is exact (half the bytes to read),
+    else float32, and `alpha` [..., N] float32, or None for one: the factor the float32 accumulator takes (NVFP4's
+    global).
     """
+
+    values: Tensor
+    alpha: Tensor | None
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32."""
+        y = torch.nn.functional.linear(x, self.values.float())
+        return y if self.alpha is None else y.mul_(self.alpha)
+
+
+def dense(*weights: Weight) -> Dense:
+    """Join weights [..., N_i, K] row-wise. E2M1 * E4M3 and E4M3 * 2^n are exact in BF16; only globals need `alpha`."""
+    parts, alphas = zip(*map(_exact, weights), strict=True)
+    dtype = torch.bfloat16 if all(p.dtype == torch.bfloat16 for p in parts) else torch.float32
+    values = torch.cat([p.to(dtype) for p in parts], dim=-2)
+    if all(a is None for a in alphas):
+        return Dense(values, None)
+    rows = [
+        torch.ones(p.shape[:-1], device=p.device) if a is None else a.unsqueeze(-1).expand(p.shape[:-1])
+        for p, a in zip(parts, alphas, strict=True)
+    ]
+    return Dense(values, torch.cat(rows, dim=-1))
+
+
+def _exact(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    values = weight.dequantize(torch.float32)
+    if torch.equal(values.bfloat16().float(), values):
+        return values.bfloat16(), None
+    if isinstance(weight, NVFP4Weight):
+        one = torch.ones_like(weight.global_scale)
+        return nvfp4.dequantize(weight.codes, weight.scale, one, torch.bfloat16), weight.global_scale
+    return values, None
+
+
+@dataclass(frozen=True)
+class LinearOperand:
+    """Weights [N_i, K] that share their input; per treatment of that input, one joined matrix."""
 
     weights: tuple[Weight, ...]
     treatments: tuple[Treatment, ...]
-    dense: dict[Treatment, Tensor]
-
-    @property
-    def in_features(self) -> int:
-        return self.weights[0].shape[-1]
+    joined: dict[Treatment, Dense]
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +102,8 @@ def linear_operand(*weights: Weight, act: Act, weight_only: bool = False) -> Lin
     if len(widths) != 1:
         raise KernelError(f"linear: projections that share an input must have one K, got {sorted(widths)}")
     treatments = tuple("none" if weight_only else treatment(w.format, act) for w in weights)
-    dense = {
-        how: torch.cat([w.dequantize(torch.float32) for w, t in zip(weights, treatments, strict=True) if t == how])
+    joined = {
+        how: dense(*(w for w, t in zip(weights, treatments, strict=True) if t == how))
         for how in dict.fromkeys(treatments)
     }
-    return LinearOperand(weights, treatments, dense)
+    return LinearOperand(weights, treatments, joined)

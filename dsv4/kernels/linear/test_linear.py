@@ -9,7 +9,12 @@ from dsv4.kernels.linear.operand import linear_operand, treatment
 from dsv4.quant import fp8, nvfp4
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight
 
-SHAPES = [(1024 + 512, 256), (2048, 512), (40, 128), (24, 96)]  # Flash wq_a|wkv rows at a narrow K; shared expert; small, ragged
+SHAPES = [
+    (1024 + 512, 256),
+    (2048, 512),
+    (40, 128),
+    (24, 96),
+]  # Flash wq_a|wkv rows at a narrow K; shared expert; small, ragged
 
 
 def weights_of(n, k, seed=0):
@@ -45,7 +50,9 @@ def test_equals_float64_of_its_operands(act, format, n, k):
 
 def test_treatments():
     assert [treatment(f, "fp8") for f in ("nvfp4", "mxfp4", "fp8", "bf16", "f32")] == ["fp8"] * 3 + ["none"] * 2
-    assert [treatment(f, "nvfp4") for f in ("nvfp4", "mxfp4", "fp8", "bf16", "f32")] == ["nvfp4", "nvfp4", "fp8"] + ["none"] * 2
+    assert [treatment(f, "nvfp4") for f in ("nvfp4", "mxfp4", "fp8", "bf16", "f32")] == ["nvfp4", "nvfp4", "fp8"] + [
+        "none"
+    ] * 2
     assert {treatment(f, "bf16") for f in ("nvfp4", "mxfp4", "fp8", "bf16", "f32")} == {"none"}
 
 

@@ -6,7 +6,11 @@ from dsv4.kernels.mhc_pre.mhc_pre_ref import mhc_pre_ref
 from dsv4.kernels.op import no_kernel, op
 
 
-@op("mhc_pre", ref=mhc_pre_ref, shapes={"h": "T M D : bf16 f32", "fn": "O MD : f32", "base": "O : f32", "scale": "3 : f32"})
+@op(
+    "mhc_pre",
+    ref=mhc_pre_ref,
+    shapes={"h": "T M D : bf16 f32", "fn": "O MD : f32", "base": "O : f32", "scale": "3 : f32"},
+)
 def mhc_pre(
     h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, sinkhorn_iters: int, hc_eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

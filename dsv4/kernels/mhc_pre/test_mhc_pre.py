@@ -25,8 +25,8 @@ def test_sinkhorn_check_values():
             [0.104941, 0.315853, 0.361924, 0.217281],
         ]
     )
-    assert (sinkhorn_ref(logits.double(), 20, 1e-6) - expected).abs().max() < 1e-6
-    assert (sinkhorn_ref(logits, 20, 1e-6) - expected).abs().max() < 2e-6
+    assert (sinkhorn_ref(logits.double().unsqueeze(0), 20, 1e-6) - expected).abs().max() < 1e-6
+    assert (sinkhorn_ref(logits.unsqueeze(0), 20, 1e-6) - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("width", [96, 4096, 7168])
@@ -49,7 +49,9 @@ def test_equals_float64(width):
 
 def test_comb_is_doubly_stochastic():
     h, fn, base, scale = site(4, 4096, rows=64, seed=3)
-    base = base * 0.3  # 20 iterations reach 1e-5 on rows only when the logits are not extreme; columns come last and always do
+    base = (
+        base * 0.3
+    )  # 20 iterations reach 1e-5 on rows only when the logits are not extreme; columns come last and always do
     _, _, comb = mhc_pre(h, fn, base, scale * 0.3, sinkhorn_iters=20, hc_eps=1e-6, norm_eps=1e-6)
     assert (comb.sum(1) - 1).abs().max() < 1e-5
     assert (comb.sum(2) - 1).abs().max() < 1e-5

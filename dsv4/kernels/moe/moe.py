@@ -12,7 +12,8 @@ def moe(x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared
     """sum_k w2[e_k] . (weights_k * silu(min(w1[e_k] x, limit)) * clamp(w3[e_k] x, +-limit)) + shared.
 
     x [T, D], ids [T, K] i64, weights [T, K] f32, shared [T, D] (the shared expert's output) -> [T, D] in x's dtype.
-    Gate and up are rounded to x's dtype, clamp and SwiGLU are float32, the routing weight comes before the rounding (and, when
-    quantised, before the quantisation) of w2's input; the K outputs and the shared one are added in float32 and rounded once.
+    Gate and up are rounded to x's dtype, clamp and SwiGLU are float32, the routing weight comes before the rounding
+    (and, when quantised, before the quantisation) of w2's input; the K outputs and the shared one are added in float32
+    and rounded once.
     """
     raise no_kernel("moe")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from dsv4.kernels.linear.operand import Act, Treatment, treatment
+from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense, treatment
 from dsv4.quant.weights import Weight
 
 
 @dataclass(frozen=True)
 class ExpertsOperand:
-    """w1 (gate), w3 (up) [E, F, D] and w2 (down) [E, D, F]; `w13` [E, 2F, D] and `w2_dense` float32 for the CPU."""
+    """w1 (gate), w3 (up) [E, F, D] and w2 (down) [E, D, F]; `w13` [E, 2F, D] and `down` are what the CPU multiplies
+    with.
+    """
 
     w1: Weight
     w2: Weight
     w3: Weight
     in_treatment: Treatment
     mid_treatment: Treatment
-    w13: Tensor
-    w2_dense: Tensor
+    w13: Dense
+    down: Dense
 
     @property
     def nbytes(self) -> int:
@@ -30,7 +29,5 @@ class ExpertsOperand:
 
 def experts_operand(w1: Weight, w2: Weight, w3: Weight, *, act: Act) -> ExpertsOperand:
     """Join the projections of E experts."""
-    w13 = torch.cat([w1.dequantize(torch.float32), w3.dequantize(torch.float32)], dim=-2)
-    return ExpertsOperand(
-        w1, w2, w3, treatment(w1.format, act), treatment(w2.format, act), w13, w2.dequantize(torch.float32).contiguous()
-    )
+    treatments = treatment(w1.format, act), treatment(w2.format, act)
+    return ExpertsOperand(w1, w2, w3, *treatments, dense(w1, w3), dense(w2))

@@ -7,5 +7,5 @@ from dsv4.kernels.rope.rope_ref import rope_ref
 
 
 def q_norm_rope_ref(q: Tensor, cis: Tensor, eps: float) -> Tensor:
-    q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)
-    return rope_ref(q, cis)
+    mean = q.square().float().mean(-1, keepdim=True).to(q.dtype)  # a BF16 mean on CPU would round its partial sums too
+    return rope_ref(q * torch.rsqrt((mean + eps).float()).to(q.dtype), cis)

@@ -12,7 +12,8 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] f32 -> ids [T, K] i64, weights [T, K] f32.
 
-    s = sqrt(softplus(logits)). Score layers: the K best of s + bias [E] f32, equal values: the lower expert wins. Hash layers:
-    ids = tid2eid[tokens], tid2eid [V, K] i64, tokens [T] i64, and no bias. weights = s / sum(s) * route_scale, unbiased.
+    s = sqrt(softplus(logits)). Score layers: the K best of s + bias [E] f32, equal values: the lower expert wins. Hash
+    layers: ids = tid2eid[tokens], tid2eid [V, K] i64, tokens [T] i64, and no bias. weights = s / sum(s) * route_scale,
+    unbiased.
     """
     raise no_kernel("router")

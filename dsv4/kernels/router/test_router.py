@@ -1,4 +1,6 @@
-"""router against a scalar walk: bias selects but never weighs, hash layers use learned scores, ties go to the lower expert."""
+"""router against a scalar walk: bias selects but never weighs, hash layers use learned scores, ties go to the lower
+expert.
+"""
 
 import math
 

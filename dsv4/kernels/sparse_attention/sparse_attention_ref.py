@@ -9,7 +9,9 @@ ROWS_AT_ONCE = 64  # bounds the gathered [rows, entries, Dh] copy on long prefil
 
 
 def _rows_ref(q: Tensor, kv: Tensor, absent: Tensor, sink: Tensor, scale: float) -> Tensor:
-    kv = kv.float().masked_fill(absent.unsqueeze(-1), 0)  # an absent row must not leak what lies there, not even as NaN * 0
+    kv = kv.float().masked_fill(
+        absent.unsqueeze(-1), 0
+    )  # an absent row must not leak what lies there, not even as NaN * 0
     logits = torch.bmm(q.float(), kv.transpose(1, 2)) * scale
     logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
     sink = sink.view(1, -1, 1)
