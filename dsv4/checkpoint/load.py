@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,7 +22,16 @@ from dsv4.quant.weights import Weight
 
 Policy = Literal["native", "nvfp4"]
 POLICIES = ("native", "nvfp4")
+NANO = Path(__file__).resolve().parents[1] / "models" / "nano"
 _WEIGHT_DATA = ("weight", "weight_packed")
+
+
+class LoadedModel(NamedTuple):
+    """weights: by canonical key. folder: where the tokenizer and config.json lie; None for weights without a file."""
+
+    config: ModelConfig
+    weights: dict[str, Weight | Tensor]
+    folder: Path | None
 
 
 def load_model_weights(
@@ -33,13 +42,13 @@ def load_model_weights(
     progress: bool | None = None,
     mtp: bool = False,
     report: list[Conversion] | None = None,
-) -> tuple[ModelConfig, dict[str, Weight | Tensor]]:
-    """The config and every weight by canonical key.
+) -> LoadedModel:
+    """The config, every weight by canonical key, and the folder they came from.
 
     Linears are `Weight`s by module path (`layers.0.attn.wq_a`); routed experts are stacked [E, N, K] under
     `layers.L.ffn.experts.w1|w2|w3`; everything else is a tensor by its full name, F32 where DeepSeek stores F32.
 
-    path: checkpoint folder, .safetensors file, open checkpoint, or "random:tiny".
+    path: checkpoint folder, .safetensors file, open checkpoint, "nano" (the embedded model) or "random:tiny".
     policy: "native" keeps every format; "nvfp4" makes NVFP4 of every large linear, MXFP4 by exact cast.
     progress: a bar on stderr; None shows it on a terminal only. mtp: load the draft blocks too.
     report: gets one `Conversion` per linear that the policy covers.
@@ -60,13 +69,15 @@ def load_model_weights(
         for nbytes in loader.steps():
             bar.advance(task, nbytes)
     faults.raise_if_any(_label(path))
-    return config, loader.weights
+    return LoadedModel(config, loader.weights, source.path if isinstance(source, Checkpoint) else None)
 
 
 def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[TensorSource, ModelConfig]:
     """The tensors and config at `path`; faults of the files go to `faults`, so that the caller can add its own."""
     if isinstance(path, str) and path.startswith("random:"):
         source: TensorSource = memory_checkpoint(path)
+    elif path == "nano":
+        source = Checkpoint.scan(NANO, faults)
     elif isinstance(path, str | Path):
         source = Checkpoint.scan(path, faults)
     else:
