@@ -57,47 +57,43 @@ def component_of(spec: TensorSpec) -> str:
     return "draft" if spec.block.startswith("mtp.") else spec.component
 
 
-def read_share(spec: TensorSpec, config: ModelConfig) -> tuple[int, int]:
-    """(a, b): one decoded token reads a/b of this tensor. Experts: K of E. Tables: one row of V. Draft: none."""
-    if spec.block.startswith("mtp."):
-        return 0, 1
-    if spec.role == "expert":
-        return config.num_experts_per_tok, config.n_routed_experts
-    return (1, config.vocab_size) if spec.component in ("embedding", "hash_table") else (1, 1)
-
-
 @dataclass(frozen=True)
 class Read:
-    """Bytes of weights one decoded token reads at batch 1.
+    """What one decoded token reads of the weights at batch 1, in bytes (or, for `Sizes.active_linears`, in weights).
 
-    linears: the matrix products, scales included. mhc: the FP32 hyper-connection tensors. other: ape, norms, sinks,
-    biases, one row of each table. by_component splits the total.
+    linears: the matrix products by component, scales included. mhc: the FP32 hyper-connection tensors. other: ape,
+    norms, sinks, biases, one row of each table.
     """
 
-    linears: int
+    linears: dict[str, int]
     mhc: int
     other: int
-    by_component: dict[str, int]
 
     @property
     def floor(self) -> int:
-        """Linears and mHC: what bounds the step; the rest is a thousandth and mostly stays in cache."""
-        return self.linears + self.mhc
+        """Linears and mHC: what bounds the step. The rest is a thousandth of it and mostly stays in cache."""
+        return sum(self.linears.values()) + self.mhc
 
     @property
     def total(self) -> int:
-        return self.linears + self.mhc + self.other
+        return self.floor + self.other
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything counted from one config. parameters: by component. resident, read: by scheme."""
+    """Everything counted from one config.
+
+    parameters: by component. active: parameters one token uses, with K of E experts, the head, and one row of the
+    embedding table. active_linears: the matrix products among them, by component. draft_step_linears: linear
+    parameters one pass over the draft stages uses, without the shared head. resident, read: bytes by scheme.
+    """
 
     parameters: dict[str, int]
     active: int
+    active_linears: dict[str, int]
+    draft_step_linears: int
     resident: dict[str, dict[str, int]]
     read: dict[str, Read]
-    draft_step_linears: int
 
     @property
     def draft(self) -> int:
@@ -109,58 +105,52 @@ class Sizes:
 
 
 def count(config: ModelConfig) -> Sizes:
-    """Count parameters, and bytes under every scheme.
-
-    active: parameters one token uses, with K of E experts, the head, and one row of the embedding table.
-    draft_step_linears: linear parameters one pass over the draft stages reads, without the shared head.
-    """
+    """Count parameters, and bytes under every scheme."""
     specs = list(expected_tensors(config, mtp=True).values())
     parameters = dict.fromkeys(COMPONENTS, 0)
-    active = draft_step = 0
     for spec in specs:
-        if spec.component == "hash_table":
-            continue
-        parameters[component_of(spec)] += spec.numel
-        used, out_of = read_share(spec, config)
-        active += spec.numel * used // out_of if spec.role != "expert" else 0
-        if component_of(spec) == "draft" and spec.role == "linear":
-            draft_step += spec.numel
-    one_expert = 3 * config.moe_intermediate_size * config.hidden_size
-    active += len(config.layers) * config.num_experts_per_tok * one_expert
-    draft_step += len(config.mtp_layers) * config.num_experts_per_tok * one_expert
-    resident = {scheme: _resident(specs, form) for scheme, form in SCHEMES.items()}
-    read = {scheme: _read(specs, form, config) for scheme, form in SCHEMES.items()}
-    return Sizes(parameters, active, resident, read, draft_step)
+        parameters[component_of(spec)] += spec.numel if spec.component != "hash_table" else 0
+    used = sum_read(((spec, spec.numel) for spec in specs if spec.component != "hash_table"), config)
+    experts = config.num_experts_per_tok * 3 * config.moe_intermediate_size * config.hidden_size
+    draft_step = sum(spec.numel for spec in specs if component_of(spec) == "draft" and spec.role == "linear")
+    draft_step += len(config.mtp_layers) * experts
+    sized = {
+        scheme: [(spec, format_bytes(spec.shape, form(spec))) for spec in specs] for scheme, form in SCHEMES.items()
+    }
+    return Sizes(
+        parameters,
+        used.total,
+        used.linears,
+        draft_step,
+        {scheme: _by_component(stored) for scheme, stored in sized.items()},
+        {scheme: sum_read(stored, config) for scheme, stored in sized.items()},
+    )
 
 
-def _resident(specs: Iterable[TensorSpec], form: Callable[[TensorSpec], Format]) -> dict[str, int]:
+def _by_component(stored: Iterable[tuple[TensorSpec, int]]) -> dict[str, int]:
     sizes = dict.fromkeys(COMPONENTS, 0)
-    for spec in specs:
-        sizes[component_of(spec)] += format_bytes(spec.shape, form(spec))
+    for spec, nbytes in stored:
+        sizes[component_of(spec)] += nbytes
     return sizes
-
-
-def _read(specs: Iterable[TensorSpec], form: Callable[[TensorSpec], Format], config: ModelConfig) -> Read:
-    return sum_read(((spec, format_bytes(spec.shape, form(spec))) for spec in specs), config)
 
 
 def sum_read(stored: Iterable[tuple[TensorSpec, int]], config: ModelConfig) -> Read:
     """The Read of tensors given with their stored bytes (from a scheme, or from the headers of a checkpoint)."""
-    groups = {"linears": 0, "mhc": 0, "other": 0}
-    by_component = dict.fromkeys(COMPONENTS, 0)
-    expert_bytes = 0
+    linears: dict[str, int] = {}
+    mhc = other = 0
     for spec, nbytes in stored:
-        used, out_of = read_share(spec, config)
-        if spec.role == "expert" and used:
-            expert_bytes += nbytes
+        if spec.block.startswith("mtp."):
             continue
-        group = "linears" if spec.role != "param" else "mhc" if spec.component == "mhc" else "other"
-        groups[group] += nbytes * used // out_of
-        by_component[component_of(spec)] += nbytes * used // out_of
-    # Summed first: the experts of a layer are alike, so their mean is what a token reads, and it divides exactly.
-    by_component["experts"] = expert_bytes * config.num_experts_per_tok // config.n_routed_experts
-    groups["linears"] += by_component["experts"]
-    return Read(**groups, by_component=by_component)
+        if spec.role != "param":
+            linears[spec.component] = linears.get(spec.component, 0) + nbytes
+        elif spec.component == "mhc":
+            mhc += nbytes
+        else:  # of the two tables, one row
+            other += nbytes // config.vocab_size if spec.component in ("embedding", "hash_table") else nbytes
+    # Scaled after the sum: the experts of a layer are alike, so a token reads K/E of them, and that divides exactly.
+    if "experts" in linears:
+        linears["experts"] = linears["experts"] * config.num_experts_per_tok // config.n_routed_experts
+    return Read(linears, mhc, other)
 
 
 # ------------------------------------------------------------------------------------------------------- KV cache
