@@ -24,4 +24,4 @@ def hadamard(x: Tensor) -> Tensor:
         upper, lower = y.view(n // (2 * stride), 2, stride, rows).unbind(1)
         y = torch.stack((upper + lower, upper - lower), dim=1)
         stride *= 2
-    return (y.view(n, rows).t() * n**-0.5).reshape(x.shape).to(x.dtype)
+    return (y.view(n, rows).t().contiguous() * n**-0.5).view(x.shape).to(x.dtype)
