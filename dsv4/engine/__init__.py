@@ -1,0 +1,1 @@
+"""Requests in, tokens out: parameters, continuous batching, sampling, and LLM, the whole as one object."""
