@@ -64,7 +64,7 @@ def load_model_weights(
         _scan_values(plan, faults)
         faults.raise_if_any(_label(path))
     loader = _Loader(plan, policy, device, faults, report)
-    with _bar(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(f"loading {_label(path)}", total=plan.nbytes)
         for nbytes in loader.steps():
             bar.advance(task, nbytes)
@@ -192,7 +192,8 @@ def _label(path: str | Path | TensorSource) -> str:
     return str(path) if isinstance(path, str | Path) else str(getattr(path, "path", "the checkpoint"))
 
 
-def _bar(wanted: bool | None) -> Progress:
+def progress_bar(wanted: bool | None) -> Progress:
+    """A bar on stderr, started as a context; None shows it only where someone watches."""
     show = sys.stderr.isatty() if wanted is None else wanted
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not show)

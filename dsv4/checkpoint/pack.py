@@ -91,7 +91,8 @@ def _requantise(weights: dict[str, Weight]) -> dict[str, tuple[NVFP4Weight, Conv
     global_scale = amax.clamp(min=nvfp4.AMAX_FLOOR) / nvfp4.GLOBAL_RANGE
     made = {}
     for name, x in values.items():
-        rounded = NVFP4Weight(*nvfp4.quantize(x, global_scale=global_scale))
+        # One global, but a tensor of its own for each weight: safetensors refuses to store shared memory.
+        rounded = NVFP4Weight(*nvfp4.quantize(x, global_scale=global_scale.clone()))
         error = _error(x, rounded)
         made[name] = (rounded, Conversion(name, weights[name].format, rounded.format, error == 0.0, error))
     return made

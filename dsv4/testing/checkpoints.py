@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4.checkpoint.compressed_tensors import COMPRESSED_TENSORS
+from dsv4.checkpoint.modelopt_config import quantization_config
 from dsv4.checkpoint.names import ROWS, TensorSpec, expected_tensors
 from dsv4.checkpoint.official import FP8
 from dsv4.checkpoint.random import random_tensors, store
@@ -75,7 +76,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> N
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = dict(list(tensors.items())[shard::shards])
@@ -134,13 +135,9 @@ def _quantization_keys(format: Format, data: Mapping[str, Any]) -> dict[str, Any
         return {"quantization_config": COMPRESSED_CONFIG, "expert_dtype": "fp4"}
     if format == "official":
         return {"quantization_config": FP8_CONFIG, "expert_dtype": "fp4"}
-    nvfp4 = {
-        "quant_algo": "MIXED_PRECISION",
-        "moe_quant_algo": "NVFP4",
-        "group_size": 16,
-        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"] if format == "modelopt" else ["mtp.*"],
-    }
-    return {"quantization_config": FP8_CONFIG | nvfp4, "expert_dtype": "fp4"}
+    modules = [f"layers.{layer}.ffn.experts" for layer in range(data["num_hidden_layers"])]
+    keys = quantization_config(modules, all_linear=format == "modelopt-all", fp8_scale_fmt="ue8m0")
+    return {"quantization_config": keys, "expert_dtype": "fp4"}
 
 
 def official_keys(config: ModelConfig) -> dict[str, Any]:
