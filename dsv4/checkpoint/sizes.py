@@ -107,15 +107,24 @@ class Sizes:
 def count(config: ModelConfig) -> Sizes:
     """Count parameters, and bytes under every scheme."""
     specs = list(expected_tensors(config, mtp=True).values())
-    parameters = dict.fromkeys(COMPONENTS, 0)
-    for spec in specs:
-        parameters[component_of(spec)] += spec.numel if spec.component != "hash_table" else 0
-    used = sum_read(((spec, spec.numel) for spec in specs if spec.component != "hash_table"), config)
+    # The experts of a block are alike: the first stands for all, or a large model would take seconds to count.
+    specs = [spec for spec in specs if spec.role != "expert" or ".experts.0." in spec.name]
+    copies = [config.n_routed_experts if spec.role == "expert" else 1 for spec in specs]
+    weights = [
+        (spec, spec.numel * number)
+        for spec, number in zip(specs, copies, strict=True)
+        if spec.component != "hash_table"
+    ]
+    parameters = _by_component(weights)
+    used = sum_read(weights, config)
     experts = config.num_experts_per_tok * 3 * config.moe_intermediate_size * config.hidden_size
     draft_step = sum(spec.numel for spec in specs if component_of(spec) == "draft" and spec.role == "linear")
     draft_step += len(config.mtp_layers) * experts
     sized = {
-        scheme: [(spec, format_bytes(spec.shape, form(spec))) for spec in specs] for scheme, form in SCHEMES.items()
+        scheme: [
+            (spec, format_bytes(spec.shape, form(spec)) * number) for spec, number in zip(specs, copies, strict=True)
+        ]
+        for scheme, form in SCHEMES.items()
     }
     return Sizes(
         parameters,
@@ -127,11 +136,11 @@ def count(config: ModelConfig) -> Sizes:
     )
 
 
-def _by_component(stored: Iterable[tuple[TensorSpec, int]]) -> dict[str, int]:
-    sizes = dict.fromkeys(COMPONENTS, 0)
-    for spec, nbytes in stored:
-        sizes[component_of(spec)] += nbytes
-    return sizes
+def _by_component(amounts: Iterable[tuple[TensorSpec, int]]) -> dict[str, int]:
+    sums = dict.fromkeys(COMPONENTS, 0)
+    for spec, amount in amounts:
+        sums[component_of(spec)] += amount
+    return sums
 
 
 def sum_read(stored: Iterable[tuple[TensorSpec, int]], config: ModelConfig) -> Read:
