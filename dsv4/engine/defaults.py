@@ -24,7 +24,7 @@ class GenerationDefaults:
     @classmethod
     def of(cls, config: ModelConfig, folder: Path | None) -> GenerationDefaults:
         """Read the folder's generation_config.json, if it has one. CheckpointError names a value that is no use."""
-        eos_ids = {config.eos_token_id}
+        eos_ids = set() if config.eos_token_id is None else {config.eos_token_id}
         path = None if folder is None else Path(folder) / "generation_config.json"
         if path is None or not path.is_file():
             return cls(frozenset(eos_ids))

@@ -143,7 +143,7 @@ class Engine:
         return moved
 
     def _prefill_batch(self, chunks: list[Chunk]) -> list[Sequence]:
-        logits = self.model.forward([self._entry(c) for c in chunks], self.cache)
+        logits = self.model.forward([c.entry() for c in chunks], self.cache)
         ready = [i for i, c in enumerate(chunks) if self._appended(c)]
         if not ready:
             return []
@@ -151,7 +151,7 @@ class Engine:
         return self._sample([chunks[i].sequence for i in ready], rows)
 
     def _prefill_with_logprobs(self, chunk: Chunk) -> list[Sequence]:
-        logits = self.model.forward([self._entry(chunk)], self.cache, all_logits=True)
+        logits = self.model.forward([chunk.entry()], self.cache, all_logits=True)
         sequence, request = chunk.sequence, chunk.sequence.request
         following = request.prompt_tensor[chunk.start + 1 : chunk.stop + 1]
         top = request.params.prompt_logprobs
@@ -159,11 +159,6 @@ class Engine:
             read = self.logprobs.read(logits[: len(following)], following, [top] * len(following))
             request.prompt_logprobs.extend(read)
         return self._sample([sequence], logits[-1:]) if self._appended(chunk) else []
-
-    @staticmethod
-    def _entry(chunk: Chunk) -> tuple[int, Tensor]:
-        assert chunk.sequence.slot is not None
-        return chunk.sequence.slot, chunk.sequence.request.prompt_tensor[chunk.start : chunk.stop]
 
     def _appended(self, chunk: Chunk) -> bool:
         """Note that a chunk is in the cache; true when the prompt is complete and its first token can be sampled."""
@@ -174,8 +169,7 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> list[Sequence]:
         start = time.perf_counter()
-        batch = [(s.slot, s.next_input) for s in sequences]
-        logits = self.model.forward(batch, self.cache)
+        logits = self.model.forward([s.decode_entry() for s in sequences], self.cache)
         moved = self._sample(sequences, logits)
         self.metrics.decode_steps += 1
         self.metrics.decode_tokens += len(sequences)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from dsv4.checkpoint.load import Policy
 from dsv4.engine.chat import ChatPrompt, with_messages
 from dsv4.engine.defaults import GenerationDefaults
 from dsv4.engine.engine import Engine
@@ -53,7 +54,7 @@ class LLM:
         device: str = "cpu",
         dtype: str = "bfloat16",
         act: str = "bf16",
-        weights: str = "native",
+        weights: Policy = "native",
         kv_quant: bool = True,
         index_quant: bool = True,
         max_num_seqs: int = 8,

@@ -106,6 +106,11 @@ class Sequence:
     def below_min_tokens(self) -> bool:
         return len(self.token_ids) < self.params.min_tokens
 
+    def decode_entry(self) -> tuple[int, Tensor]:
+        """(slot, the last sampled token [1] i64), as Model.forward takes it."""
+        assert self.slot is not None and self.next_input is not None, "only a prefilled sequence decodes"
+        return self.slot, self.next_input
+
     def accept(self, token: int) -> None:
         """Append a sampled token and decide whether it was the last."""
         request, text = self.request, self.text

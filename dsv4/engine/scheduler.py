@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from dsv4.engine.request import Sequence
 from dsv4.errors import RequestError
 from dsv4.kvcache import KVCache
@@ -39,6 +41,11 @@ class Chunk(NamedTuple):
     sequence: Sequence
     start: int
     stop: int
+
+    def entry(self) -> tuple[int, Tensor]:
+        """(slot, ids [n] i64), as Model.forward takes it."""
+        assert self.sequence.slot is not None, "only a sequence that was admitted prefills"
+        return self.sequence.slot, self.sequence.request.prompt_tensor[self.start : self.stop]
 
     @property
     def is_last(self) -> bool:
@@ -93,7 +100,8 @@ class Scheduler:
 
     def chunks(self) -> list[Chunk]:
         """Prompt chunks of the next step: whole chunks, in order, within max_num_batched_tokens (at least one)."""
-        budget, chosen = self.limits.max_num_batched_tokens, []
+        budget = self.limits.max_num_batched_tokens
+        chosen: list[Chunk] = []
         for sequence in self.prefilling:
             start, end = sequence.prefilled, len(sequence.request.prompt_ids)
             stop = min(start + self.limits.prefill_chunk, end)
