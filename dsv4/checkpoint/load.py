@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv4.checkpoint.faults import Faults
 from dsv4.checkpoint.layout import not_finite
 from dsv4.checkpoint.pack import Conversion, Stack, place, to_nvfp4
-from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan, stack_key
+from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan, stack_name
 from dsv4.checkpoint.random import memory_checkpoint
 from dsv4.checkpoint.reader import Checkpoint, TensorSource
 from dsv4.config import ModelConfig
@@ -76,7 +76,7 @@ def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[Tensor
     """The tensors and config at `path`; faults of the files go to `faults`, so that the caller can add its own."""
     if isinstance(path, str) and path.startswith("random:"):
         source: TensorSource = memory_checkpoint(path)
-    elif path == "nano":
+    elif str(path) == "nano":
         source = Checkpoint.scan(NANO, faults)
     elif isinstance(path, str | Path):
         source = Checkpoint.scan(path, faults)
@@ -147,7 +147,6 @@ class _Loader:
         self.weights[param.spec.name] = tensor.to(self.device, dtype, copy=True)
 
     def _group(self, group: list[LinearPlan]) -> None:
-        specs = {linear.spec.name: linear.spec for linear in group}
         read = {linear.spec.name: read_linear(self.plan.source, linear, self.faults) for linear in group}
         weights = {name: weight for name, weight in read.items() if weight is not None}
         if len(weights) < len(read):
@@ -157,7 +156,7 @@ class _Loader:
             weights = dict(converted)
             self.report += conversions
         for name, weight in weights.items():
-            key = stack_key(specs[name])
+            key = stack_name(name)
             if key == name:
                 self.weights[key] = place(weight, self.device)
             else:

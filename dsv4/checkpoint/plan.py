@@ -3,6 +3,7 @@
 `make_plan` finds every missing, extra, misshapen or mistyped tensor; load.py, quantize.py and `dsv4 inspect` follow it.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from dsv4.checkpoint.reader import TensorSource
 from dsv4.config import ModelConfig
 
 LAYOUTS: tuple[Layout, ...] = (COMPRESSED_TENSORS, MODELOPT, FP8, MXFP4, PLAIN)  # the first that owns the parts
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _PARAM_DTYPES = {"i64": ("I64", "I32")}
 
 
@@ -65,12 +67,9 @@ class LoadPlan:
         yield from self.linears
 
 
-def stack_key(spec: TensorSpec) -> str:
-    """The key under which a linear is loaded: experts of one projection share `layers.L.ffn.experts.w1`."""
-    if spec.role != "expert":
-        return spec.name
-    head, _, tail = spec.name.rpartition(".experts.")
-    return f"{head}.experts.{tail.rpartition('.')[2]}"
+def stack_name(name: str) -> str:
+    """The key under which a linear is loaded: `layers.3.ffn.experts.17.w1` goes into `layers.3.ffn.experts.w1`."""
+    return _EXPERT.sub(".experts.", name)
 
 
 def make_plan(
@@ -145,7 +144,7 @@ def _check_stacks(linears: list[LinearPlan], faults: Faults) -> None:
     stacks: dict[str, dict[str, list[str]]] = {}
     for linear in linears:
         if linear.spec.role == "expert":
-            kinds = stacks.setdefault(stack_key(linear.spec), {})
+            kinds = stacks.setdefault(stack_name(linear.spec.name), {})
             kinds.setdefault(linear.layout.signature(linear.parts), []).append(linear.spec.name.split(".")[-2])
     for key, kinds in stacks.items():
         if len(kinds) > 1:

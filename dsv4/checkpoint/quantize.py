@@ -12,13 +12,13 @@ from typing import Any
 
 from dsv4.checkpoint.faults import Faults
 from dsv4.checkpoint.layout import Layout
-from dsv4.checkpoint.load import joint_groups, open_source, progress_bar, read_linear, read_param
+from dsv4.checkpoint.load import NANO, joint_groups, open_source, progress_bar, read_linear, read_param
 from dsv4.checkpoint.modelopt import MODELOPT
 from dsv4.checkpoint.modelopt_config import PRODUCER, hf_quant_config, quantization_config
 from dsv4.checkpoint.names import TensorSpec, canonical_name
 from dsv4.checkpoint.official import FP8, MXFP4, PLAIN
 from dsv4.checkpoint.pack import Conversion, to_nvfp4
-from dsv4.checkpoint.plan import LinearPlan, LoadPlan, make_plan, stack_key
+from dsv4.checkpoint.plan import LinearPlan, LoadPlan, make_plan, stack_name
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.checkpoint.write import SHARD_BYTES, FolderWriter
 from dsv4.config.parse import read_json
@@ -63,7 +63,8 @@ def quantize_checkpoint(
     Raises CheckpointError when the source is faulty, holds nothing to convert, or the destination exists, lies in the
     source or has no room; then nothing is left behind.
     """
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    source = NANO if str(source) == "nano" else Path(source).expanduser()
+    destination = Path(destination).expanduser()
     _check_paths(source, destination)
     faults = Faults()
     opened, config = open_source(source, faults)
@@ -174,7 +175,7 @@ def _quantization_keys(plan: LoadPlan, converted: set[str], all_linear: bool) ->
     for linear in plan.linears:
         name, signature = linear.spec.name, linear.layout.signature(linear.parts)
         if name in converted or signature == "nvfp4":
-            modules[stack_key(linear.spec).rpartition(".")[0] if linear.spec.role == "expert" else name] = None
+            modules[stack_name(name).rpartition(".")[0] if linear.spec.role == "expert" else name] = None
             draft_kept = draft_kept and not name.startswith("mtp.")
         elif linear.layout is FP8:
             scale_formats.add("float32" if signature.endswith("F32 scales") else "ue8m0")
