@@ -64,6 +64,7 @@ def _bytes(number: float) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.min_width = min(len(title), 80)  # a narrow table would break its title
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     return table

@@ -17,7 +17,7 @@ Dimension letters, used in every docstring of the project (official key in brack
 | R      | rotary dims, the LAST R [qk_rope_head_dim]  | Hi     | indexer heads [index_n_heads]                  |
 | M      | residual streams [hc_mult]                  | Di     | indexer head width [index_head_dim]            |
 | W      | window [sliding_window]                     | m      | compress ratio of a layer (tokens per entry)   |
-| S      | sequence slots of the cache                 | P      | draft taps/rank: see `DSparkConfig`            |
+| S      | sequence slots of the cache                 | P, p   | DSpark: target layers, Markov rank             |
 
 In a matrix product, N is the number of outputs (rows of a weight) and K the number of inputs; the text says which K.
 """
