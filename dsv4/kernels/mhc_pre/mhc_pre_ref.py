@@ -14,13 +14,12 @@ def mixes_ref(h: Tensor, fn: Tensor, eps: float) -> Tensor:
 
 def sinkhorn_ref(logits: Tensor, iters: int, eps: float) -> Tensor:
     """[T, M, M] logits -> doubly stochastic: row softmax, then `iters` column steps with row steps between."""
-    # Sums as products with ones, and no Python scalars: at one row the 40 steps are all overhead, and this halves it.
-    ones, floor = logits.new_ones(logits.shape), logits.new_full(logits.shape[-2:], eps)
+    floor = logits.new_full((), eps)  # a tensor: a Python scalar costs a conversion in each of the 40 steps
     c = torch.softmax(logits, dim=-1).add_(floor)
-    c.div_(torch.baddbmm(floor, ones, c))
+    c.div_(c.sum(-2, keepdim=True).add_(floor))
     for _ in range(iters - 1):
-        c.div_(torch.baddbmm(floor, c, ones))
-        c.div_(torch.baddbmm(floor, ones, c))
+        c.div_(c.sum(-1, keepdim=True).add_(floor))
+        c.div_(c.sum(-2, keepdim=True).add_(floor))
     return c
 
 
@@ -35,5 +34,5 @@ def mhc_pre_ref(
     post = 2 * torch.sigmoid(z_post * scale[1] + b_post)
     logits = torch.addcmul(b_comb, z_comb, scale[2]).unflatten(-1, (streams, streams))
     comb = sinkhorn_ref(logits, sinkhorn_iters, hc_eps)
-    x = torch.bmm(pre.unsqueeze(-2), h.float()).squeeze(-2).to(h.dtype)
+    x = (pre.unsqueeze(-1) * h).sum(-2).to(h.dtype)
     return x, post, comb

@@ -22,9 +22,10 @@ def moe_ref(
     topk = ids.shape[1]
     expert, order = ids.flatten().sort(stable=True)
     counts = torch.bincount(expert, minlength=len(operand.w13.values)).tolist()
-    rows = treat(x, operand.in_treatment)[order // topk]
+    token = order // topk
+    rows = treat(x, operand.in_treatment)[token]
     gate, up = _by_expert(rows, operand.w13, expert, counts).to(x.dtype).chunk(2, dim=-1)
     a = (swiglu_ref(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
     down = _by_expert(treat(a, operand.mid_treatment), operand.down, expert, counts).to(x.dtype).float()
-    routed = torch.empty_like(down).index_copy_(0, order, down).unflatten(0, (-1, topk)).sum(1)
-    return (routed + shared.float()).to(x.dtype)
+    routed = torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, down)  # in the order of the experts
+    return (routed + shared).to(x.dtype)

@@ -11,6 +11,9 @@ def rope_ref(x: Tensor, cis: Tensor, *, inverse: bool = False) -> Tensor:
         cis = cis.conj()
     if x.dim() > cis.dim():
         cis = cis.unsqueeze(-2)
-    pairs = torch.view_as_complex(rotate.float().unflatten(-1, (-1, 2)))
+    fresh = rotate.to(
+        torch.float32, copy=True, memory_format=torch.contiguous_format
+    )  # complex views need even strides
+    pairs = torch.view_as_complex(fresh.unflatten(-1, (-1, 2)))
     rotated = torch.view_as_real(pairs * cis).flatten(-2)
     return torch.cat([keep, rotated.to(x.dtype)], dim=-1)
