@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dsv4.checkpoint.header import TensorEntry
 from dsv4.checkpoint.layout import SCALAR, Layout, Part
-from dsv4.checkpoint.modelopt import nvfp4_value_faults
 from dsv4.quant import nvfp4
 from dsv4.quant.weights import NVFP4Weight, Weight
 
@@ -49,9 +48,6 @@ class CompressedTensorsNVFP4(Layout):
         if weight.input_scale is not None:
             stored["input_global_scale"] = weight.input_scale.reciprocal().reshape(1)
         return stored
-
-    def value_faults(self, parts: Mapping[str, Tensor]) -> list[str]:
-        return nvfp4_value_faults(parts, ("weight_global_scale", "input_global_scale"))
 
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         return "nvfp4"

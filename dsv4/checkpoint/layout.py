@@ -16,6 +16,8 @@ from dsv4.checkpoint.header import TensorEntry
 from dsv4.quant.weights import Weight
 
 SCALAR = ((), (1,))  # both are met in the wild for a per-tensor factor
+BLOCK_SCALES = ("scale", "weight_scale", "weight_scale_inv")
+FACTORS = ("weight_scale_2", "input_scale", "weight_global_scale", "input_global_scale")
 _CHUNK = 1 << 24
 
 
@@ -54,10 +56,6 @@ class Layout(ABC):
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         """What must be equal between the experts of one stack: the format, and the dtype where a format has two."""
 
-    def value_faults(self, parts: Mapping[str, Tensor]) -> list[str]:
-        """What is wrong with the numbers themselves, each as "suffix: fault"."""
-        return [f"{suffix}: {fault}" for suffix, tensor in parts.items() for fault in not_finite(tensor)]
-
     def header_faults(self, module: str, shape: tuple[int, int], found: Mapping[str, TensorEntry]) -> list[str]:
         """What is wrong with the parts by their header alone: missing, unexpected, wrong dtype, wrong shape."""
         n, k = shape
@@ -90,26 +88,22 @@ def entry_faults(entry: TensorEntry, dtypes: tuple[str, ...], shapes: tuple[tupl
     return faults
 
 
-def not_finite(tensor: Tensor) -> list[str]:
-    """["3 of 64 values are NaN or Inf, the first at [0, 5]"] or []. uint8 is packed codes here and always finite."""
+def value_faults(suffix: str, tensor: Tensor) -> list[str]:
+    """What is wrong with the numbers of one part (or of a parameter, suffix ""): NaN, Inf, impossible scales.
+
+    Each fault reads like "3 of 64 values are NaN or Inf, the first at [0, 5]".
+    """
+    if tensor.dtype == torch.uint8:  # E8M0, whose one NaN is 255, or codes, which are all finite
+        return _count(tensor, lambda t: t == 255) if suffix in BLOCK_SCALES else []
     if tensor.dtype == torch.float8_e4m3fn:
-        return _count(tensor, lambda t: (t.view(torch.uint8) & 0x7F) == 0x7F)
-    return _count(tensor, lambda t: ~torch.isfinite(t)) if tensor.dtype.is_floating_point else []
-
-
-def e8m0_nan(scale: Tensor) -> list[str]:
-    """As `not_finite`, of E8M0 bytes (uint8), whose only NaN is 255."""
-    return _count(scale, lambda t: t == 255)
-
-
-def negative(scale: Tensor) -> list[str]:
-    """As `not_finite`, of scales below zero: no writer makes them, so the bytes are not what they seem."""
-    return _count(scale, lambda t: t.float() < 0, "are negative")
-
-
-def not_positive(factor: Tensor) -> list[str]:
-    """As `not_finite`, of global factors that are zero or negative."""
-    return _count(factor, lambda t: t <= 0, "are zero or negative")
+        faults = _count(tensor, lambda t: (t.view(torch.uint8) & 0x7F) == 0x7F)
+    else:
+        faults = _count(tensor, lambda t: ~torch.isfinite(t))
+    if suffix in FACTORS:
+        faults += _count(tensor, lambda t: t <= 0, "are zero or negative")
+    elif suffix in BLOCK_SCALES:  # no writer makes a negative one, so the bytes are not what they seem
+        faults += _count(tensor, lambda t: t.float() < 0, "are negative")
+    return faults
 
 
 def _count(tensor: Tensor, bad: Callable[[Tensor], Tensor], what: str = "are NaN or Inf") -> list[str]:

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from dsv4.checkpoint.faults import Faults
-from dsv4.checkpoint.layout import not_finite
+from dsv4.checkpoint.header import TensorEntry
+from dsv4.checkpoint.layout import value_faults
 from dsv4.checkpoint.pack import Conversion, Stack, place, to_nvfp4
 from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan, stack_name
 from dsv4.checkpoint.random import memory_checkpoint
@@ -95,22 +96,27 @@ def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[Tensor
 def read_linear(source: TensorSource, linear: LinearPlan, faults: Faults) -> Weight | None:
     """The weight as stored, viewing the mapped file; None when its numbers are at fault."""
     parts = {suffix: source.tensor(entry.name) for suffix, entry in linear.parts.items()}
-    found = linear.layout.value_faults(parts)
-    for fault in found:
-        faults.add(f"{linear.spec.name}.{fault}")
-    return None if found else linear.layout.decode(parts)
+    before = len(faults)
+    for suffix, tensor in parts.items():
+        check_values(linear.parts[suffix], suffix, tensor, faults)
+    return None if len(faults) > before else linear.layout.decode(parts)
 
 
 def read_param(source: TensorSource, param: ParamPlan, config: ModelConfig, faults: Faults) -> Tensor:
     """The tensor as stored, viewing the mapped file."""
     tensor = source.tensor(param.entry.name)
-    for fault in not_finite(tensor):
-        faults.add(f"{param.entry.name}: {fault}")
+    check_values(param.entry, "", tensor, faults)
     if param.spec.stored == "i64" and tensor.numel():
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= config.n_routed_experts:
             faults.add(f"{param.entry.name}: expert ids {low}..{high}, expected 0..{config.n_routed_experts - 1}")
     return tensor
+
+
+def check_values(entry: TensorEntry, suffix: str, tensor: Tensor, faults: Faults) -> None:
+    """Adds what is wrong with the numbers of one stored tensor."""
+    for fault in value_faults(suffix, tensor):
+        faults.add(f"{entry.name}: {fault}")
 
 
 class _Loader:
@@ -177,14 +183,10 @@ def joint_groups(linears: list[LinearPlan]) -> Iterator[list[LinearPlan]]:
 
 def _scan_values(plan: LoadPlan, faults: Faults) -> None:
     """Adds the faults of scales and parameters to those already found; bulk data is left alone, the load has failed."""
-    unreadable = plan.source.unreadable
-    for param in plan.params:
-        if param.entry.name not in unreadable:
-            read_param(plan.source, param, plan.config, faults)
-    for linear in plan.linears:
-        small = {s: e for s, e in linear.parts.items() if s not in _WEIGHT_DATA and e.name not in unreadable}
-        for fault in linear.layout.value_faults({s: plan.source.tensor(e.name) for s, e in small.items()}):
-            faults.add(f"{linear.spec.name}.{fault}")
+    for parts in plan.found.values():
+        for suffix, entry in parts.items():
+            if suffix not in _WEIGHT_DATA and entry.name not in plan.source.unreadable:
+                check_values(entry, suffix, plan.source.tensor(entry.name), faults)
 
 
 def _label(path: str | Path | TensorSource) -> str:

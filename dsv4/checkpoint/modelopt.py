@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4.checkpoint.header import TensorEntry
-from dsv4.checkpoint.layout import SCALAR, Layout, Part, negative, not_finite, not_positive
+from dsv4.checkpoint.layout import SCALAR, Layout, Part
 from dsv4.quant import nvfp4
 from dsv4.quant.weights import NVFP4Weight, Weight
 
@@ -47,25 +47,8 @@ class ModelOptNVFP4(Layout):
             "input_scale": torch.ones((), dtype=torch.float32) if given is None else given,
         }
 
-    def value_faults(self, parts: Mapping[str, Tensor]) -> list[str]:
-        return nvfp4_value_faults(parts, ("weight_scale_2", "input_scale"))
-
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         return "nvfp4"
-
-
-def nvfp4_value_faults(parts: Mapping[str, Tensor], factors: tuple[str, ...]) -> list[str]:
-    """Faults of block scales (NaN, negative) and of the global `factors` (not finite, zero, negative)."""
-    faults = []
-    for suffix, tensor in parts.items():
-        if suffix == "weight_scale":
-            found = not_finite(tensor) + negative(tensor)
-        elif suffix in factors:
-            found = not_finite(tensor) + not_positive(tensor)
-        else:
-            continue
-        faults += [f"{suffix}: {fault}" for fault in found]
-    return faults
 
 
 MODELOPT = ModelOptNVFP4()

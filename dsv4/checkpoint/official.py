@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from torch import Tensor, float8_e8m0fnu, int8, uint8
 
 from dsv4.checkpoint.header import TensorEntry
-from dsv4.checkpoint.layout import Layout, Part, e8m0_nan, negative, not_finite
+from dsv4.checkpoint.layout import BLOCK_SCALES, Layout, Part
 from dsv4.quant import mxfp4
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, PlainWeight, Weight
-
-FP8_SCALES = ("scale", "weight_scale_inv", "weight_scale")
 
 
 class OfficialFP8(Layout):
@@ -25,30 +23,21 @@ class OfficialFP8(Layout):
         return "weight" in found and found["weight"].dtype == "F8_E4M3"
 
     def parts(self, n: int, k: int, found: Mapping[str, TensorEntry]) -> dict[str, Part]:
-        name = next((s for s in FP8_SCALES if s in found), "scale")
+        name = next((s for s in BLOCK_SCALES if s in found), "scale")
         rows, columns = FP8Weight.block
         scale = Part(("F8_E8M0", "F32"), ((-(-n // rows), -(-k // columns)),))
         return {"weight": Part(("F8_E4M3",), ((n, k),)), name: scale}
 
     def decode(self, parts: Mapping[str, Tensor]) -> Weight:
-        return FP8Weight(parts["weight"], next(parts[s] for s in FP8_SCALES if s in parts))
+        return FP8Weight(parts["weight"], next(parts[s] for s in BLOCK_SCALES if s in parts))
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
         assert isinstance(weight, FP8Weight)
         scale = weight.scale
         return {"weight": weight.data, "scale": scale.view(float8_e8m0fnu) if scale.dtype == uint8 else scale}
 
-    def value_faults(self, parts: Mapping[str, Tensor]) -> list[str]:
-        faults = []
-        for suffix, tensor in parts.items():
-            if suffix == "weight":
-                faults += [f"weight: {fault}" for fault in not_finite(tensor)]
-            else:
-                faults += [f"{suffix}: {fault}" for fault in _scale_faults(tensor)]
-        return faults
-
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
-        return f"fp8 with {next(found[s].dtype for s in FP8_SCALES if s in found)} scales"
+        return f"fp8 with {next(found[s].dtype for s in BLOCK_SCALES if s in found)} scales"
 
 
 class OfficialMXFP4(Layout):
@@ -73,9 +62,6 @@ class OfficialMXFP4(Layout):
         assert isinstance(weight, MXFP4Weight)
         return {"weight": weight.codes.view(int8), "scale": weight.scale.view(float8_e8m0fnu)}
 
-    def value_faults(self, parts: Mapping[str, Tensor]) -> list[str]:
-        return [f"scale: {fault}" for fault in e8m0_nan(parts["scale"])] if "scale" in parts else []
-
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         return "mxfp4"
 
@@ -86,7 +72,7 @@ class Plain(Layout):
     label = "plain BF16/F32"
 
     def owns(self, found: Mapping[str, TensorEntry]) -> bool:
-        return True  # asked last: whatever no other layout claims must be plain, or is reported as not being so
+        return "weight" in found and found["weight"].dtype in ("BF16", "F32")
 
     def parts(self, n: int, k: int, found: Mapping[str, TensorEntry]) -> dict[str, Part]:
         return {"weight": Part(("BF16", "F32"), ((n, k),))}
@@ -100,10 +86,6 @@ class Plain(Layout):
 
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         return found["weight"].dtype.lower()
-
-
-def _scale_faults(scale: Tensor) -> list[str]:
-    return e8m0_nan(scale) if scale.dtype == uint8 else not_finite(scale) + negative(scale)
 
 
 FP8 = OfficialFP8()

@@ -50,13 +50,18 @@ class ParamPlan:
 
 @dataclass
 class LoadPlan:
-    """Everything to load, in the model's order. unused: on-disk names that are known but not asked for (`mtp.*`)."""
+    """Everything to load, in the model's order.
+
+    unused: on-disk names that are known but not asked for (`mtp.*`). found: all others by key and part ("" for a
+    parameter), also those whose header faults keep them out of `linears` and `params`.
+    """
 
     source: TensorSource
     config: ModelConfig
     linears: list[LinearPlan] = field(default_factory=list)
     params: list[ParamPlan] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    found: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +88,11 @@ def make_plan(
     source = SplitExperts(source)
     expected = expected_tensors(config, mtp)
     plan = LoadPlan(source, config)
-    found = _collect(plan, expected, mtp, faults)
+    _collect(plan, expected, mtp, faults)
     # Listed by the index, but in a shard whose header cannot be read: reported with that shard, not as missing.
     lost = {split_part(canonical_name(name))[0] for name in source.unreadable if name not in source.entries}
     for name, spec in expected.items():
-        parts = found.get(name, {})
+        parts = plan.found.get(name, {})
         if name in lost:
             continue
         if not parts:
@@ -102,11 +107,9 @@ def make_plan(
     return plan
 
 
-def _collect(
-    plan: LoadPlan, expected: dict[str, TensorSpec], mtp: bool, faults: Faults
-) -> dict[str, dict[str, TensorEntry]]:
-    """Stored entries by key and part ("" for a parameter); extra names and names that mean the same are faults."""
-    found: dict[str, dict[str, TensorEntry]] = {}
+def _collect(plan: LoadPlan, expected: dict[str, TensorSpec], mtp: bool, faults: Faults) -> None:
+    """Fills `plan.found` and `plan.unused`; extra names and names that mean the same are faults."""
+    found = plan.found
     for name, entry in plan.source.entries.items():
         canonical = canonical_name(name)
         if canonical.startswith("mtp.") and not mtp:
@@ -119,7 +122,6 @@ def _collect(
             faults.add(f"{name}: duplicate, {found[key][part].name} is the same tensor")
         else:
             found[key][part] = entry
-    return found
 
 
 def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults) -> None:
@@ -131,7 +133,14 @@ def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Fa
 
 
 def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults) -> None:
-    layout = next(layout for layout in LAYOUTS if layout.owns(parts))
+    layout = next((layout for layout in LAYOUTS if layout.owns(parts)), None)
+    if layout is None:
+        stored = ", ".join(f"{suffix} {entry.dtype}" for suffix, entry in parts.items())
+        faults.add(
+            f"{spec.name}: no known way to store a weight ({stored}); expected `weight` in BF16 or F32, in F8_E4M3 "
+            "with a `scale`, in I8 or U8 with a `scale` (MXFP4) or a `weight_scale_2` (NVFP4), or `weight_packed`"
+        )
+        return
     found = layout.header_faults(spec.name, (spec.shape[0], spec.shape[1]), parts)
     for fault in found:
         faults.add(fault)

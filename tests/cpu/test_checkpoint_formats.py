@@ -7,25 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import SMALL, rewrite
 from oracle.files import Stored, linear_weight, read_folder
 from oracle.formats import decode_e2m1, decode_e4m3, unpack_nibbles
-from safetensors.torch import load_file, save_file
 
 from dsv4.checkpoint import load_model_weights
 from dsv4.checkpoint.random import random_tensors
 from dsv4.config import ModelConfig
-from dsv4.config.releases import TINY
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, Weight
 from dsv4.testing.checkpoints import FORMATS, write_random_checkpoint
 
-# One layer of each kind, the first with hash routing, and an MTP block; odd sizes as in random:tiny.
-SMALL: dict[str, Any] = TINY | {
-    "num_hidden_layers": 3,
-    "num_hash_layers": 1,
-    "compress_ratios": [0, 4, 16, 0],
-    "n_routed_experts": 3,
-    "num_experts_per_tok": 2,
-}
 # What transformers calls the modules (its rename table, read backwards).
 RENAMES = [
     (r"^head", "lm_head"), (r"^embed\.", "model.embed_tokens."), (r"^norm", "model.norm"),
@@ -138,13 +129,6 @@ def test_stored_values_are_near_their_masters(tmp_path: Path, format: Any) -> No
             assert error <= bounds[value.format], key
         else:
             assert torch.equal(value, masters[key]), key
-
-
-def rewrite(folder: Path, change: Any) -> None:
-    """Applies `change(tensors)` to the single file of a checkpoint."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def test_scales_keep_their_bits(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import anonymous_bytes
 from safetensors.torch import load_file, save_file
 
 from dsv4.checkpoint.reader import INDEX_NAME, Checkpoint
@@ -80,13 +80,6 @@ def test_data_is_mapped_not_read(tmp_path: Path) -> None:
         before = anonymous_bytes()
         assert checkpoint.tensor("big")[[0, size // 2, size - 1]].tolist() == [0, 0, 0]
         assert anonymous_bytes() - before < 1 << 24
-
-
-def anonymous_bytes() -> int:
-    """Private memory of this process; pages of mapped files do not count."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match
-    return int(match[1]) * 1024
 
 
 def test_a_cache_folder_leads_to_its_snapshot(folder: Path, tmp_path: Path) -> None:
