@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_quant_truth import E2M1, E4M3, around, ceil_pow2, nearest
 
 from dsv4.errors import KernelError
-from dsv4.quant import fp8, mxfp4
+from dsv4.quant import formats, fp8, mxfp4
 
 DTYPES = [torch.float32, torch.bfloat16]
 F32 = np.float32
@@ -67,6 +67,8 @@ def test_act_quant_equals_the_search(dtype: torch.dtype, group: int) -> None:
     assert same_bits(q.double() * scale.double().repeat_interleave(group, -1)[:, : x.shape[-1]], values)
     fake = fp8.act_fake_quant(x, group)
     assert fake.dtype == dtype
+    assert fake.is_contiguous()
+    assert q.is_contiguous()
     assert same_bits(fake, values)
 
 
@@ -98,6 +100,15 @@ def test_scale_is_a_ceil_at_every_boundary_and_its_neighbours() -> None:
     ):
         x = torch.from_numpy(around(maximum * 2.0 ** np.arange(-12, 13))).unsqueeze(1)
         assert same_bits(quant(x), truth(x, 32, scale_of, table)[0])
+
+
+def test_act_quant_scale_steps_between_448_and_the_next_float32() -> None:
+    """Where 448 * 2^k lies is a statement about float32(1/448): the values alone would hide a scale one step off."""
+    x = torch.from_numpy(around(448 * 2.0 ** np.arange(-12, 100))).unsqueeze(1)
+    assert fp8.act_quant(x)[1].flatten().tolist() == [fp8_scale(float(a)) for a in x.flatten()]
+    tile = torch.zeros(1, 128 * len(x))
+    tile[0, ::128] = x.flatten()
+    assert formats.e8m0_decode(fp8.quantize_block(tile)[1]).tolist() == [[fp8_scale(float(a)) for a in x.flatten()]]
 
 
 def test_fp4_scale_by_division_equals_scale_by_the_float32_reciprocal() -> None:
