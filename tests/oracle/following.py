@@ -54,6 +54,7 @@ class FollowingRounder(Rounder):
         self.tolerance = tolerance
         self.recorded: dict[tuple[str, int, int], list[Array]] = defaultdict(list)
         self.tables: dict[tuple[str, int, int], _Rows] = {}
+        self.decisions = 0
         self.flips = 0  # values that the engine's input and the walk-through's round to different sides
         self.largest_deviation = 0.0
 
@@ -65,9 +66,9 @@ class FollowingRounder(Rounder):
         """E4M3 fake quantisation of the engine's row nearest to x."""
         return self._follow("act", x, group, formats.act_quant, kind)
 
-    def fp4(self, x: Array) -> Array:
+    def fp4(self, x: Array, kind: str) -> Array:
         """E2M1 fake quantisation of the engine's row nearest to x."""
-        return self._follow("fp4", x, 32, formats.fp4_act_quant, "fp4")
+        return self._follow("fp4", x, 32, formats.fp4_act_quant, kind)
 
     def _follow(self, form: str, x: Array, group: int, quantise, kind: str) -> Array:
         if x.size == 0:
@@ -88,5 +89,6 @@ class FollowingRounder(Rounder):
             )
         self.largest_deviation = max(self.largest_deviation, float(relative[worst]))
         rounded = quantise(rows, group)
+        self.decisions += own.size
         self.flips += int((rounded != quantise(own, group)).sum())
         return rounded.reshape(x.shape)

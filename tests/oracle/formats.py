@@ -83,7 +83,7 @@ def group_amax(x: Array, group: int) -> Array:
     """[..., K] -> [..., K/group] largest magnitude of each group."""
     if x.shape[-1] % group:
         raise ValueError(f"last dimension {x.shape[-1]} is not a multiple of the group {group}")
-    return np.abs(x).reshape(*x.shape[:-1], -1, group).max(-1)
+    return np.abs(x).reshape(*x.shape[:-1], x.shape[-1] // group, group).max(-1)
 
 
 def act_scale(x: Array, group: int) -> Array:

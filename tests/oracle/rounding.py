@@ -33,7 +33,11 @@ class Margin:
 
 
 class Rounder:
-    """The definition's own decisions, and the margin of each kind: act, kv, fp4, scale, topk, route."""
+    """The definition's own decisions, and the margin of each kind.
+
+    Kinds: the linear whose input is rounded (`wq_a`, `w2`, ...), `kv`, `entry` (compressed kv), `index_q`, `index_k`;
+    `topk` and `route`; and `scale` for the power of two above a group's largest value.
+    """
 
     def __init__(self, measure: bool = False) -> None:
         self.measure = measure
@@ -45,10 +49,10 @@ class Rounder:
             self._note(x, formats.act_scale(x, group), group, formats.E4M3_MAGNITUDES, kind, 448)
         return formats.act_quant(x, group).astype(x.dtype)
 
-    def fp4(self, x: Array) -> Array:
+    def fp4(self, x: Array, kind: str) -> Array:
         """E2M1 fake quantisation in groups of 32 (SPEC 2.0)."""
         if self.measure:
-            self._note(x, formats.fp4_scale(x), 32, formats.E2M1_MAGNITUDES, "fp4", 6)
+            self._note(x, formats.fp4_scale(x), 32, formats.E2M1_MAGNITUDES, kind, 6)
         return formats.fp4_act_quant(x).astype(x.dtype)
 
     def top(self, scores: Array, k: int, kind: str) -> np.ndarray:
@@ -62,7 +66,7 @@ class Rounder:
     def report(self) -> str:
         """One line a kind."""
         return "\n".join(
-            f"{kind:6} smallest margin {m.smallest:.2e} of {m.decisions} decisions, within {m.within}"
+            f"{kind:12} smallest margin {m.smallest:.2e} of {m.decisions} decisions, within {m.within}"
             for kind, m in sorted(self.margins.items())
         )
 
@@ -76,11 +80,8 @@ class Rounder:
         self._margin("scale").add(np.minimum(mantissa - 0.5, 1 - mantissa))
         scaled = np.abs(x).reshape(*amax.shape, group) / scale[..., None]
         middles = (table[1:] + table[:-1]) / 2
-        steps = np.diff(table)
         right = np.clip(np.searchsorted(middles, scaled), 1, len(middles) - 1)
         near = np.where(scaled - middles[right - 1] < middles[right] - scaled, right - 1, right)
         reach = (amax / scale)[..., None]
         distance = np.abs(scaled - middles[near]) / reach
-        # a step below 1/1024 of the group's largest value cannot move a product by more than rounding noise does
-        matters = (steps[near] / reach > 2.0**-10) & live[..., None]
-        self._margin(kind).add(distance[matters])
+        self._margin(kind).add(distance[live])

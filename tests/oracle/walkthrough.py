@@ -81,7 +81,8 @@ class Walkthrough:
         self.rounder = rounder or Rounder()
         self.stored = read_folder(Path(folder))
         self.weights: dict[str, tuple[str, Array]] = {}
-        self.streams: dict[str, Array] = {}  # "layers.L.attn", "layers.L.ffn": the streams [T, M, D] after that site
+        # "layers.L.attn", "layers.L.ffn": the streams [T, M, D] after that site; and "logits"
+        self.streams: dict[str, Array] = {}
 
     # ---- reading -------------------------------------------------------------------------------------------------
     def tensor(self, name: str) -> Array:
@@ -95,7 +96,7 @@ class Walkthrough:
             self.weights[module] = form, values.astype(self.dtype)
         form, weight = self.weights[module]
         if self.act == "fp8" and form in ("fp8", "fp4"):
-            x = self.rounder.act(x, 128, "act")
+            x = self.rounder.act(x, 128, module.rsplit(".", 1)[-1])
         return x @ weight.T
 
     # ---- the model -----------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ class Walkthrough:
         z = self.mix(h, "hc_head_fn")  # SPEC 2.3, head
         pre = sigmoid(z * self.tensor("hc_head_scale") + self.tensor("hc_head_base")) + self.c.hc_eps
         x = (pre[..., None] * h).sum(1)
-        return self.linear(self.norm(x, "norm"), "head")  # SPEC 2.12
+        self.streams["logits"] = self.linear(self.norm(x, "norm"), "head")  # SPEC 2.12
+        return self.streams["logits"]
 
     def norm(self, x: Array, module: str) -> Array:
         """RMSNorm with the weight of `module`."""
@@ -143,9 +145,9 @@ class Walkthrough:
         q = self.linear(qr, f"{p}wq_b").reshape(tokens, c.num_attention_heads, c.head_dim)
         q = rope(rms_norm(q, 1.0, c.rms_norm_eps), positions, layer.frequencies)
         kv = rope(self.norm(self.linear(x, f"{p}wkv"), f"{p}kv_norm"), positions, layer.frequencies)
-        kv = self.quantise_kv(kv)
+        kv = self.quantise_kv(kv, "kv")
         if layer.ratio:
-            entries = self.quantise_kv(self.compress(x, f"{p}compressor.", layer, c.head_dim))
+            entries = self.quantise_kv(self.compress(x, f"{p}compressor.", layer, c.head_dim), "entry")
         if layer.overlap:
             chosen = self.index(x, qr, f"{p}indexer.", layer)
         sink = self.tensor(f"{p}attn_sink")[:, None]
@@ -165,12 +167,12 @@ class Walkthrough:
         low = np.einsum("tgd,grd->tgr", groups, wo_a.reshape(c.o_groups, c.o_lora_rank, -1))
         return self.linear(low.reshape(tokens, -1), f"{p}wo_b")
 
-    def quantise_kv(self, kv: Array) -> Array:
+    def quantise_kv(self, kv: Array, kind: str) -> Array:
         """SPEC 2.4: FP8 in groups of 64 on the dims before the rope dims."""
         if not self.kv_quant:
             return kv
         nope = self.c.head_dim - self.c.rope_dim
-        return np.concatenate([self.rounder.act(kv[..., :nope], 64, "kv"), kv[..., nope:]], -1)
+        return np.concatenate([self.rounder.act(kv[..., :nope], 64, kind), kv[..., nope:]], -1)
 
     def compress(self, x: Array, p: str, layer: Layer, width: int) -> Array:
         """SPEC 2.6: x [T, D] -> entries [T // ratio, width], normed and rotated, not yet quantised."""
@@ -201,7 +203,7 @@ class Walkthrough:
         q = q[choosy:]
         if self.index_quant:
             turn = hadamard(width).astype(self.dtype)
-            q, k = self.rounder.fp4(q @ turn), self.rounder.fp4(k @ turn)
+            q, k = self.rounder.fp4(q @ turn, "index_q"), self.rounder.fp4(k @ turn, "index_k")
         chosen = [np.arange((t + 1) // layer.ratio) for t in range(min(choosy, tokens))]
         for t in range(choosy, tokens):
             scores = w[t] @ np.maximum(q[t - choosy] @ k[: (t + 1) // layer.ratio].T, 0)
