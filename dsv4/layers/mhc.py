@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dsv4.config import ModelConfig
@@ -18,7 +19,10 @@ class Site:
     """One sublayer with its streams: `hc_attn_*` and `attn_norm`, or `hc_ffn_*` and `ffn_norm`."""
 
     def __init__(self, scope: Scope, name: str, config: ModelConfig):
-        self.fn, self.base, self.scale = (scope.f32(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
+        self.fn, self.base, scale = (scope.f32(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
+        streams = config.hc_mult
+        rows = torch.tensor([streams, streams, streams**2], device=scale.device)
+        self.scale = scale.repeat_interleave(rows)  # one factor per row of fn: pre, post, comb
         self.norm = scope.f32(f"{name}_norm.weight")
         self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 

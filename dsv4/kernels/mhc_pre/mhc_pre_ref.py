@@ -27,12 +27,9 @@ def mhc_pre_ref(
     h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, sinkhorn_iters: int, hc_eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = h.shape[-2]
-    z = mixes_ref(h, fn, norm_eps)
-    z_pre, z_post, z_comb = z.split([streams, streams, streams * streams], dim=-1)
-    b_pre, b_post, b_comb = base.split([streams, streams, streams * streams])
-    pre = torch.sigmoid(z_pre * scale[0] + b_pre) + hc_eps
-    post = 2 * torch.sigmoid(z_post * scale[1] + b_post)
-    logits = torch.addcmul(b_comb, z_comb, scale[2]).unflatten(-1, (streams, streams))
-    comb = sinkhorn_ref(logits, sinkhorn_iters, hc_eps)
+    z = mixes_ref(h, fn, norm_eps) * scale + base
+    pre, post = torch.split_with_sizes(torch.sigmoid(z[:, : 2 * streams]), (streams, streams), -1)
+    pre, post = pre + hc_eps, 2 * post
+    comb = sinkhorn_ref(z[:, 2 * streams :].unflatten(-1, (streams, streams)), sinkhorn_iters, hc_eps)
     x = (pre.unsqueeze(-1) * h).sum(-2).to(h.dtype)
     return x, post, comb

@@ -12,7 +12,7 @@ def site(streams, width, rows=3, seed=0):
     out = (2 + streams) * streams
     h = torch.randn(rows, streams, width, generator=g)
     fn = torch.randn(out, streams * width, generator=g) * (streams * width) ** -0.5
-    return h, fn, torch.randn(out, generator=g), torch.tensor([0.7, 1.3, 0.9])
+    return h, fn, torch.randn(out, generator=g), torch.tensor([0.7] * 4 + [1.3] * 4 + [0.9] * 16)
 
 
 def test_sinkhorn_check_values():
@@ -36,10 +36,10 @@ def test_equals_float64(width):
     for t in range(len(h)):
         v = h[t].double().flatten()
         z = (fn.double() @ v) / (v.square().mean() + 1e-6).sqrt()
-        pre = torch.sigmoid(z[:4] * 0.7 + base[:4]) + 1e-6
+        pre = torch.sigmoid(z[:4] * scale[0].double() + base[:4]) + 1e-6
         assert (x[t].double() - pre @ h[t].double()).abs().max() < 2e-5
-        assert (post[t].double() - 2 * torch.sigmoid(z[4:8] * 1.3 + base[4:8])).abs().max() < 2e-6
-        c = torch.softmax((z[8:] * scale[2].double() + base[8:]).view(4, 4), dim=1) + 1e-6
+        assert (post[t].double() - 2 * torch.sigmoid(z[4:8] * scale[4].double() + base[4:8])).abs().max() < 2e-6
+        c = torch.softmax((z[8:] * scale[8].double() + base[8:]).view(4, 4), dim=1) + 1e-6
         c = c / (c.sum(0) + 1e-6)
         for _ in range(19):
             c = c / (c.sum(1, keepdim=True) + 1e-6)

@@ -8,10 +8,10 @@ from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
 
 
-def _by_expert(x: Tensor, w: Dense, expert: Tensor, counts: list[int]) -> Tensor:
-    """x [n, K] f32, rows sorted by their expert [n] i64, `counts` of them each -> [n, N] f32."""
-    parts = torch.split_with_sizes(x, counts)
-    out = [torch.nn.functional.linear(part, w.values[e].float()) for e, part in enumerate(parts) if counts[e]]
+def _by_expert(x: Tensor, w: Dense, expert: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """x [n, K] f32, rows sorted by their expert [n] i64; groups: (expert, rows) present -> [n, N] f32."""
+    parts = torch.split_with_sizes(x, [rows for _, rows in groups])
+    out = [torch.nn.functional.linear(p, w.values[e].float()) for p, (e, _) in zip(parts, groups, strict=True)]
     y = torch.cat(out)
     return y if w.alpha is None else y.mul_(w.alpha[expert])
 
@@ -19,13 +19,13 @@ def _by_expert(x: Tensor, w: Dense, expert: Tensor, counts: list[int]) -> Tensor
 def moe_ref(
     x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared: Tensor, *, limit: float
 ) -> Tensor:
-    topk = ids.shape[1]
     expert, order = ids.flatten().sort(stable=True)
-    counts = torch.bincount(expert, minlength=len(operand.w13.values)).tolist()
-    token = order // topk
-    rows = treat(x, operand.in_treatment)[token]
-    gate, up = _by_expert(rows, operand.w13, expert, counts).to(x.dtype).chunk(2, dim=-1)
+    present, counts = torch.unique_consecutive(expert, return_counts=True)
+    groups = list(zip(present.tolist(), counts.tolist(), strict=True))
+    token = order // ids.shape[1]
+    rows = treat(x, operand.in_treatment).index_select(0, token)
+    gate, up = _by_expert(rows, operand.w13, expert, groups).to(x.dtype).chunk(2, dim=-1)
     a = (swiglu_ref(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    down = _by_expert(treat(a, operand.mid_treatment), operand.down, expert, counts).to(x.dtype).float()
+    down = _by_expert(treat(a, operand.mid_treatment), operand.down, expert, groups).to(x.dtype).float()
     routed = torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, down)  # in the order of the experts
     return (routed + shared).to(x.dtype)
