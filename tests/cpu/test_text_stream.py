@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_text_tools import BLOCK, CALL, CALLS, PLAIN
+from test_text_tools import BLOCK, CALL, CALLS, PLAIN, TOLERANT
 from text_samples import sample_tokenizer
 
 from dsv4.text.dsml import BLOCK_CLOSE, BLOCK_OPEN, CALL_CLOSE, CALL_OPEN, PARAM_CLOSE, PARAM_OPEN
@@ -49,6 +50,21 @@ def test_any_pieces_of_any_text_give_the_message_of_the_whole(text: str, cuts: l
     deltas = stream(pieces(text, cuts), mode)
     assert collect(deltas) == parse_completion(text, mode, call_ids=lambda: "id")
     assert all(delta.text or delta.call for delta in deltas)
+
+
+@pytest.mark.parametrize(("text", "content", "names"), TOLERANT)
+def test_right_and_wrong_completions_character_by_character(text: str, content: str, names: list[str]) -> None:
+    whole = collect(stream(text, "chat"))
+    assert (whole["content"], [call["function"]["name"] for call in whole["tool_calls"]]) == (content, names)
+    assert whole == collect(stream([text], "chat"))
+
+
+def test_a_completion_cut_off_anywhere_shows_no_tag() -> None:
+    text = f"answer\n\n{BLOCK}"
+    for cut in range(len(text)):
+        message = collect(stream([text[:cut]], "chat"))
+        assert message == parse_completion(text[:cut], "chat") and DSML not in message["content"]
+        assert message["tool_calls"] == []
 
 
 @given(PLAIN, PLAIN, CALLS, CUTS, MODES, st.integers(0, 400))
@@ -101,6 +117,16 @@ def test_stop_strings(text: str, stops: list[str], cuts: list[int], include: boo
     out = "".join([stopper.feed(part) for part in pieces(text, cuts)]) + stopper.finish()
     before, stop = complete_first(text, stops)
     assert (out, stopper.matched) == (before + (stop or "" if include else ""), stop)
+
+
+def test_the_stop_string_that_is_complete_first_wins() -> None:
+    for stops, text, before, matched in (
+        (["abcd", "bc"], "abcd", "a", "bc"),
+        (["b", "ab"], "xab", "x", "ab"),
+        (["c", "b"], "abc", "a", "b"),
+    ):
+        stopper = StopStrings(stops)
+        assert (stopper.feed(text), stopper.matched) == (before, matched)
 
 
 def test_stop_strings_hold_back_no_more_than_they_must() -> None:

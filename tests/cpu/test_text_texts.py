@@ -59,6 +59,7 @@ def test_literals_are_read_as_python_would(source: str, expected: str) -> None:
         ("TOOLS_TEMPLATE = 'a'.strip()", "line 1: Call"),
         ("import os\nTOOLS_TEMPLATE = os.environ['X']", "line 2: Subscript"),
         ("TOOLS_TEMPLATE = f'{1 + 1}'", "line 1: Constant"),
+        ("mark = 'x'\nTOOLS_TEMPLATE = f'{mark!r}'", "FormattedValue"),
         ("TOOLS_TEMPLATE = later\nlater = 'x'", "Name"),
         ("TOOLS_TEMPLATE = 5", "Constant"),
         ("TOOLS_TEMPLATE = {'a': 'b'}", "is a dict"),
