@@ -54,17 +54,17 @@ def groups_of(x: Tensor, group: int, name: str = "x") -> Tensor:
     return x.unflatten(-1, (columns // group, group))
 
 
-def round_to_grid(y: Tensor, *, mantissa_bits: int, min_exponent: int) -> Tensor:
-    """Round float32 y to the nearest value with that many mantissa bits, ties to even.
+def round_magnitude_(y: Tensor, *, mantissa_bits: int, min_exponent: int) -> Tensor:
+    """Round float32 y >= 0 in place to the nearest value with that many mantissa bits, ties to even; returns y.
 
-    The spacing is fixed below 2^min_exponent: E2M1 is (1, 0), E4M3 is (3, -6). Zeros come back as +0, NaN as NaN.
-    Does not saturate: keep |y| within half a step of the format's maximum.
-    Six elementwise kernels instead of a table search or an FP8 round trip, which are several times slower on a CPU.
+    The spacing is fixed below 2^min_exponent: E2M1 is (1, 0), E4M3 is (3, -6). NaN stays NaN.
+    Does not saturate: keep y within half a step of the format's maximum.
+    Five elementwise kernels instead of a table search or an FP8 round trip, which are several times slower on a CPU.
     """
-    power = y.abs().clamp_(min=2.0**min_exponent).view(torch.int32).bitwise_and_(_EXPONENT_MASK).view(torch.float32)
+    power = y.clamp(min=2.0**min_exponent).view(torch.int32).bitwise_and_(_EXPONENT_MASK).view(torch.float32)
     # One unit in the last place of `magic` is the step we want, so the addition itself rounds, and rounds ties to even.
     magic = power.mul_(1.5 * 2.0 ** (23 - mantissa_bits))
-    return (y + magic).sub_(magic)
+    return y.add_(magic).sub_(magic)
 
 
 def pow2_ceil(x: Tensor) -> Tensor:
@@ -80,13 +80,16 @@ def e2m1_encode(x: Tensor, *, check: bool = False) -> Tensor:
     """
     if check:
         check_finite(x)
-    magnitude = as_float32(x).abs().clamp_(max=E2M1_MAX)
-    power = magnitude.clamp(min=1.0).view(torch.int32).bitwise_and_(_EXPONENT_MASK)
-    # As in round_to_grid with a step of power/2; the low bits of the sum then hold round(magnitude / step) + 2.
+    return e2m1_encode_magnitude_(as_float32(x).abs()).add_(torch.signbit(x), alpha=8)
+
+
+def e2m1_encode_magnitude_(y: Tensor) -> Tensor:
+    """Sign-less codes (uint8, 0..7) of float32 y >= 0 by the rule of e2m1_encode; y is used up as scratch."""
+    power = y.clamp_(max=E2M1_MAX).clamp(min=1.0).view(torch.int32).bitwise_and_(_EXPONENT_MASK)
+    # As in round_magnitude_ with a step of power/2; the low bits of the sum then hold round(y / step) + 2.
     # Each octave e adds 2 codes: bits of 2^e shifted right by 22 are 2e + 254, and 254 + 2 vanishes modulo 256.
-    rounded = power.view(torch.float32).mul(1.5 * 2.0**22 + 1.0).add_(magnitude)
-    code = rounded.view(torch.int32).add_(power.bitwise_right_shift_(22)).to(torch.uint8).bitwise_and_(7)
-    return code.add_(torch.signbit(x), alpha=8)
+    bits = y.add_(power.view(torch.float32) * (1.5 * 2.0**22 + 1.0)).view(torch.int32)
+    return bits.add_(power.bitwise_right_shift_(22)).to(torch.uint8).bitwise_and_(7)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.quant import mxfp4
-from dsv4.quant.formats import E4M3_MAX, as_float32, check_finite, e4m3_decode, e8m0_decode, pow2_ceil, round_to_grid
+from dsv4.quant.formats import E4M3_MAX, as_float32, check_finite, e4m3_decode, e8m0_decode, pow2_ceil, round_magnitude_
 
 BLOCK = 128
 ACT_AMAX_FLOOR = 1e-4
@@ -68,8 +68,8 @@ def _groups(x: Tensor, group: int) -> Tensor:
     return x.unflatten(-1, (x.shape[-1] // group, group))
 
 
-def _act_scale(groups: Tensor) -> Tensor:
-    return pow2_ceil(groups.abs().amax(dim=-1, keepdim=True).clamp_(min=ACT_AMAX_FLOOR).mul_(_INV_MAX))
+def _act_scale(magnitude: Tensor) -> Tensor:
+    return pow2_ceil(magnitude.amax(dim=-1, keepdim=True).clamp_(min=ACT_AMAX_FLOOR).mul_(_INV_MAX))
 
 
 def act_quant(x: Tensor, group: int = BLOCK, *, check: bool = False) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def act_quant(x: Tensor, group: int = BLOCK, *, check: bool = False) -> tuple[Te
     if check:
         check_finite(x)
     groups = _groups(as_float32(x), group)
-    scale = _act_scale(groups)
+    scale = _act_scale(groups.abs())
     q = (groups / scale).to(torch.float8_e4m3fn)
     return q.flatten(-2)[..., : x.shape[-1]].contiguous(), scale.squeeze(-1)
 
@@ -86,20 +86,19 @@ def act_fake_quant(x: Tensor, group: int = BLOCK, *, check: bool = False) -> Ten
     """What act_quant keeps of x [..., K]: q * scale, in x's shape and dtype (float32 or bfloat16; exact in both)."""
     if check:
         check_finite(x)
-    groups = _groups(as_float32(x), group)
-    scale = _act_scale(groups)
-    return _finish(round_to_grid(groups / scale, mantissa_bits=3, min_exponent=-6), scale, x)
+    magnitude = _groups(as_float32(x), group).abs()
+    scale = _act_scale(magnitude)
+    return _with_sign(round_magnitude_(magnitude.div_(scale), mantissa_bits=3, min_exponent=-6).mul_(scale), x)
 
 
 def fp4_act_fake_quant(x: Tensor, group: int = mxfp4.GROUP, *, check: bool = False) -> Tensor:
     """x [..., K] rounded to E2M1 with one power-of-two scale per group (the MXFP4 rule), in x's shape and dtype."""
     if check:
         check_finite(x)
-    groups = _groups(as_float32(x), group)
-    scale = mxfp4.group_scale(groups.abs().amax(dim=-1, keepdim=True))
-    return _finish(round_to_grid(groups / scale, mantissa_bits=1, min_exponent=0), scale, x)
+    magnitude = _groups(as_float32(x), group).abs()
+    scale = mxfp4.group_scale(magnitude.amax(dim=-1, keepdim=True))
+    return _with_sign(round_magnitude_(magnitude.div_(scale), mantissa_bits=1, min_exponent=0).mul_(scale), x)
 
 
-def _finish(rounded: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    out = rounded.mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype).contiguous()
-    return out.copysign_(x)  # round_to_grid loses the sign of zeros; the stored formats keep it
+def _with_sign(magnitude: Tensor, x: Tensor) -> Tensor:
+    return magnitude.flatten(-2)[..., : x.shape[-1]].to(x.dtype).contiguous().copysign_(x)

@@ -20,6 +20,7 @@ from dsv4.quant.formats import (
     check_finite,
     e2m1_decode_packed,
     e2m1_encode,
+    e2m1_encode_magnitude_,
     e4m3_decode,
     groups_of,
     pack_nibbles,
@@ -55,7 +56,8 @@ def quantize(
     if check:
         check_finite(x, name)
     groups = groups_of(as_float32(x, name), GROUP, name)
-    group_amax = groups.abs().amax(dim=-1)
+    magnitude = groups.abs()
+    group_amax = magnitude.amax(dim=-1)
     if global_scale is not None:
         _check_global(global_scale, x)
         stored = global_scale
@@ -64,7 +66,8 @@ def quantize(
         stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(GLOBAL_RANGE)
     divisor = _broadcast(divisor, group_amax.ndim)
     scale = group_amax.div_(divisor * E2M1_MAX).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = e2m1_encode(groups / (scale.float() * divisor).unsqueeze(-1))
+    magnitude.div_((scale.float() * divisor).unsqueeze(-1))
+    codes = e2m1_encode_magnitude_(magnitude).add_(torch.signbit(groups), alpha=8)
     return pack_nibbles(codes.flatten(-2)), scale, stored
 
 
