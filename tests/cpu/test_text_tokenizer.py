@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from dsv4.errors import CheckpointError, RequestError
 from dsv4.text.chat import encode_messages, encode_segments
 from dsv4.text.segments import Segment
+from dsv4.text.texts import PromptTexts
 from dsv4.text.tokenizer import _BYTE_OF, Tokenizer
 from dsv4.text.tokens import BOS, DSML, EOS, PAD, PROMPT_TOKENS, THINK_CLOSE, THINK_OPEN, USER
 
@@ -201,3 +202,14 @@ def test_missing_or_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="not UTF-8"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_the_shipped_model_encodes_a_tool_conversation_as_its_plain_tokenizer_does() -> None:
+    nano = Path(__file__).parents[2] / "dsv4" / "models" / "nano"
+    tokenizer, library = Tokenizer.from_folder(nano), Backend.from_file(str(nano / "tokenizer.json"))
+    messages, _ = vector(1)
+    segments = encode_segments(messages, texts=PromptTexts.from_folder(nano), reasoning_effort="max")
+    prompt = "".join(text for text, _ in segments)
+    ids = tokenizer.encode_chat(segments)
+    assert ids == library.encode(prompt, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special=False) == prompt
