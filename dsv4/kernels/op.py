@@ -37,8 +37,7 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
 
     `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that
     must agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes
-    allowed. The keyword `out=` receives the
-    result in place.
+    allowed. A signature (shapes and dtypes) is checked the first time it is seen. `out=` receives the result in place.
     """
     specs = [(arg, *_parse(spec)) for arg, spec in shapes.items()]
 
@@ -49,9 +48,8 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
         @functools.wraps(launch)
         def call(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
             twin = use_twin or not args[0].is_cuda
-            # PyTorch refuses mismatched operands of a twin by itself; a kernel would misread them, so each call is checked.
-            signature = (first.shape, first.dtype)
-            if not twin or signature not in seen:
+            signature = tuple([(a.shape, a.dtype) for a in args[: len(specs)] if isinstance(a, Tensor)])
+            if signature not in seen:
                 _check(name, specs, args)
                 seen.add(signature)
             result = ref(*args, **kwargs) if twin else launch(*args, **kwargs)

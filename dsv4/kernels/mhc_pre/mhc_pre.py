@@ -16,8 +16,8 @@ def mhc_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h [T, M, D] -> x [T, D] in h's dtype, post [T, M] f32, comb [T, M, M] f32.
 
-    fn [O, M*D], base [O], O = (2+M)*M rows ordered pre | post | comb: `hc_{attn,ffn}_{fn,base}`; scale [O]: the three of
-    `hc_{attn,ffn}_scale`, each repeated for the rows it multiplies.
+    fn [O, M*D], base [O]: `hc_{attn,ffn}_{fn,base}`, O = (2+M)*M rows ordered pre | post | comb; scale [O]: the three
+    of `hc_{attn,ffn}_scale`, each repeated for the rows it multiplies.
     pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = Sinkhorn of the M x M rest, ending on a column step.
     All in float32; x = sum_j pre_j h_j is rounded once. Reads T*M*D*2 + (2+M)*M*M*D*4 bytes.
     """
