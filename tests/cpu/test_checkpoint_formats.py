@@ -7,57 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import SMALL, rewrite
-from oracle.files import Stored, linear_weight, read_folder
-from oracle.formats import decode_e2m1, decode_e4m3, unpack_nibbles
+from checkpoint_files import SMALL, decode, rewrite, transformers_name
+from oracle.files import Stored, read_folder
 
 from dsv4.checkpoint import load_model_weights
 from dsv4.checkpoint.random import random_tensors
 from dsv4.config import ModelConfig
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, Weight
 from dsv4.testing.checkpoints import FORMATS, write_random_checkpoint
-
-# What transformers calls the modules (its rename table, read backwards).
-RENAMES = [
-    (r"^head", "lm_head"), (r"^embed\.", "model.embed_tokens."), (r"^norm", "model.norm"),
-    (r"^hc_head_", "model.hc_head.hc_"), (r"^layers", "model.layers"),
-    (r"\.attn\.indexer\.compressor\.norm", ".self_attn.compressor.indexer.kv_norm"),
-    (r"\.attn\.indexer\.compressor\.", ".self_attn.compressor.indexer."),
-    (r"\.attn\.indexer\.weights_proj", ".self_attn.compressor.indexer.scorer.weights_proj"),
-    (r"\.attn\.indexer\.wq_b", ".self_attn.compressor.indexer.q_b_proj"),
-    (r"\.attn\.compressor\.norm", ".self_attn.compressor.kv_norm"),
-    (r"\.attn\.q_norm", ".self_attn.q_a_norm"), (r"\.attn\.", ".self_attn."), (r"\.ffn\.", ".mlp."),
-    (r"attn_sink", "sinks"), (r"\.ape", ".position_bias"), (r"\.w(q_a|q_b|kv|o_a|o_b)\b", r".\1_proj"),
-    (r"\.wgate", ".gate_proj"), (r"gate\.bias", "gate.e_score_correction_bias"),
-    (r"\.attn_norm", ".input_layernorm"), (r"\.ffn_norm", ".post_attention_layernorm"),
-    (r"\.hc_(attn|ffn)_", r".\1_hc."), (r"\.w1$", ".gate_proj"), (r"\.w2$", ".down_proj"), (r"\.w3$", ".up_proj"),
-]  # fmt: skip
-
-
-def transformers_name(name: str) -> str:
-    if name.startswith("mtp."):
-        return name
-    for pattern, words in RENAMES:
-        name = re.sub(pattern, words, name)
-    return name
-
-
-def decode(tensors: dict[str, Stored], module: str, naming: str) -> np.ndarray:
-    """float64 [N, K] of one linear, from the definition of the layout its names show."""
-    name = transformers_name(module) if naming == "compressed-tensors" else module
-    name = name.removeprefix("model.")
-    if f"{name}.weight_packed" in tensors:
-        codes, factor = tensors[f"{name}.weight_packed"].raw, 1 / tensors[f"{name}.weight_global_scale"].floats()
-    elif f"{name}.weight_scale_2" in tensors:
-        codes, factor = tensors[f"{name}.weight"].raw, tensors[f"{name}.weight_scale_2"].floats()
-    else:
-        blocks = [s for s in ("weight_scale", "weight_scale_inv") if f"{name}.{s}" in tensors]
-        if not blocks:
-            return linear_weight(tensors, name)[1]
-        weight, scale = tensors[f"{name}.weight"].floats(), tensors[f"{name}.{blocks[0]}"].floats()
-        return weight * np.kron(scale, np.ones((128, 128)))[: weight.shape[0], : weight.shape[1]]
-    values = decode_e2m1(unpack_nibbles(codes))
-    return values * np.repeat(decode_e4m3(tensors[f"{name}.weight_scale"].raw), 16, axis=-1) * factor
 
 
 def decode_stack(tensors: dict[str, Stored], key: str, shape: tuple[int, ...], naming: str) -> np.ndarray:
