@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 #: Largest relative error of one rounding to nearest: half a unit in the last place.
-BF16_ROUNDING = 2.0**-9
+BF16_ROUNDING = 2.0**-8
 FLOAT32_ROUNDING = 2.0**-24
 
 
@@ -48,12 +48,14 @@ def deviation(found: Any, expected: Any) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1))
 
 
-def dot_error(magnitudes: torch.Tensor, terms: int, roundings_after: int, output: float) -> torch.Tensor:
-    """Bound on |computed - exact| of float32 dot products of exact products, summed in any order.
+def dot_error(
+    exact: torch.Tensor, magnitudes: torch.Tensor, terms: int, *, roundings: int = 0, output: float = 0.0
+) -> torch.Tensor:
+    """Bound on |computed - exact| of dot products accumulated in float32 in any order and then rounded once.
 
-    magnitudes: sum of |product| per output element, float64. terms: products per sum; any order of summation errs by at
-    most (terms - 1) * 2^-24 * magnitudes to first order. roundings_after: float32 multiplications applied to the sum
-    (scales). output: relative error of the final rounding (BF16_ROUNDING, or 0 when the result stays float32).
+    exact, magnitudes: the sum of the products and of their absolute values, float64. terms: products per sum; summing
+    errs by at most (terms - 1) * 2^-24 * magnitudes to first order. roundings: further float32 roundings that a product
+    or the sum goes through (scales folded in). output: relative error of the final rounding, BF16_ROUNDING or 0.
     """
-    summed = (terms - 1 + roundings_after) * FLOAT32_ROUNDING * 1.01  # 1% covers the second order for terms < 2^16
-    return magnitudes * (summed * (1 + output) + output)
+    summed = magnitudes * ((terms - 1 + roundings) * FLOAT32_ROUNDING * 1.01)  # 1%: second order, terms < 2^16
+    return summed * (1 + output) + exact.abs() * output
