@@ -63,7 +63,9 @@ def quantize(
         stored = global_scale
         divisor = stored.clamp(min=_GLOBAL_FLOOR)
     else:
-        stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(GLOBAL_RANGE)
+        # By a tensor: on CUDA, torch divides by a Python number as a multiplication by its rounded reciprocal.
+        range_ = group_amax.new_full((), GLOBAL_RANGE)
+        stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(range_)
     divisor = _broadcast(divisor, group_amax.ndim)
     scale = group_amax.div_(divisor * E2M1_MAX).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     magnitude.div_((scale.float() * divisor).unsqueeze(-1))

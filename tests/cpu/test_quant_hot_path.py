@@ -17,7 +17,7 @@ HOT: dict[str, tuple[Op, int]] = {
     "act_quant": (lambda x: fp8.act_quant(x, 128), 9),
     "act_fake_quant": (lambda x: fp8.act_fake_quant(x, 64), 16),
     "fp4_act_fake_quant": (fp8.fp4_act_fake_quant, 16),
-    "nvfp4": (lambda x: nvfp4.quantize(x, per_row=True), 27),
+    "nvfp4": (lambda x: nvfp4.quantize(x, per_row=True), 28),
     "e2m1_encode": (formats.e2m1_encode, 13),
     "hadamard": (hadamard, 7 * 3 + 5),
 }
@@ -46,6 +46,8 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in VIEWS:
             self.seen.append(name)
+        if name.startswith("div"):
+            assert isinstance(args[1], torch.Tensor), "CUDA multiplies by the reciprocal of a Python number instead"
         return func(*args, **(kwargs or {}))
 
 
