@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,11 +11,11 @@ from dsv4.checkpoint.load import Policy
 from dsv4.engine.chat import ChatPrompt, with_messages
 from dsv4.engine.defaults import GenerationDefaults
 from dsv4.engine.engine import Engine
-from dsv4.engine.metrics import RunMetrics
+from dsv4.engine.metrics import RunMetrics, weight_bytes_per_token
 from dsv4.engine.output import RequestOutput
 from dsv4.engine.params import SamplingParams
 from dsv4.engine.progress import progress_bar
-from dsv4.engine.prompts import Prompt, PromptLike, parse_prompts
+from dsv4.engine.prompts import Prompt, PromptLike, find_tokenizer, parse_prompts, require_tokenizer
 from dsv4.engine.request import Request
 from dsv4.engine.scheduler import Limits
 from dsv4.engine.stream import ChatStream, TextStream
@@ -74,8 +75,8 @@ class LLM:
                 index_quant=index_quant,
                 weights=weights,
             )
-        self.folder = _folder(model.path)
-        self.tokenizer = _tokenizer(self.folder)
+        self.folder = model.path
+        self.tokenizer = find_tokenizer(self.folder)
         self.defaults = GenerationDefaults.of(model.config, self.folder)
         longest = model.config.max_position_embeddings
         if max_model_len is None:
@@ -113,10 +114,13 @@ class LLM:
             self._engine.abort_all()
             self._engine = None
 
+    @cached_property
+    def weight_bytes_per_token(self) -> int:
+        """Stored bytes of linear weights that one decoded token of one sequence reads."""
+        return weight_bytes_per_token(self.model)
+
     def get_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer.json; it works with token ids alone")
-        return self.tokenizer
+        return require_tokenizer(self.tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config.json as parameters: what is used where none are given."""
@@ -218,14 +222,3 @@ class LLM:
         if len(params) != count:
             raise RequestError(f"{len(params)} sampling parameters for {count} prompts; give one for all, or one each")
         return params
-
-
-def _folder(path: Path | None) -> Path | None:
-    """Where a checkpoint's small files lie: a checkpoint of one .safetensors file has them beside it."""
-    return path.parent if path is not None and path.is_file() else path
-
-
-def _tokenizer(folder: Path | None) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None for a model without one."""
-    has_one = folder is not None and (folder / "tokenizer.json").is_file()
-    return Tokenizer.from_folder(folder) if folder is not None and has_one else None

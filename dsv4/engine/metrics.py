@@ -1,8 +1,14 @@
-"""What a run did and how fast: tokens, seconds, steps."""
+"""What a run did and how fast: tokens, seconds, steps, and the bytes a token must read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+
+from dsv4.kernels.grouped_linear.operand import GroupedOperand
+from dsv4.kernels.linear.operand import LinearOperand
+from dsv4.kernels.moe.operand import ExpertsOperand
+from dsv4.model import Model
 
 
 @dataclass
@@ -34,3 +40,19 @@ class RunMetrics:
     @property
     def decode_tokens_per_second(self) -> float:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def weight_bytes_per_token(model: Model) -> int:
+    """Stored bytes of the linears that one decoded token reads: K of the E routed experts, everything else once."""
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts
+    operands = [model.lm_head, *(operand for block in model.blocks for operand in _operands(block))]
+    return round(sum(o.nbytes * (share if isinstance(o, ExpertsOperand) else 1) for o in operands))
+
+
+def _operands(part: object) -> Iterator[LinearOperand | GroupedOperand | ExpertsOperand]:
+    """The operands of a layer object and of the layer objects in it."""
+    for value in vars(part).values():
+        if isinstance(value, LinearOperand | GroupedOperand | ExpertsOperand):
+            yield value
+        elif type(value).__module__.startswith("dsv4.layers."):
+            yield from _operands(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv4.errors import RequestError
@@ -17,6 +18,19 @@ class Prompt(NamedTuple):
 
     text: str | None
     token_ids: list[int]
+
+
+def find_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder; None if there is none, as for a model made from a seed."""
+    has_one = folder is not None and (folder / "tokenizer.json").is_file()
+    return Tokenizer.from_folder(folder) if folder is not None and has_one else None
+
+
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """RequestError for a model without a tokenizer."""
+    if tokenizer is None:
+        raise RequestError("this model has no tokenizer.json; it works with token ids alone")
+    return tokenizer
 
 
 def parse_prompts(prompts: PromptLike | Sequence[PromptLike], tokenizer: Tokenizer | None) -> list[Prompt]:

@@ -1,0 +1,5 @@
+"""`python -m dsv4`."""
+
+from dsv4.cli import main
+
+main()

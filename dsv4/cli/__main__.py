@@ -1,0 +1,5 @@
+"""`python -m dsv4.cli`."""
+
+from dsv4.cli import main
+
+main()

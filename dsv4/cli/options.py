@@ -1,0 +1,148 @@
+"""The options several commands share, each group written once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from dsv4.cli.console import note
+from dsv4.engine.llm import LLM
+from dsv4.engine.params import SamplingParams
+from dsv4.errors import RequestError
+from dsv4.model import Model, load
+
+EMBEDDED = "nano"
+_MODEL_HELP = "Checkpoint folder, nano (the embedded model) or random:tiny."
+
+
+def _loading(help: str, *names: str, env: str) -> Any:
+    return typer.Option(*names, help=help, envvar=env, rich_help_panel="Loading")
+
+
+def _sampling(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Sampling")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded and run."""
+
+    device: Annotated[str, _loading("Where to run.", env="DSV4_DEVICE")] = "cpu"
+    dtype: Annotated[Literal["bfloat16", "float32"], _loading("Of everything between ops.", env="DSV4_DTYPE")] = (
+        "bfloat16"
+    )
+    act: Annotated[
+        Literal["bf16", "fp8", "nvfp4"],
+        _loading("Inputs of linears: bf16 (W4A16), fp8 (DeepSeek's script), nvfp4 (W4A4).", env="DSV4_ACT"),
+    ] = "bf16"
+    weights: Annotated[
+        Literal["native", "nvfp4"],
+        _loading("Linears as stored, or every large one requantised at load.", env="DSV4_WEIGHTS"),
+    ] = "native"
+    kv_quant: Annotated[
+        bool, _loading("The trained-in FP8 of KV entries.", "--kv-quant/--no-kv-quant", env="DSV4_KV_QUANT")
+    ] = True
+    index_quant: Annotated[
+        bool,
+        _loading("The trained-in FP4 of index keys.", "--index-quant/--no-index-quant", env="DSV4_INDEX_QUANT"),
+    ] = True
+    seed: Annotated[int, _loading("What sampling draws from.", env="DSV4_SEED")] = 0
+
+    def load(self, model: str) -> Model:
+        check_device(self.device)
+        return load(
+            model,
+            device=self.device,
+            dtype=self.dtype,
+            act=self.act,
+            weights=self.weights,
+            kv_quant=self.kv_quant,
+            index_quant=self.index_quant,
+        )
+
+    def open(self, model: str, max_model_len: int | None = None) -> LLM:
+        """An LLM for one sequence at a time."""
+        return LLM(self.load(model), max_num_seqs=1, max_model_len=max_model_len, seed=self.seed)
+
+
+def check_device(device: str) -> None:
+    """RequestError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise RequestError(f"device {device!r} cannot be used here ({reason}); use cpu") from failure
+
+
+@dataclass(frozen=True)
+class ModelArgument:
+    """Which model: positional, or -m, or DSV4_MODEL, or the embedded one."""
+
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, envvar="DSV4_MODEL", show_default=EMBEDDED)
+    ] = None
+    model_option: Annotated[str | None, typer.Option("--model", "-m", help="The same as MODEL.")] = None
+
+    def resolve(self) -> str:
+        """The model's name or path. Says so when nobody chose one."""
+        if self.model_option is not None:
+            return self.model_option
+        return _chosen(self.model)
+
+
+@dataclass(frozen=True)
+class ModelOption:
+    """Which model, for commands whose arguments are something else."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help=_MODEL_HELP, envvar="DSV4_MODEL", show_default=EMBEDDED),
+    ] = None
+
+    def resolve(self) -> str:
+        return _chosen(self.model)
+
+
+def _chosen(model: str | None) -> str:
+    if model is None:
+        note(f"no model named: using {EMBEDDED}, the embedded one (small, for trying things out)")
+    return model or EMBEDDED
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen. What is not given comes from the checkpoint's generation_config.json."""
+
+    temperature: Annotated[float | None, _sampling("0 takes the most likely token.")] = None
+    top_p: Annotated[float | None, _sampling("Keep the most likely tokens of this mass.")] = None
+    top_k: Annotated[int | None, _sampling("Keep this many of the most likely tokens.")] = None
+    min_p: Annotated[float | None, _sampling("Keep tokens this likely relative to the best.")] = None
+    repetition_penalty: Annotated[float | None, _sampling("Divides the logits of tokens seen.")] = None
+    presence_penalty: Annotated[float | None, _sampling("Subtracted once from tokens generated.")] = None
+    frequency_penalty: Annotated[float | None, _sampling("Subtracted per occurrence.")] = None
+    stop: Annotated[list[str], _sampling("Stop at this text; may be repeated.")] = field(default_factory=list)
+    min_tokens: Annotated[int | None, _sampling("Do not stop earlier.")] = None
+    ignore_eos: Annotated[bool, _sampling("Go on after the end of sequence.", "--ignore-eos")] = False
+
+    def params(self, llm: LLM, seed: int | None, **more: Any) -> SamplingParams:
+        """The checkpoint's defaults with these changes; `more` holds further SamplingParams fields."""
+        changes = {**asdict(self), "seed": seed, **more}
+        max_tokens = changes.pop("max_tokens", None)
+        # None means "not given" for every option but max_tokens, where it is a value: as many as the context allows
+        given = llm.defaults.sampling | {k: v for k, v in changes.items() if v is not None}
+        return SamplingParams(**given, max_tokens=max_tokens)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The text of -p; `-` reads stdin to its end."""
+    if prompt is None:
+        raise typer.BadParameter('give a prompt with -p "text", or -p - to read it from stdin', param_hint="--prompt")
+    if prompt != "-":
+        return prompt
+    try:
+        return typer.get_text_stream("stdin").read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text ({error})") from error
