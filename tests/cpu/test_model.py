@@ -61,9 +61,9 @@ def test_a_poisoned_neighbour_changes_nothing(model):
                 getattr(layer, name).fill_(float("nan"))
     with pytest.raises(CapacityError):
         cache.reserve(other, 500)
-    first = model.forward([(slot, tokens(150)[:70])], cache, all_logits=True)
-    rest = torch.cat([model.forward([(slot, token)], cache) for token in tokens(150)[70:].split(1)])
-    assert (torch.cat([first, rest]) - alone).abs().max() < 2e-5 * alone.abs().max()
+    parts = [*tokens(150)[:9].split(1), tokens(150)[9:70], *tokens(150)[70:].split(1)]  # decode from the first token on
+    got = torch.cat([model.forward([(slot, part)], cache, all_logits=True) for part in parts])
+    assert (got - alone).abs().max() < 2e-5 * alone.abs().max()
 
 
 def test_a_reused_slot_remembers_nothing(model):
