@@ -128,7 +128,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_a_twin_imports_torch_and_quant_only() -> None:
-    """Or other twins, which a fused op's twin composes, and the records of operands (`operand.py`, `rows.py`) it is given."""
+    """Or other twins, which a fused op's twin composes, and what it is given: `operand.py` and `rows.py`."""
     findings = []
     for path in shipped_files():
         if path.name.endswith("_ref.py"):
