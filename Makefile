@@ -30,7 +30,7 @@ test: lint
 
 lint: $(DEV)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --output-format concise .
 	$(BIN)/mypy
 
 format: $(DEV)
