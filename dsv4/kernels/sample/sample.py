@@ -28,13 +28,14 @@ def sample(
     """One token per row, in this order: bias, penalties, temperature, top-k, top-p, min-p, draw.
 
     logits [B, V] f32; temperature [B] f32 (0 = the largest logit, ties to the lower id); seed, counter [B] i64
-    top_k [B] i64: exactly k stay, ties to the lower id; 0 = off
+    top_k [B] i64: the k largest stay; 0 = off
     top_p [B] f32 in (0, 1]: of what top-k left, the smallest set in falling order whose mass reaches it; 1 = off
     min_p [B] f32 in [0, 1]: tokens at least this likely relative to the most likely one; 0 = off
     bias [B, V] f32: added first; -inf forbids a token
     -> tokens [B] i64; -1 where a row of logits holds NaN or an infinity: the caller must stop that request
 
-    None switches a filter off for every row. A row's result depends on that row alone.
+    None switches a filter off for every row. Filters are thresholds: what ties with the last one that stays, stays too,
+    so a result never depends on the order of ids. A row's result depends on that row alone.
     The draw is the Gumbel maximum argmax(l - log E), E = -log1p(-u), u = ((h >> 32) + 1/2) 2^-32, at most 1 - 2^-24;
     h of token t is SplitMix64's mix(key + (t + 1) g), key = mix(mix(seed + g) + (counter + 1) g), modulo 2^64, with
     g = 0x9E3779B97F4A7C15. Against a walk along the cumulative sum it has one merit: a last-bit difference in the

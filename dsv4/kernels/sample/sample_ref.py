@@ -8,6 +8,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd constants of SplitMix64 as signed 64-bit integers (products wrap)
 MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX2 = 0x94D049BB133111EB - 2**64
+FEW = 256  # candidates that nearly always hold the mass of top_p, so that the vocabulary need not be sorted
 
 
 class Penalties(NamedTuple):
@@ -48,21 +49,27 @@ def penalize_ref(logits: Tensor, p: Penalties) -> Tensor:
     return logits - p.frequency[:, None] * p.counts - p.presence[:, None] * generated
 
 
-def keep_ref(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
-    """bool [B, V]: the tokens that top-k, then top-p on the renormalised rest, leave; at least one per row."""
-    values, ids = logits.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(values, dtype=torch.bool)
+def threshold_ref(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """[B, 1] f32: the lowest score that stays, of scores [B, V] f32 whose largest is 0 in every row."""
+    lowest = scores.new_full((len(scores), 1), -torch.inf) if min_p is None else min_p.log()[:, None]
+    vocab = scores.shape[-1]
     if top_k is not None:
-        limit = torch.where(top_k > 0, top_k, logits.shape[-1])
-        keep = torch.arange(logits.shape[-1], device=logits.device) < limit[:, None]
-        values = values.masked_fill(~keep, -torch.inf)
+        values = scores.topk(min(max(int(top_k.max()), 1), vocab)).values
+        kth = values.gather(1, top_k.clamp(1, vocab)[:, None] - 1)
+        kth = torch.where(top_k[:, None] > 0, kth, -torch.inf)
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+        lowest = torch.maximum(lowest, kth)
     if top_p is not None:
-        probs = values.softmax(-1)
-        before = probs.cumsum(-1) - probs
-        # the sum of all may round to below top_p = 1 or above it: 1 means off
-        keep = keep & ((before < top_p[:, None]) | (top_p[:, None] >= 1))
-    keep[:, 0] = True
-    return torch.zeros_like(keep).scatter_(1, ids, keep)
+        total = scores.exp().sum(-1, keepdim=True)
+        for candidates in (min(FEW, vocab), vocab):
+            values = scores.topk(candidates).values
+            mass = values.exp().div_(total).cumsum_(-1)
+            if candidates == vocab or (mass[:, -1] >= top_p).logical_or_(top_p >= 1).all():
+                break
+        last = (mass < top_p[:, None]).sum(-1, keepdim=True).clamp_(max=candidates - 1)
+        # rounding may leave the sum of all below 1: top_p = 1 means off
+        lowest = torch.maximum(lowest, values.gather(1, last).masked_fill_(top_p[:, None] >= 1, -torch.inf))
+    return lowest
 
 
 def sample_ref(
@@ -86,10 +93,8 @@ def sample_ref(
     if drawn.any():
         scores = logits - logits.amax(-1, keepdim=True)
         scores = scores / torch.where(drawn, temperature, 1.0)[:, None]
-        if top_k is not None or top_p is not None:
-            scores = scores.masked_fill(~keep_ref(scores, top_k, top_p), -torch.inf)
-        if min_p is not None:
-            scores = scores.masked_fill(scores < min_p.log()[:, None], -torch.inf)
+        if not (top_k is None and top_p is None and min_p is None):
+            scores = scores.masked_fill(scores < threshold_ref(scores, top_k, top_p, min_p), -torch.inf)
         arrival = -torch.log1p(-uniform_ref(seed, counter, logits.shape[-1]))
         logits = torch.where(drawn[:, None], scores - arrival.log(), logits)
     return torch.where(finite, logits.argmax(-1), -1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.sample.sample import Penalties, sample, token_logprobs
-from dsv4.kernels.sample.sample_ref import keep_ref, splitmix, uniform_ref
+from dsv4.kernels.sample.sample_ref import splitmix, threshold_ref, uniform_ref
 
 VOCABS = [1, 7, 4096, 129280]  # the last is V4's vocabulary
 FLASH_VOCAB = 129280
@@ -92,12 +92,13 @@ def test_draws_of_different_seeds_and_counters_are_independent() -> None:
 
 
 def brute_keep(row: list[float], top_k: int, top_p: float) -> set[int]:
-    order = sorted(range(len(row)), key=lambda t: (-row[t], t))
+    order = sorted(range(len(row)), key=lambda t: -row[t])
     if top_k:
-        order = order[:top_k]
+        order = [t for t in order if row[t] >= row[order[min(top_k, len(row)) - 1]]]
     total, mass, kept = math.fsum(math.exp(row[t]) for t in order), 0.0, set()
     for t in order:
-        if top_p < 1 and mass >= top_p * total:
+        tied = any(row[t] == row[other] for other in kept)
+        if top_p < 1 and mass >= top_p * total and not tied:
             break
         kept.add(t)
         mass += math.exp(row[t])
@@ -110,9 +111,22 @@ def test_top_k_and_top_p_keep_what_brute_force_keeps(top_k: int, top_p: float) -
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(top_k)) * 2
     logits[1] = logits[1].round()  # many ties
     logits[2, 5:] = -50.0
-    keep = keep_ref(logits, torch.full((6,), top_k), torch.full((6,), top_p))
-    for row, kept in zip(logits.double().tolist(), keep, strict=True):
+    scores = logits - logits.amax(-1, keepdim=True)
+    keep = scores >= threshold_ref(scores, torch.full((6,), top_k), torch.full((6,), top_p), None)
+    for row, kept in zip(scores.double().tolist(), keep, strict=True):
         assert set(kept.nonzero().flatten().tolist()) == brute_keep(row, top_k, top_p)
+
+
+@pytest.mark.parametrize(("spread", "top_p"), [(0.1, 0.9), (0.1, 0.01), (4.0, 0.9), (4.0, 0.999)])
+def test_top_p_over_a_large_vocabulary(spread: float, top_p: float) -> None:
+    """Flat rows need more candidates than are looked at first; a peaked row beside them must not notice."""
+    logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(7)) * torch.tensor([[spread], [4.0]])
+    scores = logits - logits.amax(-1, keepdim=True)
+    keep = scores >= threshold_ref(scores, None, torch.full((2,), top_p), None)
+    for row, kept in zip(scores.double().tolist(), keep, strict=True):
+        expected = brute_keep(row, 0, top_p)
+        # float32 sums may move the border by a token or two of thousands
+        assert len(set(kept.nonzero().flatten().tolist()) ^ expected) <= (2 if len(expected) > 500 else 0)
 
 
 @pytest.mark.parametrize(
