@@ -1,6 +1,9 @@
 """A small model for every layout, a decoder of its files that shares nothing with dsv4, and ways to spoil them."""
 
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,3 +103,21 @@ def peak_memory() -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def memory_needed(statement: str) -> int:
+    """Bytes by which `statement` raises the private memory of a fresh process; this one has freed memory to reuse."""
+    code = f"""
+import torch
+from checkpoint_files import anonymous_bytes, peak_memory
+from dsv4.checkpoint import load_model_weights
+from dsv4.checkpoint.quantize import quantize_checkpoint
+torch.set_num_threads(1)
+before = anonymous_bytes()
+with peak_memory() as peak:
+    result = {statement}
+print(peak[0] - before)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
