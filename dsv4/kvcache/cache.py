@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,21 +35,23 @@ class LayerCache:
 
 
 class PageTable:
-    """Pages of one kind of compressed layer: the same page number in every such layer's pool. Host side, between
-    steps.
-    """
+    """Pages of one kind of compressed layer: one page number for every such layer's pool. Host side, between steps."""
 
     def __init__(self, ratio: int, n_pages: int, slots: int):
         self.ratio = ratio
         self.free = list(range(n_pages - 1, -1, -1))
         self.held: list[list[int]] = [[] for _ in range(slots)]
+        self._rows = [torch.empty(0, dtype=torch.int64) for _ in range(slots)]
 
     def missing(self, slot: int, tokens: int) -> int:
         return max(0, pages(tokens, self.ratio) - len(self.held[slot]))
 
     def grow(self, slot: int, tokens: int) -> None:
-        for _ in range(self.missing(slot, tokens)):
-            self.held[slot].append(self.free.pop())
+        count = self.missing(slot, tokens)
+        if count:
+            self.held[slot] += [self.free.pop() for _ in range(count)]
+            first = torch.tensor(self.held[slot]).unsqueeze(-1) * PAGE_ENTRIES
+            self._rows[slot] = (first + torch.arange(PAGE_ENTRIES)).flatten()
 
     def release(self, slot: int) -> None:
         self.free.extend(reversed(self.held[slot]))
@@ -55,9 +59,7 @@ class PageTable:
 
     def rows(self, slot: int, first: int, last: int) -> Tensor:
         """[last - first] i64: rows of entries first..last-1 of the slot in the flattened pool [P*64, ...]."""
-        number = torch.arange(first, last)
-        table = torch.tensor(self.held[slot], dtype=torch.int64)
-        return table[number // PAGE_ENTRIES] * PAGE_ENTRIES + number % PAGE_ENTRIES
+        return self._rows[slot][first:last]
 
 
 class KVCache:
@@ -109,19 +111,24 @@ class KVCache:
         """Tokens of the sequence in `slot`."""
         return self._lengths[self._known(slot)]
 
-    def reserve(self, slot: int, new_tokens: int) -> None:
-        """Make room for `new_tokens` more tokens; all or nothing."""
-        after = self.length(slot) + new_tokens
+    def reserve(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Make room for (slot, new tokens) of each sequence; all or nothing."""
         limit = self.config.max_position_embeddings
-        if after > limit:
-            raise CapacityError(f"sequence of {after} tokens exceeds max_position_embeddings = {limit}")
-        if new_tokens > self.free_tokens:
+        after = {slot: self.length(slot) + new_tokens for slot, new_tokens in wanted}
+        for slot, tokens in after.items():
+            if tokens > limit:
+                raise CapacityError(
+                    f"sequence of {tokens} tokens (slot {slot}) exceeds max_position_embeddings = {limit}"
+                )
+        total = sum(new_tokens for _, new_tokens in wanted)
+        if total > self.free_tokens:
             raise CapacityError(
-                f"{new_tokens} tokens do not fit: the cache holds max_tokens = {self.max_tokens} and "
+                f"{total} tokens do not fit: the cache holds max_tokens = {self.max_tokens} and "
                 f"{self.max_tokens - self.free_tokens} are in use"
             )
-        for table in self.tables.values():
-            table.grow(slot, after)
+        for slot, tokens in after.items():
+            for table in self.tables.values():
+                table.grow(slot, tokens)
 
     def advance(self, slot: int, new_tokens: int) -> None:
         self._lengths[self._known(slot)] += new_tokens

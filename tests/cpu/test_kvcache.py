@@ -16,7 +16,7 @@ def new_cache(max_seqs: int = 3, max_tokens: int = 900) -> KVCache:
 
 
 def append(cache: KVCache, slot: int, count: int) -> None:
-    cache.reserve(slot, count)
+    cache.reserve([(slot, count)])
     cache.advance(slot, count)
 
 
@@ -47,8 +47,10 @@ def test_tokens_run_out_and_nothing_is_taken():
     append(cache, a, 90)
     free = {kind: list(table.free) for kind, table in cache.tables.items()}
     with pytest.raises(CapacityError, match="11 tokens do not fit: the cache holds max_tokens = 100 and 90 are in use"):
-        cache.reserve(b, 11)
+        cache.reserve([(b, 11)])
     assert {kind: table.free for kind, table in cache.tables.items()} == free
+    with pytest.raises(CapacityError, match="12 tokens do not fit"):  # together, though each would fit alone
+        cache.reserve([(a, 6), (b, 6)])
     append(cache, b, 10)
     assert cache.free_tokens == 0
 
@@ -56,8 +58,8 @@ def test_tokens_run_out_and_nothing_is_taken():
 def test_a_sequence_longer_than_the_model_is_refused():
     cache = new_cache(max_seqs=1, max_tokens=10**4)
     slot = cache.acquire()
-    with pytest.raises(CapacityError, match="4097 tokens exceeds max_position_embeddings = 4096"):
-        cache.reserve(slot, 4097)
+    with pytest.raises(CapacityError, match="4097 tokens .slot 0. exceeds max_position_embeddings = 4096"):
+        cache.reserve([(slot, 4097)])
 
 
 def test_any_split_of_the_tokens_fits():

@@ -60,7 +60,7 @@ def test_a_poisoned_neighbour_changes_nothing(model):
             if hasattr(layer, name):
                 getattr(layer, name).fill_(float("nan"))
     with pytest.raises(CapacityError):
-        cache.reserve(other, 500)
+        cache.reserve([(other, 500)])
     parts = [*tokens(150)[:9].split(1), tokens(150)[9:70], *tokens(150)[70:].split(1)]  # decode from the first token on
     got = torch.cat([model.forward([(slot, part)], cache, all_logits=True) for part in parts])
     assert (got - alone).abs().max() < 2e-5 * alone.abs().max()

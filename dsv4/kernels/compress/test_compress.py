@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dsv4.kernels.compress.compress import compress
+from dsv4.kvcache import rows_chunk, rows_decode
 from dsv4.kvcache.cache import PageTable
 from dsv4.kvcache.layout import state_tokens
-from dsv4.kvcache.plan import Segment, _compress_rows
+from dsv4.kvcache.rows import Segment
 
 WIDTH, EPS = 96, 1e-6
 FREQS = torch.logspace(0, -2, 8)
@@ -42,7 +43,8 @@ def run(u, g, ape, weight, kind, chunks, slot=1):
     for length in chunks:
         table.grow(slot, start + length)
         positions = torch.arange(start, start + length)
-        rows = _compress_rows([Segment(slot, start, length, 0)], positions, table, kind)
+        plan = rows_decode if length == 1 else rows_chunk
+        rows = plan.compress_rows([Segment(slot, start, length, 0)], positions, table, kind)
         compress(
             u[start : start + length], g[start : start + length], ape, weight, state, pool, rows,
             cis_at(rows.entry_positions), eps=EPS, dtype=torch.float32, index=False, quantize=False,

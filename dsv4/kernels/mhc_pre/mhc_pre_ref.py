@@ -14,12 +14,14 @@ def mixes_ref(h: Tensor, fn: Tensor, eps: float) -> Tensor:
 
 def sinkhorn_ref(logits: Tensor, iters: int, eps: float) -> Tensor:
     """[T, M, M] logits -> doubly stochastic: row softmax, then `iters` column steps with row steps between."""
-    floor = logits.new_full((), eps)  # a tensor: a Python scalar costs a conversion in each of the 40 steps
+    # Sums are products with ones, into one buffer, and eps is a tensor: at one row all of this is call overhead.
+    ones, floor = torch.ones_like(logits), logits.new_full(logits.shape[-2:], eps)
     c = torch.softmax(logits, dim=-1).add_(floor)
-    c.div_(c.sum(-2, keepdim=True).add_(floor))
+    sums = torch.empty_like(c)
+    c.div_(torch.baddbmm(floor, ones, c, out=sums))
     for _ in range(iters - 1):
-        c.div_(c.sum(-1, keepdim=True).add_(floor))
-        c.div_(c.sum(-2, keepdim=True).add_(floor))
+        c.div_(torch.baddbmm(floor, c, ones, out=sums))
+        c.div_(torch.baddbmm(floor, ones, c, out=sums))
     return c
 
 

@@ -1,0 +1,47 @@
+"""The records of a step's row numbers, per mechanism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dsv4.kernels.compress.rows import CompressRows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`length` new tokens of the sequence in `slot`, at positions start .. start+length-1, rows first ..
+    first+length-1.
+    """
+
+    slot: int
+    start: int
+    length: int
+    first: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """Rows (i64) of the sliding window. `in_ring`: all keys are in the ring once this step's are written (decode)."""
+
+    in_ring: bool
+    history: Tensor  # [Nh] ring rows read before writing; rows index (history | this step's entries) unless in_ring
+    rows: Tensor  # [T, W] what each token sees, -1 = before the sequence began
+    write_rows: Tensor  # [Tw] tokens of this step that stay in the ring
+    write_to: Tensor  # [Tw]
+
+
+@dataclass(frozen=True)
+class CompressedRows:
+    """Rows (i64) of one kind of compressed layer."""
+
+    compress: CompressRows
+    visible: Tensor  # [T] entries each token sees: (t + 1) // ratio
+    entries: Tensor  # [B, E] pool row of each sequence's entries, -1 = none
+    all_rows: Tensor  # [T, E] the same per token, -1 where not visible; [T, 0] when `most_visible` forces a selection
+    most_visible: int

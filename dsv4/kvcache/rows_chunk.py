@@ -1,0 +1,67 @@
+"""Row numbers of a step in which some sequence brings several tokens: keys are (what came before | this step's)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.compress.rows import CompressRows
+from dsv4.kvcache.cache import PageTable
+from dsv4.kvcache.layout import CompressedKind, entries, state_tokens
+from dsv4.kvcache.rows import Segment, WindowRows
+
+
+def _ring_write(segments: list[Segment], n: int) -> tuple[Tensor, Tensor]:
+    """Rows of this step that stay in rings of n tokens, and where: token t of slot s at s * n + t mod n."""
+    kept = [(s, max(s.start, s.end - n)) for s in segments]
+    rows = torch.cat([torch.arange(s.first + low - s.start, s.first + s.length) for s, low in kept])
+    to = torch.cat([s.slot * n + torch.arange(low, s.end) % n for s, low in kept])
+    return rows, to
+
+
+def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
+    write_rows, write_to = _ring_write(segments, size)
+    back = torch.arange(size - 1, -1, -1)
+    seen = positions.unsqueeze(-1) - back  # [T, W] positions each token looks at, oldest first
+    history, offsets, held = [], [], 0
+    for s in segments:
+        low = max(0, s.start - size + 1)
+        history.append(s.slot * size + torch.arange(low, s.start) % size)
+        offsets.append((low, held))
+        held += s.start - low
+    parts = []
+    for s, (low, base) in zip(segments, offsets, strict=True):
+        p = seen[s.first : s.first + s.length]
+        rows = torch.where(p >= s.start, p - s.start + s.first + held, p - low + base)
+        parts.append(rows.masked_fill(p < 0, -1))
+    return WindowRows(False, torch.cat(history), torch.cat(parts), write_rows, write_to)
+
+
+def compress_rows(segments: list[Segment], positions: Tensor, table: PageTable, kind: CompressedKind) -> CompressRows:
+    ratio, n = table.ratio, state_tokens(*kind)
+    write_rows, write_to = _ring_write(segments, n)
+    history, offsets, held = [], [], 0
+    for s in segments:
+        # The oldest token an entry completed from here on can need, this step or later, is in the state's n tokens.
+        low = max(0, s.start // ratio * ratio + ratio - n)
+        offsets.append((low, held))
+        history.append(s.slot * n + torch.arange(low, s.start) % n)
+        held += s.start - low
+    items, starts, to = [], [], []
+    for s, (low, base) in zip(segments, offsets, strict=True):
+        done = torch.arange(entries(s.start, ratio), entries(s.end, ratio))
+        token = done.unsqueeze(-1) * ratio + ratio - n + torch.arange(n)  # [Ne, n], oldest first
+        row = torch.where(token >= s.start, token - s.start + s.first + held, token - low + base)
+        items.append(row.masked_fill(token < 0, -1))
+        starts.append(done * ratio)
+        to.append(table.rows(s.slot, entries(s.start, ratio), entries(s.end, ratio)))
+    return CompressRows(
+        phase=positions % ratio,
+        write_rows=write_rows,
+        write_to=write_to,
+        from_state=False,
+        history=torch.cat(history),
+        items=torch.cat(items),
+        entry_positions=torch.cat(starts),
+        entry_to=torch.cat(to),
+    )
