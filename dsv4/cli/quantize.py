@@ -36,14 +36,15 @@ def render(result: QuantizeResult, console: Console) -> None:
     if result.conversions:
         console.print(_table(result.conversions))
     kept = ", ".join(f"{count:,} {label}" for label, count in result.kept.items())
-    console.print(
-        f"{'would convert' if result.dry_run else 'converted'} {len(result.converted):,} weights; kept {kept}"
-    )
-    console.print(f"{result.bytes_before:,} -> {result.bytes_after:,} tensor bytes; {result.free_bytes:,} were free")
-    if result.dry_run:
-        console.print("dry run: nothing was written")
-    else:
-        console.print(f"wrote {result.destination} (every weight by name: {REPORT_NAME})", soft_wrap=True)
+    lines = [
+        f"{'would convert' if result.dry_run else 'converted'} {len(result.converted):,} weights; kept {kept}",
+        f"{result.bytes_before:,} -> {result.bytes_after:,} tensor bytes; {result.free_bytes:,} were free",
+        "dry run: nothing was written"
+        if result.dry_run
+        else f"wrote {result.destination} (every weight by name: {REPORT_NAME})",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _table(conversions: list[Conversion]) -> Table:
