@@ -21,8 +21,7 @@ def _ring_write(segments: list[Segment], n: int) -> tuple[Tensor, Tensor]:
 
 def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
     write_rows, write_to = _ring_write(segments, size)
-    back = torch.arange(size - 1, -1, -1)
-    seen = positions.unsqueeze(-1) - back  # [T, W] positions each token looks at, oldest first
+    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(size)  # [T, W] oldest first
     history, offsets, held = [], [], 0
     for s in segments:
         low = max(0, s.start - size + 1)
@@ -33,7 +32,7 @@ def window_rows(segments: list[Segment], positions: Tensor, size: int) -> Window
     for s, (low, base) in zip(segments, offsets, strict=True):
         p = seen[s.first : s.first + s.length]
         rows = torch.where(p >= s.start, p - s.start + s.first + held, p - low + base)
-        parts.append(rows.masked_fill(p < 0, -1))
+        parts.append(rows.masked_fill(p > positions[s.first : s.first + s.length].unsqueeze(-1), -1))
     return WindowRows(False, torch.cat(history), torch.cat(parts), write_rows, write_to)
 
 

@@ -15,10 +15,10 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
     bases, every = _slots(segments, size)
-    seen = positions.unsqueeze(-1) - torch.arange(size - 1, -1, -1)  # [T, W] oldest first
+    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(size)  # [T, W] oldest first
     rows = bases.unsqueeze(-1) + seen.remainder(size)
     if min(s.start for s in segments) < size - 1:
-        rows.masked_fill_(seen < 0, -1)
+        rows.masked_fill_(seen > positions.unsqueeze(-1), -1)
     return WindowRows(True, NONE, rows, every, bases + positions.remainder(size))
 
 

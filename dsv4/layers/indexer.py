@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
@@ -22,17 +23,19 @@ class Indexer:
         self.wq_b = linear_operand(scope.weight("wq_b"), act=settings.act)
         self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=True)
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
-        self.quantize = settings.index_quant
+        self.quantize, self.keep_order = settings.index_quant, settings.dtype == torch.float32
 
     def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk]
         i64.
 
-        The index keys are always appended; scoring is skipped while every visible entry is taken anyway.
+        The index keys are always appended. Scoring is skipped while every visible entry is taken anyway, but not in
+        float32, the dtype for comparisons: there attention adds the entries up in the order of their scores, as
+        DeepSeek's code does.
         """
         self.compressor(u, g, cache.index_state, cache.index_pool, step)
         rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
-        if rows.most_visible <= self.topk:
+        if rows.most_visible <= self.topk and (not self.keep_order or not rows.most_visible):
             return rows.all_rows
         (q,) = linear(qr, self.wq_b)
         q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
