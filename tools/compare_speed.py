@@ -133,9 +133,8 @@ def main() -> None:
     result = compare(arguments.model, arguments.tokens, arguments.rounds, arguments.dtype)
     for name, speed in result["tokens_per_second"].items():
         print(f"{name:12s} {speed:8.2f} tok/s (median of {result['rounds']})")
-    print(
-        f"ratio        {result['ratio']:8.2f}, greedy tokens equal: {result['equal_greedy_tokens']} of {arguments.tokens}"
-    )
+    equal = f"{result['equal_greedy_tokens']} of {arguments.tokens}"
+    print(f"ratio        {result['ratio']:8.2f}; greedy tokens equal from the first on: {equal}")
     print(json.dumps(result))
 
 

@@ -128,8 +128,8 @@ def test_logit_bias_and_penalties_reach_the_sampler() -> None:
     tokens = run(engine(FlatModel()), ([5], params))[0].outputs[0].token_ids
     assert tokens == [33, 33, 33] + [34, 33] * 10 + [34]  # 33 leads by 0.5, which is 2.5 occurrences
     params = SamplingParams(temperature=0, logit_bias={33: 50, 34: 49}, repetition_penalty=1.5, max_tokens=1)
-    (out,) = run(engine(), ([33], params))
-    assert out.outputs[0].token_ids == [34]  # the prompt counts
+    for prompt, expected in (([33], [34]), ([32], [33])):  # the prompt counts
+        assert run(engine(FlatModel()), (prompt, params))[0].outputs[0].token_ids == expected
 
 
 class FlatModel(FakeModel):
