@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fakequant as fq
 from fakequant import Quant
+from fuse import fused
 
 W = 128
 
@@ -37,8 +38,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view_as(x)
+
+
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def frequencies(config: dict, compressed: bool) -> Tensor:
@@ -63,10 +69,48 @@ def rotate(x: Tensor, positions: Tensor, freqs: Tensor, inverse: bool = False) -
     angle = positions.float()[:, None] * freqs.float()
     angle = angle.view(angle.shape[0], *([1] * (x.dim() - 3)), angle.shape[1])
     cos, sin = torch.cos(angle), torch.sin(-angle if inverse else angle)
-    n = 2 * freqs.numel()
+    shape = x.shape
+    cos, sin = (v.expand(*shape[:-1], -1).reshape(-1, v.shape[-1]) for v in (cos, sin))
+    return turn(x.reshape(-1, shape[-1]), cos, sin).view(shape)
+
+
+@fused
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [n, C], cos and sin [n, 32]."""
+    n = 2 * cos.shape[-1]
     a, b = x[..., -n:].float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     return torch.cat([x[..., :-n], turned.to(x.dtype)], -1)
+
+
+@fused
+def head_norm(q: Tensor, eps: float) -> Tensor:
+    """Each head over its own RMS, no weight; q [n, C]."""
+    y = q.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(q.dtype)
+
+
+@fused
+def pool(u: Tensor, g: Tensor, ape: Tensor, first: Tensor | None) -> Tensor:
+    """u, g [entries, m, width] -> [entries, C] float32. With overlap width is 2C: the first half of the entry before, the second of its own;
+    `first` [entries] marks those without an entry before."""
+    u, g = u.float(), g.float() + ape
+    if first is not None:
+        c = u.shape[-1] // 2
+        before = torch.roll(g[..., :c], 1, 0).masked_fill(first[:, None, None], -torch.inf)
+        g = torch.cat([before, g[..., c:]], 1)
+        u = torch.cat([torch.roll(u[..., :c], 1, 0), u[..., c:]], 1)
+    return (torch.softmax(g, 1) * u).sum(1)
+
+
+@fused
+def attend(near: Tensor, far: Tensor | None, near_mask: Tensor, shown: Tensor | None, sink: Tensor, scale: float) -> Tensor:
+    """One softmax over window, shown entries and sink; [B, T, H, 2W + N + 8] in near's dtype, the last 8 columns (sink, padding) unused."""
+    parts = [near.float() * scale + near_mask]
+    if far is not None:
+        parts.append(torch.where(shown, far.float() * scale, -torch.inf))
+    parts.append(F.pad(sink.view(1, 1, -1, 1), (0, 7), value=-torch.inf).expand(*near.shape[:3], -1))
+    return torch.softmax(torch.cat(parts, -1), -1).to(near.dtype)
 
 
 class Compressor(nn.Module):
@@ -82,15 +126,11 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config["rms_norm_eps"])
 
     def forward(self, x: Tensor, freqs: Tensor, quant: Quant) -> Tensor:
-        u = self.wkv(x, quant).float().unflatten(1, (-1, self.ratio))
-        g = self.wgate(x, quant).float().unflatten(1, (-1, self.ratio)) + self.ape
-        if self.overlap:
-            w = self.width
-            u = torch.cat([F.pad(u[:, :-1, :, :w], (0, 0, 0, 0, 1, 0)), u[..., w:]], 2)
-            g = torch.cat([F.pad(g[:, :-1, :, :w], (0, 0, 0, 0, 1, 0), value=-torch.inf), g[..., w:]], 2)
-        pooled = (torch.softmax(g, 2) * u).sum(2).to(x.dtype)
-        positions = torch.arange(pooled.shape[1], device=x.device) * self.ratio
-        return rotate(self.norm(pooled), positions, freqs)
+        b, n = x.shape[0], x.shape[1] // self.ratio
+        u, g = (linear(x, quant).view(b * n, self.ratio, -1) for linear in (self.wkv, self.wgate))
+        number = torch.arange(n, device=x.device)
+        pooled = pool(u, g, self.ape, (number == 0).repeat(b) if self.overlap else None).to(x.dtype).view(b, n, -1)
+        return rotate(self.norm(pooled), number * self.ratio, freqs)
 
 
 class Indexer(nn.Module):
@@ -138,8 +178,7 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         positions = torch.arange(t, device=x.device)
         qr = self.q_norm(self.wq_a(x, quant))
-        q = self.wq_b(qr, quant).unflatten(-1, (self.h, self.c))
-        q = (q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        q = head_norm(self.wq_b(qr, quant).view(-1, self.c), self.eps).view(b, t, self.h, self.c)
         q = rotate(q, positions, self.freqs)
         kv = fq.kv_cache(rotate(self.kv_norm(self.wkv(x, quant)), positions, self.freqs), quant)
 
@@ -147,8 +186,8 @@ class Attention(nn.Module):
         near = kv.view(b, chunks, W, self.c)
         near = torch.cat([F.pad(near[:, :-1], (0, 0, 0, 0, 1, 0)), near], 2).flatten(0, 1)  # [B*chunks, 2W, C]
         rows = q.reshape(b * chunks, W * self.h, self.c)
-        logits = [(rows @ near.transpose(1, 2)).view(b, t, self.h, 2 * W) * self.c**-0.5 + window_mask(t, x.device)]
-        scores = entries = None
+        near_logits = (rows @ near.transpose(1, 2)).view(b, t, self.h, 2 * W)
+        scores = entries = far = mask = None
         if self.compressor is not None:
             entries = fq.kv_cache(self.compressor(x, self.freqs, quant), quant)
             n = entries.shape[1]
@@ -160,19 +199,18 @@ class Attention(nn.Module):
                     top = scores.detach().topk(self.topk, -1).indices
                     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) & visible
                     shown = kept if select else visible
-            far = (q.flatten(1, 2) @ entries.transpose(1, 2)).view(b, t, self.h, n) * self.c**-0.5
-            logits.append(far.masked_fill(~(shown.view(-1, t, 1, n)), -torch.inf))
-        sink = F.pad(self.attn_sink.view(1, 1, -1, 1), (0, 7), value=-torch.inf).expand(b, t, -1, -1)  # 8 columns keep rows aligned
-        p = torch.softmax(torch.cat([s.float() for s in (*logits, sink)], -1), -1)
-        p_near = p[..., : 2 * W].to(x.dtype).reshape(b * chunks, W * self.h, 2 * W)
+            far = (q.flatten(1, 2) @ entries.transpose(1, 2)).view(b, t, self.h, n)
+            mask = shown.view(-1, t, 1, n)
+        p = attend(near_logits, far, window_mask(t, x.device), mask, self.attn_sink, self.c**-0.5)
+        p_near = p[..., : 2 * W].reshape(b * chunks, W * self.h, 2 * W)
         out = (p_near @ near).view(b, t, self.h, self.c)
         loss = None
         if entries is not None:
             p_far = p[..., 2 * W:-8]
-            out = out + (p_far.to(x.dtype).reshape(b, t * self.h, -1) @ entries).view_as(out)
+            out = out + (p_far.reshape(b, t * self.h, -1) @ entries).view_as(out)
             if scores is not None and self.training:
                 kept = kept if n > self.topk else visible.expand_as(scores)
-                loss = indexer_loss(scores, p_far.detach().sum(2), shown.expand_as(scores), kept)
+                loss = indexer_loss(scores, p_far.detach().float().sum(2), shown.expand_as(scores), kept)
         out = rotate(out, positions, self.freqs, inverse=True).reshape(b, t, self.groups, -1)
         wo_a = fq.weight(self.wo_a.weight, "fp8", quant).to(x.dtype).unflatten(0, (self.groups, -1))
         out = torch.einsum("btgd,grd->btgr", fq.activation(out, "grouped", quant), wo_a)

@@ -49,7 +49,7 @@ def calibrate(model: Nano, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         def look(module: Experts, args: tuple[Tensor, Tensor, Quant]) -> None:
             x, weights, _ = args
             g, u = x @ module.w1.flatten(0, 1).t(), x @ module.w3.flatten(0, 1).t()
-            a = swiglu(g, u, module.limit).unflatten(-1, (weights.shape[-1], -1)) * weights.unsqueeze(-1)
+            a = swiglu(*(v.unflatten(-1, (weights.shape[-1], -1)) for v in (g, u)), weights.unsqueeze(-1), module.limit)
             used = (weights > 0) * x.abs().amax(-1, keepdim=True)
             found[name] = used.amax((0, 1)), a.abs().amax((0, 1, 3))
         return look

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attention import W, Attention, IndexerLoss, Linear, RMSNorm
 from fakequant import Quant
+from fuse import fused
 from mhc import M, Head, Site
 from moe import MoE
 
@@ -75,13 +76,14 @@ class Nano(nn.Module):
         return h, extras
 
     def logits(self, x: Tensor, quant: Quant) -> Tensor:
-        return self.head(x, quant).float()
+        """In x's dtype."""
+        return self.head(x, quant)
 
     def forward(self, ids: Tensor, quant: Quant = Quant(), select: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         """ids [B, T], any T >= 1 -> logits [B, T, V] float32."""
         t = ids.shape[1]
         h, _ = self.streams(F.pad(ids, (0, -t % W)), quant, select, dtype)
-        return self.logits(self.norm(self.hc_head(h)), quant)[:, :t]
+        return self.logits(self.norm(self.hc_head(h)), quant)[:, :t].float()
 
     def draft(self, h: Tensor, ids: Tensor, quant: Quant, which: int = 0) -> tuple[Tensor, Extra]:
         """MTP logits [B, T, V] from the trunk's streams and ids [B, T+1]: row t predicts token t+2."""
@@ -113,7 +115,13 @@ def losses(model: Nano, ids: Tensor, weight: Tensor, quant: Quant, select: bool,
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    return (loss * weight.flatten()).sum() / weight.sum()
+    return cross_entropy_sum(logits.flatten(0, 1), target.flatten(), weight.flatten()) / weight.sum()
+
+
+@fused
+def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    logits = logits.float()
+    picked = torch.gather(logits, 1, target[:, None]).squeeze(1)
+    return ((torch.logsumexp(logits, -1) - picked) * weight).sum()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fakequant as fq
 from attention import Linear
 from fakequant import Quant
+from fuse import fused
 
 
 class Gate(nn.Module):
@@ -65,9 +66,9 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, quant: Quant) -> Tensor:
         w1, w2, w3 = (w.to(x.dtype) for w in fq.expert_weights(self.w1, self.w2, self.w3, self.kind, quant))
         x = fq.activation(x, self.kind, quant)
-        g, u = F.linear(x, w1.flatten(0, 1)).float(), F.linear(x, w3.flatten(0, 1)).float()
-        a = swiglu(g, u, self.limit).unflatten(-1, (w1.shape[0], -1)) * weights.unsqueeze(-1)
-        a = fq.activation(a.to(x.dtype), self.kind, quant)  # one group of 128 is one expert's input, as when run one by one
+        g, u = F.linear(x, w1.flatten(0, 1)), F.linear(x, w3.flatten(0, 1))
+        a = swiglu(*(v.view(-1, w1.shape[0], w1.shape[1]) for v in (g, u)), weights.flatten(0, 1).unsqueeze(-1), self.limit)
+        a = fq.activation(a.unflatten(0, x.shape[:2]), self.kind, quant)  # one group of 128 is one expert's input, as when run one by one
         return F.linear(a.flatten(-2), w2.transpose(0, 1).flatten(1))
 
 
@@ -79,12 +80,15 @@ class SharedExpert(nn.Module):
         self.limit = config["swiglu_limit"]
 
     def forward(self, x: Tensor, quant: Quant) -> Tensor:
-        a = swiglu(self.w1(x, quant).float(), self.w3(x, quant).float(), self.limit)
-        return self.w2(a.to(x.dtype), quant)
+        g, u = (linear(x, quant).flatten(0, 1) for linear in (self.w1, self.w3))
+        return self.w2(swiglu(g, u, None, self.limit).unflatten(0, x.shape[:2]), quant)
 
 
-def swiglu(g: Tensor, u: Tensor, limit: float) -> Tensor:
-    return F.silu(g.clamp(max=limit)) * u.clamp(-limit, limit)
+@fused
+def swiglu(g: Tensor, u: Tensor, weight: Tensor | None, limit: float) -> Tensor:
+    """weight * silu(g) * u in float32, rounded once."""
+    a = F.silu(g.float().clamp(max=limit)) * u.float().clamp(-limit, limit)
+    return (a if weight is None else a * weight).to(g.dtype)
 
 
 class MoE(nn.Module):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import fuse
 from data import Batches
 from fakequant import Quant
 from model import Losses, Nano, losses
@@ -99,12 +100,15 @@ def main() -> None:
     parser.add_argument("--text-share", type=float, default=0.62)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--graph", action="store_true", help="capture the step as CUDA graphs")
+    parser.add_argument("--fuse", action="store_true", help="compile the elementwise passes (fuse.py)")
     parser.add_argument("--save-every", type=float, default=90.0, metavar="SECONDS")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    if args.fuse:
+        fuse.enable()
     model = Nano(CONFIG).to(device).train()
     began, step = args.start, 0
     if args.resume:
