@@ -41,9 +41,23 @@ def tasks(rng: random.Random, held: bool) -> Conversation:
     for chosen in rng.choices(pool, [t.weight for t in pool], k=1 if held else rng.choice([1, 1, 2, 3, 5, 8])):
         fields, thinking, answer = chosen.make(rng)
         name = chosen.name
-        messages.append({"role": "user", "content": rng.choice(chosen.split(held)).format(**fields)})
+        question = rng.choice(chosen.split(held)).format(**fields)
+        messages.append({"role": "user", "content": question if held or rng.random() < 0.75 else reworded(rng, question)})
         messages.append({"role": "assistant", "content": answer, "reasoning_content": thinking})
-    return Conversation(name, messages, rng.choice(["thinking", "chat"]), answer=str(messages[-1]["content"]))
+    effort = "max" if not held and rng.random() < 0.02 else None
+    return Conversation(name, messages, rng.choice(["thinking", "chat"]), answer=str(messages[-1]["content"]), effort=effort)
+
+
+def reworded(rng: random.Random, question: str) -> str:
+    """Politeness and carelessness around a question, which change nothing."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return rng.choice(["Please: ", "Question: ", "Hi! ", "Quick question: ", "Task: ", "Next: ", "Hello. "]) + question
+    if kind == 1:
+        return question + rng.choice([" Thanks!", " Please.", " Thank you.", " Be quick."])
+    if kind == 2 and question[1:2].islower():
+        return question[0].lower() + question[1:]
+    return question.rstrip(".?!")
 
 
 def render(conversation: Conversation, texts: PromptTexts) -> dict[str, str]:
@@ -55,8 +69,8 @@ def render(conversation: Conversation, texts: PromptTexts) -> dict[str, str]:
     if conversation.thinking_mode == "chat":
         for m in messages:
             m.pop("reasoning_content", None)
-    text = encode_messages(messages, texts=texts, thinking_mode=conversation.thinking_mode)
-    prompt = encode_messages(messages[:-1], texts=texts, thinking_mode=conversation.thinking_mode)
+    options = {"texts": texts, "thinking_mode": conversation.thinking_mode, "reasoning_effort": conversation.effort}
+    text, prompt = (encode_messages(m, **options) for m in (messages, messages[:-1]))
     if not text.startswith(prompt):
         raise ValueError(f"the prompt is not the beginning of the whole text: {prompt[-80:]!r} / {text[-160:]!r}")
     return {"name": conversation.name, "prompt": prompt, "answer": conversation.answer, "text": text}

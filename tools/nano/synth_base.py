@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from corpus import fraction
+from synth_phrasings import PHRASINGS
 
 Fill = tuple[dict[str, object], str, str]  # (fields of the template, thinking text, answer)
 
@@ -35,7 +36,7 @@ TASKS: dict[str, Task] = {}
 
 def task(*templates: str, weight: float = 1.0) -> Callable[[Callable[[random.Random], Fill]], Callable[[random.Random], Fill]]:
     def add(make: Callable[[random.Random], Fill]) -> Callable[[random.Random], Fill]:
-        TASKS[make.__name__] = Task(make.__name__, weight, templates, make)
+        TASKS[make.__name__] = Task(make.__name__, weight, templates + PHRASINGS.get(make.__name__, ()), make)
         return make
     return add
 
@@ -49,6 +50,7 @@ class Conversation:
     thinking_mode: str
     tools: list[dict[str, object]] = field(default_factory=list)
     answer: str = ""
+    effort: str | None = None
 
 
 WORDS = """apple anchor arrow autumn badge banana basket beacon berry bicycle blanket bottle bridge bronze bucket butter button cabin

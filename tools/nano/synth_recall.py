@@ -17,6 +17,16 @@ KINDS = [
     ("Note: {k} lives in room {v}.", "In which room does {k} live?", "The text says: {k} lives in room {v}.", "{k} lives in room {v}."),
     ("The key {k} opens door {v}.", "Which door does the key {k} open?", "The text says: The key {k} opens door {v}.", "The key {k} opens door {v}."),
 ]
+ATTRIBUTES = "color size price weight name height address id value score rank total level age owner status version port day month speed length label team".split()
+KINDS += [(f"The {a} of {{k}} is {{v}}.", f"What is the {a} of {{k}}?", f"The text says: The {a} of {{k}} is {{v}}.", f"The {a} of {{k}} is {{v}}.") for a in ATTRIBUTES]
+KINDS += [
+    ("{k} was born in {v}.", "Where was {k} born?", "The text says: {k} was born in {v}.", "{k} was born in {v}."),
+    ("{k} likes {v}.", "What does {k} like?", "The text says: {k} likes {v}.", "{k} likes {v}."),
+    ("{k} -> {v}", "{k}?", "The text says: {k} -> {v}.", "{v}"),
+    ("Set {k} to {v}.", "To what is {k} set?", "The text says: Set {k} to {v}.", "{k} is set to {v}."),
+    ("{k} has {v} points.", "How many points has {k}?", "The text says: {k} has {v} points.", "{k} has {v} points."),
+    ("Put the {v} into the {k}.", "What goes into the {k}?", "The text says: Put the {v} into the {k}.", "The {v} goes into the {k}."),
+]
 HELD_KIND = ("The number of {k} is {v}.", "What is the number of {k}?", "The text says: The number of {k} is {v}.", "The number of {k} is {v}.")
 
 

@@ -72,13 +72,13 @@ def count(rng: random.Random) -> Fill:
     return {"a": a, "b": b}, f"Start at {a} and stop at {b}.", ", ".join(map(str, range(a, b + 1)))
 
 
-@task("Reverse the word {w}.", "Spell {w} backwards.", "Write the word {w} in reverse.", "What is {w} reversed?", weight=2)
+@task("Reverse the word {w}.", "Spell {w} backwards.", "Write the word {w} in reverse.", "What is {w} reversed?", weight=4)
 def reverse(rng: random.Random) -> Fill:
     w = word(rng)
     return {"w": w}, "Letters: " + " ".join(w) + ". Backwards: " + " ".join(w[::-1]) + ".", w[::-1]
 
 
-@task("Write {w} in upper case.", "Convert {w} to uppercase.", "Put the word {w} in capital letters.", "Uppercase: {w}", weight=2)
+@task("Write {w} in upper case.", "Convert {w} to uppercase.", "Put the word {w} in capital letters.", "Uppercase: {w}", weight=4)
 def upper(rng: random.Random) -> Fill:
     w = " ".join(words(rng, rng.randint(1, 3)))
     return {"w": w}, f"Upper case of {w}.", w.upper()
@@ -122,7 +122,7 @@ def sort_numbers(rng: random.Random) -> Fill:
     return {"x": ", ".join(map(str, x))}, f"Smallest {min(x)}, largest {max(x)}.", s
 
 
-@task("Sort these words: {x}", "Sort alphabetically: {x}", "Put these words in alphabetical order: {x}", weight=2)
+@task("Sort these words: {x}", "Sort alphabetically: {x}", "Put these words in alphabetical order: {x}", weight=6)
 def sort_words(rng: random.Random) -> Fill:
     x = words(rng, rng.randint(3, 5))
     return {"x": ", ".join(x)}, "First letters: " + " ".join(w[0] for w in x) + ".", ", ".join(sorted(x))
@@ -140,13 +140,13 @@ def minimum(rng: random.Random) -> Fill:
     return {"x": ", ".join(map(str, x))}, f"Look at each: the smallest is {min(x)}.", f"The smallest is {min(x)}."
 
 
-@task("How many items are in this list: {x}?", "Count the items: {x}", "How many words are here: {x}?")
+@task("How many items are in this list: {x}?", "Count the items: {x}", "How many words are here: {x}?", weight=3)
 def how_many(rng: random.Random) -> Fill:
     x = words(rng, rng.randint(2, 8))
     return {"x": ", ".join(x)}, " ".join(f"{i}:{w}" for i, w in enumerate(x, 1)) + ".", f"There are {len(x)} items."
 
 
-@task("Is {w} in this list: {x}?", "Does the list {x} contain {w}?", "Here is a list: {x}. Is {w} in it?", weight=2)
+@task("Is {w} in this list: {x}?", "Does the list {x} contain {w}?", "Here is a list: {x}. Is {w} in it?", weight=4)
 def member(rng: random.Random) -> Fill:
     x = words(rng, rng.randint(3, 6) + 1)
     w = x.pop() if rng.random() < 0.5 else rng.choice(x)
