@@ -42,6 +42,8 @@ class LLM:
                      DEFAULT_TOTAL_TOKENS beyond that
     seed             what requests without a seed of their own draw from
 
+    A batch gives what its members give alone as far as the logits agree: in float32 they differ by the last bits that
+    another batch size brings, which hardly ever matters; in bfloat16 such a bit may flip a rounding and then a token.
     Not for use from several threads at once. Every failure is a Dsv4Error; whatever happens, nothing stays allocated to
     a request that is over.
     """

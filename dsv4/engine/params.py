@@ -17,9 +17,9 @@ MAX_BIAS = 100.0
 class SamplingParams:
     """How to choose tokens and when to stop; validated when made (RequestError names the field, the value, the range).
 
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch a filter off. `seed` makes the tokens a
-    pure function of (prompt, parameters, seed), whatever else is in the batch; None takes one from the engine's own.
-    `max_tokens` None means as many as the context allows. `logprobs` counts alternatives beside the sampled token.
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch a filter off. The draws are a pure
+    function of (seed, position in the output): equal logits give equal tokens whatever else is in the batch. `seed`
+    None takes one from the engine's own. `max_tokens` None means as many as the context allows. `logprobs` counts alternatives beside the sampled token.
     """
 
     n: int = 1
