@@ -22,8 +22,8 @@ DEV := $(VENV)/.dev-$(shell cat requirements/core.txt requirements/dev.txt pypro
 .DELETE_ON_ERROR:
 
 demo: $(CORE)
-	$(BIN)/dsv4 generate --prompt "def read(self, path):" --max-tokens 64 --temperature 0
-	$(BIN)/dsv4 generate --chat --no-think --prompt "What is 12 plus 30?" --temperature 0
+	$(BIN)/dsv4 generate --prompt "def __init__(self, name, value):" --max-tokens 64
+	$(BIN)/dsv4 generate --prompt "What is 12 + 30?" --chat --temperature 0
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 10
