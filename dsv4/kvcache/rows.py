@@ -31,7 +31,7 @@ class WindowRows:
 
     in_ring: bool
     history: Tensor  # [Nh] ring rows read before writing; rows index (history | this step's entries) unless in_ring
-    rows: Tensor  # [T, W] what each token sees, oldest first; -1 = nothing (a sequence shorter than W)
+    rows: Tensor  # [T, w <= W] what each token sees, oldest first; -1 = nothing (its sequence is shorter)
     write_rows: Tensor  # [Tw] tokens of this step that stay in the ring
     write_to: Tensor  # [Tw]
 

@@ -21,7 +21,8 @@ def _ring_write(segments: list[Segment], n: int) -> tuple[Tensor, Tensor]:
 
 def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
     write_rows, write_to = _ring_write(segments, size)
-    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(size)  # [T, W] oldest first
+    width = min(size, max(s.end for s in segments))
+    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(width)  # [T, w] oldest first
     history, offsets, held = [], [], 0
     for s in segments:
         low = max(0, s.start - size + 1)

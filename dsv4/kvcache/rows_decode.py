@@ -15,9 +15,10 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
     bases, every = _slots(segments, size)
-    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(size)  # [T, W] oldest first
+    width = min(size, max(s.end for s in segments))
+    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(width)  # [T, w] oldest first
     rows = bases.unsqueeze(-1) + seen.remainder(size)
-    if min(s.start for s in segments) < size - 1:
+    if min(s.end for s in segments) < width:
         rows.masked_fill_(seen > positions.unsqueeze(-1), -1)
     return WindowRows(True, NONE, rows, every, bases + positions.remainder(size))
 

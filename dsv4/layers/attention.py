@@ -67,7 +67,7 @@ class Attention:
 
         pool, pool_rows = self._compressed(x, qr, cache, step)
         scale = self.head_dim**-0.5
-        o = sparse_attention(q, local, window.rows, pool, pool_rows, self.sink, cis, scale=scale)
+        o = sparse_attention(q, local, window.rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 

@@ -27,11 +27,12 @@ class Rotaries:
 
     def step(self, plan: Plan) -> Step:
         tokens = {key: cis(plan.positions, freqs) for key, freqs in self.freqs.items()}
+        back = {key: turn.conj_physical() for key, turn in tokens.items()}
         entries = {
             kind: cis(plan.compressed[kind].compress.entry_positions, self.freqs[key])
             for kind, key in self.kinds.items()
         }
-        return Step(plan, tokens, entries)
+        return Step(plan, tokens, back, entries)
 
 
 def rope_key(spec: LayerSpec) -> RopeKey:
@@ -44,7 +45,11 @@ class Step:
 
     plan: Plan
     token_cis: dict[RopeKey, Tensor]  # [T, R/2] complex64 at each token's position
+    back_cis: dict[RopeKey, Tensor]  # their conjugates
     entry_cis: dict[CompressedKind, Tensor]  # [Ne, R/2] at each completed entry's first token
 
     def cis(self, spec: LayerSpec) -> Tensor:
         return self.token_cis[rope_key(spec)]
+
+    def cis_back(self, spec: LayerSpec) -> Tensor:
+        return self.back_cis[rope_key(spec)]

@@ -13,4 +13,4 @@ def index_rounding_ref(x: Tensor, quantize: bool) -> Tensor:
 
 
 def index_query_ref(q: Tensor, cis: Tensor, *, quantize: bool) -> Tensor:
-    return index_rounding_ref(rope_ref(q, cis), quantize)
+    return index_rounding_ref(rope_ref(q.clone(), cis), quantize)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.quant import fp8, nvfp4
-from dsv4.quant.weights import NVFP4Weight, Weight
+from dsv4.quant.weights import Weight
 
 Act = Literal["bf16", "fp8", "nvfp4"]
 Treatment = Literal["none", "fp8", "nvfp4"]
@@ -42,44 +42,13 @@ def treat(x: Tensor, how: Treatment) -> Tensor:
     return x.float()
 
 
-@dataclass(frozen=True)
-class Dense:
-    """A matrix as the CPU multiplies with it: values [..., N, K] in BF16 where that is exact (half the bytes to read),
-    else float32, and `alpha` [..., N] float32, or None for one: the factor the float32 accumulator takes (NVFP4's
-    global).
+def dense(*weights: Weight) -> Tensor:
+    """[..., sum N_i, K] float32, joined row-wise: what the CPU multiplies with.
+
+    Products of E2M1, E4M3 and E8M0 are exact in float32; only NVFP4's float32 global rounds (2^-24) by being folded
+    in. BF16 would halve the bytes where it is exact, but is slower on a CPU: converting costs more than it saves.
     """
-
-    values: Tensor
-    alpha: Tensor | None
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32."""
-        y = torch.nn.functional.linear(x, self.values.float())
-        return y if self.alpha is None else y.mul_(self.alpha)
-
-
-def dense(*weights: Weight) -> Dense:
-    """Join weights [..., N_i, K] row-wise. E2M1 * E4M3 and E4M3 * 2^n are exact in BF16; only globals need `alpha`."""
-    parts, alphas = zip(*map(_exact, weights), strict=True)
-    dtype = torch.bfloat16 if all(p.dtype == torch.bfloat16 for p in parts) else torch.float32
-    values = torch.cat([p.to(dtype) for p in parts], dim=-2)
-    if all(a is None for a in alphas):
-        return Dense(values, None)
-    rows = [
-        torch.ones(p.shape[:-1], device=p.device) if a is None else a.unsqueeze(-1).expand(p.shape[:-1])
-        for p, a in zip(parts, alphas, strict=True)
-    ]
-    return Dense(values, torch.cat(rows, dim=-1))
-
-
-def _exact(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    values = weight.dequantize(torch.float32)
-    if torch.equal(values.bfloat16().float(), values):
-        return values.bfloat16(), None
-    if isinstance(weight, NVFP4Weight):
-        one = torch.ones_like(weight.global_scale)
-        return nvfp4.dequantize(weight.codes, weight.scale, one, torch.bfloat16), weight.global_scale
-    return values, None
+    return torch.cat([w.dequantize(torch.float32) for w in weights], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -88,7 +57,7 @@ class LinearOperand:
 
     weights: tuple[Weight, ...]
     treatments: tuple[Treatment, ...]
-    joined: dict[Treatment, Dense]
+    joined: dict[Treatment, Tensor]
 
     @property
     def nbytes(self) -> int:

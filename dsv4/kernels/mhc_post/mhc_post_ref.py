@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def mhc_post_ref(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    mixed = (comb.unsqueeze(-1) * h.unsqueeze(-2)).sum(-3)
-    return (post.unsqueeze(-1) * y.unsqueeze(-2) + mixed).to(h.dtype)
+    mixed = (h.unsqueeze(-2) * comb.unsqueeze(-1)).sum(-3)
+    return mixed.add_(y.unsqueeze(-2) * post.unsqueeze(-1)).to(h.dtype)

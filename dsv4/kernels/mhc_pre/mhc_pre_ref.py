@@ -4,12 +4,9 @@ import torch
 from torch import Tensor
 
 
-def mixes_ref(h: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """(fn . vec(h)) * rsqrt(mean(vec(h)^2) + eps) in float32: the scale is applied after the product. -> [T, rows of
-    fn]
-    """
-    v = h.flatten(-2).float()
-    return torch.nn.functional.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+def mixes_ref(v: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """v [T, M*D] f32 -> (fn . v) * rsqrt(mean(v^2) + eps) [T, rows of fn]: the scale is applied after the product."""
+    return torch.nn.functional.linear(v, fn).mul_(v.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
 
 
 def sinkhorn_ref(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -29,9 +26,10 @@ def mhc_pre_ref(
     h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, sinkhorn_iters: int, hc_eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = h.shape[-2]
-    z = mixes_ref(h, fn, norm_eps) * scale + base
-    pre, post = torch.split_with_sizes(torch.sigmoid(z[:, : 2 * streams]), (streams, streams), -1)
-    pre, post = pre + hc_eps, 2 * post
-    comb = sinkhorn_ref(z[:, 2 * streams :].unflatten(-1, (streams, streams)), sinkhorn_iters, hc_eps)
-    x = (pre.unsqueeze(-1) * h).sum(-2).to(h.dtype)
+    h32 = h.float()
+    z = mixes_ref(h32.flatten(-2), fn, norm_eps).mul_(scale).add_(base)
+    pre = torch.sigmoid(z[:, :streams]).add_(hc_eps)
+    post = torch.sigmoid(z[:, streams : 2 * streams]).mul_(2)
+    comb = sinkhorn_ref(z[:, 2 * streams :].view(-1, streams, streams), sinkhorn_iters, hc_eps)
+    x = (h32 * pre.unsqueeze(-1)).sum(-2).to(h.dtype)
     return x, post, comb

@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from dsv4.kernels.linear.operand import Dense, treat
+from dsv4.kernels.linear.operand import treat
 from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
 
 
-def _by_expert(x: Tensor, w: Dense, expert: Tensor, groups: list[tuple[int, int]]) -> Tensor:
-    """x [n, K] f32, rows sorted by their expert [n] i64; groups: (expert, rows) present -> [n, N] f32."""
+def _by_expert(x: Tensor, w: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """x [n, K] f32, rows sorted by their expert; w [E, N, K] f32; groups: (expert, rows) present -> [n, N] f32."""
     parts = torch.split_with_sizes(x, [rows for _, rows in groups])
-    out = [torch.nn.functional.linear(p, w.values[e].float()) for p, (e, _) in zip(parts, groups, strict=True)]
-    y = torch.cat(out)
-    return y if w.alpha is None else y.mul_(w.alpha[expert])
+    return torch.cat([torch.nn.functional.linear(p, w[e]) for p, (e, _) in zip(parts, groups, strict=True)])
 
 
 def moe_ref(
@@ -24,8 +22,8 @@ def moe_ref(
     groups = list(zip(present.tolist(), counts.tolist(), strict=True))
     token = order // ids.shape[1]
     rows = treat(x, operand.in_treatment).index_select(0, token)
-    gate, up = _by_expert(rows, operand.w13, expert, groups).to(x.dtype).chunk(2, dim=-1)
-    a = (swiglu_ref(gate, up, limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    down = _by_expert(treat(a, operand.mid_treatment), operand.down, expert, groups).to(x.dtype).float()
+    gate, up = _by_expert(rows, operand.w13, groups).to(x.dtype).chunk(2, dim=-1)
+    a = swiglu_ref(gate, up, limit).mul_(weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+    down = _by_expert(treat(a, operand.mid_treatment), operand.down, groups).to(x.dtype).float()
     routed = torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, down)  # in the order of the experts
-    return (routed + shared).to(x.dtype)
+    return routed.add_(shared).to(x.dtype)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense, treatment
+from torch import Tensor
+
+from dsv4.kernels.linear.operand import Act, Treatment, dense, treatment
 from dsv4.quant.weights import Weight
 
 
@@ -19,8 +21,8 @@ class ExpertsOperand:
     w3: Weight
     in_treatment: Treatment
     mid_treatment: Treatment
-    w13: Dense
-    down: Dense
+    w13: Tensor
+    down: Tensor
 
     @property
     def nbytes(self) -> int:

@@ -6,4 +6,4 @@ from torch import Tensor
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return torch.mul(x32, x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight).to(x.dtype)

@@ -7,10 +7,10 @@ from dsv4.kernels.rope.rope_ref import rope_ref
 
 
 @op("rope", ref=rope_ref, shapes={"x": "* N : bf16 f32"})
-def rope(x: Tensor, cis: Tensor, *, inverse: bool = False) -> Tensor:
-    """(a, b) -> (a cos - b sin, a sin + b cos) on the last R = 2 * cis.shape[-1] channels; `inverse` conjugates.
+def rope(x: Tensor, cis: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, a sin + b cos) on the last R = 2 * cis.shape[-1] channels, IN PLACE; returns x.
 
-    x [T, N] or [T, H, N] bf16|f32; cis [T, R/2] complex64 = cos + i sin of position * frequency (float32 product).
-    float32 inside, one rounding to x's dtype; the first N - R channels pass through unchanged.
+    x [T, N] or [T, H, N] bf16|f32; cis [T, R/2] complex64 = cos + i sin of position * frequency (float32 product), its
+    conjugate to rotate back. float32 inside, one rounding to x's dtype; the first N - R channels stay as they are.
     """
     raise no_kernel("rope")

@@ -22,8 +22,8 @@ def sparse_attention(
 
     q [T, H, Dh]; local [..., Dh] holds the window's entries (the ring, or this chunk and what preceded it), local_rows
     [T, W] i64 rows of it; pool [P, 64, Dh] pages of compressed entries, pool_rows [T, E] i64; -1 = nothing there. sink
-    [H] f32 is a logit that takes probability and adds nothing. scale = Dh^-0.5; cis [T, R/2] complex64. -> [T, H, Dh]
-    in q's dtype. Logits and sums float32; unnormalised probabilities are rounded to q's dtype before they multiply the
-    entries, as in DeepSeek's kernel. A row with nothing visible returns zeros.
+    [H] f32 is a logit that takes probability and adds nothing. scale = Dh^-0.5; cis [T, R/2] complex64, conjugated: it
+    rotates back. -> [T, H, Dh] in q's dtype. Logits and sums float32; unnormalised probabilities are rounded to q's
+    dtype before they multiply the entries, as in DeepSeek's kernel. A row with nothing visible returns zeros.
     """
     raise no_kernel("sparse_attention")

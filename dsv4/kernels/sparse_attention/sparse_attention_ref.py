@@ -8,22 +8,29 @@ from dsv4.kernels.rope.rope_ref import rope_ref
 ROWS_AT_ONCE = 64  # bounds the gathered [rows, entries, Dh] copy on long prefills
 
 
-def _gather(buffer: Tensor, rows: Tensor) -> Tensor:
+def _gather(buffer: Tensor, rows: Tensor, absent: Tensor | None) -> Tensor:
     """buffer [..., Dh], rows [t, n] i64 -> [t, n, Dh] f32, zero where rows is -1."""
     flat = buffer.view(-1, buffer.shape[-1])
+    if absent is None:
+        return flat.index_select(0, rows.flatten()).float().view(*rows.shape, -1)
     kv = flat.index_select(0, rows.clamp(min=0).flatten()).float().view(*rows.shape, -1)
+    return kv.masked_fill_(absent.unsqueeze(-1), 0)  # what lies in row 0 must not leak, not even as NaN * 0
+
+
+def _attend(q: Tensor, sources: list[tuple[Tensor, Tensor]], sink: Tensor, scale: float) -> Tensor:
+    rows = torch.cat([r for _, r in sources], dim=1)
     absent = rows < 0
-    # What lies in row 0 must not leak into an absent one, not even as NaN * 0.
-    return kv.masked_fill_(absent.unsqueeze(-1), 0) if absent.any() else kv
-
-
-def _attend(q: Tensor, kv: Tensor, absent: Tensor, sink: Tensor, scale: float) -> Tensor:
-    logits = torch.bmm(q.float(), kv.transpose(1, 2)) * scale
-    logits.masked_fill_(absent.unsqueeze(1), float("-inf"))
+    some_absent = bool(absent.any())
+    masks = absent.split([r.shape[1] for _, r in sources], dim=1) if some_absent else [None] * len(sources)
+    kv = [_gather(buffer, r, mask) for (buffer, r), mask in zip(sources, masks, strict=True)]
+    keys = torch.cat(kv, dim=1) if len(kv) > 1 else kv[0]
+    logits = torch.bmm(q.float(), keys.transpose(1, 2)).mul_(scale)
+    if some_absent:
+        logits.masked_fill_(absent.unsqueeze(1), float("-inf"))
     top = torch.maximum(logits.amax(-1, keepdim=True), sink)
-    p = torch.exp(logits.sub_(top))
-    total = p.sum(-1, keepdim=True) + torch.exp(sink - top)
-    return torch.bmm(p.to(q.dtype).float(), kv) / total
+    p = logits.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True).add_((sink - top).exp_())
+    return torch.bmm(p.to(q.dtype).float(), keys).div_(total)
 
 
 def sparse_attention_ref(
@@ -37,16 +44,13 @@ def sparse_attention_ref(
     *,
     scale: float,
 ) -> Tensor:
+    sources = [(local, local_rows)]
+    if pool is not None and pool_rows is not None and pool_rows.shape[1]:
+        sources.append((pool, pool_rows))
     sink = sink.view(1, -1, 1)
-    outs = []
-    for first in range(0, len(q), ROWS_AT_ONCE):
-        part = slice(first, first + ROWS_AT_ONCE)
-        rows = local_rows[part]
-        kv = _gather(local, rows)
-        if pool is not None and pool_rows is not None and pool_rows.shape[1]:
-            more = pool_rows[part]
-            kv = torch.cat([kv, _gather(pool, more)], dim=1)
-            rows = torch.cat([rows, more], dim=1)
-        outs.append(_attend(q[part], kv, rows < 0, sink, scale))
+    outs = [
+        _attend(part, [(buffer, rows[i * ROWS_AT_ONCE :][: len(part)]) for buffer, rows in sources], sink, scale)
+        for i, part in enumerate(q.split(ROWS_AT_ONCE))
+    ]
     o = torch.cat(outs) if len(outs) != 1 else outs[0]
-    return rope_ref(o.to(q.dtype), cis, inverse=True)
+    return rope_ref(o.to(q.dtype), cis)

@@ -25,9 +25,7 @@ def truth(q, local, local_rows, pool, pool_rows, sink, cis, scale):
         kv = torch.stack(rows).double() if rows else torch.zeros(0, q.shape[-1], dtype=torch.float64)
         logits = torch.cat([q[t].double() @ kv.T * scale, sink.double().unsqueeze(1)], dim=1)
         o = torch.softmax(logits, dim=1)[:, :-1] @ kv
-        pairs = (
-            torch.view_as_complex(o[:, -64:].unflatten(-1, (-1, 2)).contiguous()) * cis[t].to(torch.complex128).conj()
-        )
+        pairs = torch.view_as_complex(o[:, -64:].unflatten(-1, (-1, 2)).contiguous()) * cis[t].to(torch.complex128)
         out.append(torch.cat([o[:, :-64], torch.view_as_real(pairs).flatten(-2)], dim=1))
     return torch.stack(out)
 
