@@ -19,7 +19,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch a filter off. The draws are a pure
     function of (seed, position in the output): equal logits give equal tokens whatever else is in the batch. `seed`
-    None takes one from the engine's own. `max_tokens` None means as many as the context allows. `logprobs` counts alternatives beside the sampled token.
+    None takes one from the engine's own. `max_tokens` None means as many as the context allows. `logprobs` counts
+    alternatives beside the sampled token.
     """
 
     n: int = 1
