@@ -22,7 +22,7 @@ DEV := $(VENV)/.dev-$(shell cat requirements/core.txt requirements/dev.txt pypro
 .DELETE_ON_ERROR:
 
 demo: $(CORE)
-	$(BIN)/dsv4 generate --prompt "def __init__(self, name, value):" --max-tokens 64
+	printf 'def read(self, path):\n' | $(BIN)/dsv4 generate --prompt - --max-tokens 64
 	$(BIN)/dsv4 generate --prompt "What is 12 + 30?" --chat --temperature 0
 
 test: lint

@@ -14,6 +14,7 @@ from dsv4.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```(?P<language>sh|python) test\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+TRANSCRIPT = re.compile(r"^```console test\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 README_BLOCKS = [(match["language"], match["body"]) for match in BLOCK.finditer((ROOT / "README.md").read_text())]
 
 
@@ -57,16 +58,35 @@ def test_the_readme_has_blocks_to_run() -> None:
     assert {language for language, _ in README_BLOCKS} == {"sh", "python"}
 
 
-@pytest.mark.parametrize(("language", "body"), README_BLOCKS, ids=[f"{i}" for i in range(len(README_BLOCKS))])
-def test_a_marked_block_of_the_readme_runs(language: str, body: str, tmp_path: Path) -> None:
-    """With the environment's own commands first on PATH, in a scratch folder that holds nothing of the repository."""
-    command = ["bash", "-euo", "pipefail", "-c", body] if language == "sh" else [sys.executable, "-c", body]
+def run(command: list[str], folder: Path) -> str:
+    """stdout of a command that must succeed; the environment's commands come first on PATH, the repository is far."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, f"{body}\n--- exited {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert done.stdout.strip(), f"{body}\n--- printed nothing"
+    assert done.returncode == 0, f"{command[-1]}\n--- exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(("language", "body"), README_BLOCKS, ids=[f"{i}" for i in range(len(README_BLOCKS))])
+def test_a_marked_block_of_the_readme_runs(language: str, body: str, tmp_path: Path) -> None:
+    command = ["bash", "-euo", "pipefail", "-c", body] if language == "sh" else [sys.executable, "-c", body]
+    assert run(command, tmp_path).strip(), f"{body}\n--- printed nothing"
+
+
+def transcript() -> list[tuple[str, str]]:
+    """The commands of the README's transcript, each with what it is shown to print on stdout."""
+    found = TRANSCRIPT.search((ROOT / "README.md").read_text())
+    assert found, "the README shows no transcript"
+    steps = re.split(r"^\$ ", found[1], flags=re.MULTILINE)[1:]
+    return [(command, output) for command, _, output in (step.partition("\n") for step in steps)]
+
+
+@pytest.mark.parametrize("step", range(len(transcript())))
+def test_the_transcript_of_the_readme_is_real(step: int, tmp_path: Path) -> None:
+    """Greedy answers that the embedded model is sure of, so that another processor's rounding does not change them."""
+    command, shown = transcript()[step]
+    assert run(["bash", "-euo", "pipefail", "-c", command], tmp_path) == shown
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
