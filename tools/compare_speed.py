@@ -1,9 +1,10 @@
 """How fast `dsv4` writes text on this CPU, beside transformers on the same BF16 weights in the same process.
 
-    python tools/compare_speed.py [MODEL] [--tokens 64] [--rounds 5] [--threads N] [--dtype bfloat16]
+    python tools/compare_speed.py [MODEL] [--tokens 64] [--rounds 5] [--threads 1] [--dtype bfloat16]
 
 The checkpoint's weights are decoded to BF16 and written, under DeepSeek's names, to a temporary folder that both load.
-Rounds alternate; medians count. Both decode greedily, one sequence, prompt included in the time. dsv4 runs as it comes,
+Rounds alternate; medians count. Both get the same threads: one unless told otherwise, as `dsv4 generate` takes for a
+model of this size (its operations are too short to share). Both decode greedily, one sequence, prompt included in the time. dsv4 runs as it comes,
 with the trained-in roundings that transformers leaves out; for the comparison of tokens it runs once more without them.
 The last line is one JSON document. Needs transformers (requirements/dev.txt).
 """
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="nano")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -15,6 +15,9 @@ from dsv4.errors import RequestError
 from dsv4.model import Model, load
 
 EMBEDDED = "nano"
+# Steps that read less than this are made of operations so short that handing them to a second thread costs more than it
+# gives, and many times more when that core is busy with something else.
+SMALL_BYTES = 64_000_000
 _MODEL_HELP = "Checkpoint folder, nano (the embedded model) or random:tiny."
 
 
@@ -51,8 +54,19 @@ class LoadOptions:
     ] = True
     seed: Annotated[int, _loading("What sampling draws from.", env="DSV4_SEED")] = 0
 
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads.", envvar="DSV4_THREADS", min=1, rich_help_panel="Loading",
+            show_default="all cores; 1 for a model that fits in a cache",
+        ),
+    ] = None  # fmt: skip
+
     def load(self, model: str) -> Model:
+        """The model, and torch set to the threads asked for."""
         check_device(self.device)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         return load(
             model,
             device=self.device,
@@ -65,7 +79,10 @@ class LoadOptions:
 
     def open(self, model: str, max_model_len: int | None = None) -> LLM:
         """An LLM for one sequence at a time."""
-        return LLM(self.load(model), max_num_seqs=1, max_model_len=max_model_len, seed=self.seed)
+        llm = LLM(self.load(model), max_num_seqs=1, max_model_len=max_model_len, seed=self.seed)
+        if self.threads is None and llm.weight_bytes_per_token < SMALL_BYTES:
+            torch.set_num_threads(1)
+        return llm
 
 
 def check_device(device: str) -> None:

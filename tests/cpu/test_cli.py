@@ -138,6 +138,18 @@ def test_load_options_are_the_same_everywhere(dsv4: Program, folder: Path, monke
     assert dsv4("generate", folder, "-p", "a", "--act", "fp3").code == 2
 
 
+def test_a_small_model_runs_on_one_thread_unless_told_otherwise(
+    dsv4: Program, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    dsv4("generate", folder, "-p", "a", "--max-tokens", 1)
+    dsv4("generate", folder, "-p", "a", "--max-tokens", 1, "--threads", 3)
+    monkeypatch.setattr("dsv4.cli.options.SMALL_BYTES", 1)
+    dsv4("generate", folder, "-p", "a", "--max-tokens", 1)
+    assert chosen == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
