@@ -3,9 +3,10 @@
     python tools/compare_speed.py [MODEL] [--tokens 64] [--rounds 5] [--threads 1] [--dtype bfloat16]
 
 The checkpoint's weights are decoded to BF16 and written, under DeepSeek's names, to a temporary folder that both load.
-Rounds alternate; medians count. Both get the same threads: one unless told otherwise, as `dsv4 generate` takes for a
-model of this size (its operations are too short to share). Both decode greedily, one sequence, prompt included in the time. dsv4 runs as it comes,
-with the trained-in roundings that transformers leaves out; for the comparison of tokens it runs once more without them.
+Rounds alternate; medians count. Both decode greedily, one sequence, prompt included in the time, with the same threads:
+one unless told otherwise, as `dsv4 generate` takes for a model of this size (its operations are too short to share).
+dsv4 runs as it comes, with the trained-in roundings that transformers leaves out; for the comparison of tokens it runs
+once more without them.
 The last line is one JSON document. Needs transformers (requirements/dev.txt).
 """
 
