@@ -12,7 +12,7 @@ from dsv4.checkpoint.load import Policy, load_model_weights
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.errors import RequestError
 from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kvcache import KVCache, make_plan
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.attention import Attention
@@ -57,7 +57,7 @@ class Model:
         self.embed = root.tensor("embed.weight").to(settings.dtype)
         self.blocks = [Block(root.at(f"layers.{i}"), config, spec, settings) for i, spec in enumerate(config.layers)]
         self.stream_head = StreamHead(root, config)
-        self.lm_head = linear_operand(root.weight("head"), act=settings.act, weight_only=True)
+        self.lm_head = linear_operand(Projection(root.weight("head"), plain=True, f32=True), act=settings.act)
         self.rotaries = Rotaries(config, device)
 
     def new_cache(self, max_seqs: int, max_tokens: int) -> KVCache:
@@ -91,7 +91,7 @@ class Model:
             cache.advance(segment.slot, segment.length)
         if not all_logits and len(plan.tokens) != len(plan.segments):
             h = h[plan.last_rows]
-        (logits,) = linear(self.stream_head(h), self.lm_head, torch.float32)
+        (logits,) = linear(self.stream_head(h), self.lm_head)
         if observe is not None:
             observe("logits", logits)
         return logits

@@ -37,7 +37,8 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
 
     `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that
     must agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes
-    allowed. A signature (shapes and dtypes) is checked the first time it is seen. `out=` receives the result in place.
+    allowed. A launch is checked each time; a twin when it meets a new first argument, or fails: PyTorch itself refuses
+    what does not fit. `out=` receives the result in place.
     """
     specs = [(arg, *_parse(spec)) for arg, spec in shapes.items()]
 
@@ -47,15 +48,20 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
 
         @functools.wraps(launch)
         def call(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
-            twin = use_twin or not args[0].is_cuda
-            signature = tuple([(a.shape, a.dtype) for a in args[: len(specs)] if isinstance(a, Tensor)])
-            if signature not in seen:
+            first = args[0]
+            if first.is_cuda and not use_twin:
                 _check(name, specs, args)
-                seen.add(signature)
-            result = ref(*args, **kwargs) if twin else launch(*args, **kwargs)
-            if out is None:
-                return result
-            return out.copy_(result)
+                result = launch(*args, **kwargs)
+            else:
+                if (first.shape, first.dtype) not in seen:
+                    _check(name, specs, args)
+                    seen.add((first.shape, first.dtype))
+                try:
+                    result = ref(*args, **kwargs)
+                except (RuntimeError, IndexError):
+                    _check(name, specs, args)  # the same fault, in the words of the contract
+                    raise
+            return result if out is None else out.copy_(result)
 
         REGISTRY[name] = call
         return cast(F, call)

@@ -10,7 +10,7 @@ from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import grouped_operand
 from dsv4.kernels.kv_append.kv_append import kv_append
 from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
@@ -36,25 +36,27 @@ class Attention:
         )
         self.dtype, self.kv_quant = settings.dtype, settings.kv_quant
         act = settings.act
-        self.in_proj = linear_operand(scope.weight("wq_a"), scope.weight("wkv"), act=act)
         self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
         self.wo_a = grouped_operand(scope.weight("wo_a"), config.o_groups, act=act)
         self.wo_b = linear_operand(scope.weight("wo_b"), act=act)
         self.q_norm, self.kv_norm = scope.f32("q_norm.weight"), scope.f32("kv_norm.weight")
         self.sink = scope.f32("attn_sink")
-        if spec.kind == "window":
-            return
-        side = [scope.weight("compressor.wkv"), scope.weight("compressor.wgate")]
-        self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=False)
+        inputs = [Projection(scope.weight("wq_a")), Projection(scope.weight("wkv"))]
+        pooled: list[str] = []
+        if spec.kind != "window":
+            pooled += ["compressor.wkv", "compressor.wgate"]
+            self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=False)
         if spec.kind == "csa":
-            side += [scope.weight(f"indexer.{name}") for name in ("compressor.wkv", "compressor.wgate", "weights_proj")]
+            pooled += ["indexer.compressor.wkv", "indexer.compressor.wgate", "indexer.weights_proj"]
             self.indexer = Indexer(scope.at("indexer"), config, spec, settings)
-        self.side_proj = linear_operand(*side, act=act, weight_only=True)
+        self.in_proj = linear_operand(
+            *inputs, *(Projection(scope.weight(n), plain=True, f32=True) for n in pooled), act=act
+        )
 
     def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """x [T, D], normed -> [T, D]. Appends the step's entries to `cache`."""
         cis, window = step.cis(self.spec), step.plan.window
-        qr, kv = linear(x, self.in_proj)
+        qr, kv, *pooled = linear(x, self.in_proj)
         qr = rms_norm(qr, self.q_norm, self.eps)
         (q,) = linear(qr, self.wq_b)
         q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
@@ -65,16 +67,18 @@ class Attention:
         )
         local = cache.ring if window.in_ring else torch.cat([before, entry])
 
-        pool, pool_rows = self._compressed(x, qr, cache, step)
+        pool, pool_rows = self._compressed(pooled, qr, cache, step)
         scale = self.head_dim**-0.5
         o = sparse_attention(q, local, window.rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 
-    def _compressed(self, x: Tensor, qr: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor | None, Tensor | None]:
+    def _compressed(
+        self, pooled: list[Tensor], qr: Tensor, cache: LayerCache, step: Step
+    ) -> tuple[Tensor | None, Tensor | None]:
         if self.spec.kind == "window":
             return None, None
-        u, g, *index = linear(x, self.side_proj, torch.float32)
+        u, g, *index = pooled
         self.compressor(u, g, cache.state, cache.pool, step)
         if self.spec.kind == "hca":
             return cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import linear_operand
+from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.moe.moe import moe
 from dsv4.kernels.moe.operand import experts_operand
 from dsv4.kernels.router.router import router
@@ -22,20 +21,21 @@ class MoE:
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
         act = settings.act
-        self.gate = linear_operand(scope.weight("gate"), act=act, weight_only=True)
         self.bias = None if spec.hash else scope.f32("gate.bias")
         self.tid2eid = scope.tensor("gate.tid2eid").long() if spec.hash else None
         self.topk, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.limit = config.swiglu_limit
         self.experts = experts_operand(*(scope.weight(f"experts.{name}") for name in ("w1", "w2", "w3")), act=act)
-        self.shared_w13 = linear_operand(scope.weight("shared_experts.w1"), scope.weight("shared_experts.w3"), act=act)
+        gate = Projection(scope.weight("gate"), plain=True, f32=True)
+        self.in_proj = linear_operand(
+            gate, scope.weight("shared_experts.w1"), scope.weight("shared_experts.w3"), act=act
+        )
         self.shared_w2 = linear_operand(scope.weight("shared_experts.w2"), act=act)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D], normed -> [T, D]."""
-        (logits,) = linear(x, self.gate, torch.float32)
+        logits, gate, up = linear(x, self.in_proj)
         tokens = step.plan.tokens
         ids, weights = router(logits, self.bias, self.tid2eid, tokens, topk=self.topk, route_scale=self.route_scale)
-        gate, up = linear(x, self.shared_w13)
         (shared,) = linear(swiglu(gate, up, self.limit).to(x.dtype), self.shared_w2)
         return moe(x, self.experts, ids, weights, shared, limit=self.limit)

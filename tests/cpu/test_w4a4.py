@@ -206,13 +206,12 @@ def test_every_product_of_a_whole_model_is_the_product_of_its_bytes(
     """BF16, all linears NVFP4, or experts as stored (MXFP4 weights with NVFP4 inputs): real activations, each op."""
     seen: list[str] = []
 
-    def checked_linear(x: Tensor, operand: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def checked_linear(x: Tensor, operand: Any) -> list[Tensor]:
         operands.clear()
-        results = linear(x, operand, dtype)
-        for weight, how, result in zip(operand.weights, operand.treatments, results, strict=True):
-            if how == "nvfp4":
-                agree(result, operands[0][1].values(), weight_values(weight))
-                seen.append("linear")
+        results = linear(x, operand)
+        for place in (place for part in operand.joined if part.treatment == "nvfp4" for place in part.places):
+            agree(results[place], operands[0][1].values(), weight_values(operand.projections[place].weight))
+            seen.append("linear")
         return results
 
     def checked_grouped(x: Tensor, operand: Any) -> Tensor:

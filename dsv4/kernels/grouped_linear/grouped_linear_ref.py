@@ -8,6 +8,7 @@ from dsv4.kernels.linear.operand import treat
 
 
 def grouped_linear_ref(o: Tensor, operand: GroupedOperand) -> Tensor:
-    rows = treat(o.unflatten(-1, (len(operand.groups), -1)), operand.treatment)
-    y = torch.bmm(rows.transpose(0, 1), operand.groups.transpose(1, 2))
-    return y.transpose(0, 1).flatten(1).to(o.dtype)
+    values, alpha = operand.groups.values, operand.groups.alpha
+    rows = treat(o.unflatten(-1, (len(values), -1)), operand.treatment)
+    y = torch.bmm(rows.transpose(0, 1), values.float().transpose(1, 2)).transpose(0, 1)
+    return (y if alpha is None else y * alpha).flatten(1).to(o.dtype)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dsv4.errors import KernelError
-from dsv4.kernels.linear.operand import Act, Treatment, dense
+from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense
 from dsv4.quant.weights import Weight
 
 
 @dataclass(frozen=True)
 class GroupedOperand:
-    """`groups` [G, r, K] float32 is what the CPU multiplies with."""
+    """`groups` [G, r, K] is what the CPU multiplies with."""
 
     weight: Weight
     treatment: Treatment
-    groups: Tensor
+    groups: Dense
 
     @property
     def nbytes(self) -> int:
@@ -30,5 +28,7 @@ def grouped_operand(weight: Weight, groups: int, *, act: Act) -> GroupedOperand:
     if rows % groups:
         raise KernelError(f"grouped_linear: {rows} rows of wo_a do not split into o_groups = {groups}")
     four_bit = weight.format in ("nvfp4", "mxfp4")
-    split = dense(weight).unflatten(0, (groups, -1))
+    whole = dense(weight)
+    alpha = None if whole.alpha is None else whole.alpha.unflatten(0, (groups, -1))
+    split = Dense(whole.values.unflatten(0, (groups, -1)), alpha)
     return GroupedOperand(weight, "nvfp4" if act == "nvfp4" and four_bit else "none", split)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.quant import fp8, nvfp4
-from dsv4.quant.weights import Weight
+from dsv4.quant.weights import NVFP4Weight, Weight
 
 Act = Literal["bf16", "fp8", "nvfp4"]
 Treatment = Literal["none", "fp8", "nvfp4"]
@@ -42,37 +42,93 @@ def treat(x: Tensor, how: Treatment) -> Tensor:
     return x.float()
 
 
-def dense(*weights: Weight) -> Tensor:
-    """[..., sum N_i, K] float32, joined row-wise: what the CPU multiplies with.
+@dataclass(frozen=True)
+class Dense:
+    """A matrix as the CPU multiplies with it.
 
-    Products of E2M1, E4M3 and E8M0 are exact in float32; only NVFP4's float32 global rounds (2^-24) by being folded
-    in. BF16 would halve the bytes where it is exact, but is slower on a CPU: converting costs more than it saves.
+    values [..., N, K]: BF16 where that is exact, as E2M1 * E4M3 and E4M3 * 2^n are, else float32. A decode step on a
+    CPU is bound by reading these bytes: half of them, widened on the way, take half the time.
+    alpha [..., N] float32, or None for one: the factor of the float32 accumulator (NVFP4's global).
     """
-    return torch.cat([w.dequantize(torch.float32) for w in weights], dim=-2)
+
+    values: Tensor
+    alpha: Tensor | None
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32."""
+        y = torch.nn.functional.linear(x, self.values.float())
+        return y if self.alpha is None else y.mul_(self.alpha)
+
+    def __getitem__(self, expert: int) -> Dense:
+        return Dense(self.values[expert], None if self.alpha is None else self.alpha[expert])
+
+
+def dense(*weights: Weight) -> Dense:
+    """Join weights [..., N_i, K] row-wise."""
+    parts, alphas = zip(*map(_exact, weights), strict=True)
+    narrow = all(p.dtype == torch.bfloat16 for p in parts)
+    values = torch.cat([p if narrow else p.float() for p in parts], dim=-2)
+    if all(a is None for a in alphas):
+        return Dense(values, None)
+    ones = (torch.ones(p.shape[:-1], device=p.device) for p in parts)
+    rows = [one if a is None else one * a.unsqueeze(-1) for one, a in zip(ones, alphas, strict=True)]
+    return Dense(values, torch.cat(rows, dim=-1))
+
+
+def _exact(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """(values, factor): BF16 if it holds them, factoring NVFP4's global out where that helps."""
+    values = weight.dequantize(torch.float32)
+    if torch.equal(values.bfloat16().float(), values):
+        return values.bfloat16(), None
+    if isinstance(weight, NVFP4Weight):
+        one = torch.ones_like(weight.global_scale)
+        return nvfp4.dequantize(weight.codes, weight.scale, one, torch.bfloat16), weight.global_scale
+    return values, None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One weight [N, K] of a linear op. plain: its input is never quantised. f32: its output stays float32."""
+
+    weight: Weight
+    plain: bool = False
+    f32: bool = False
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Projections whose input is treated alike, as one matrix: `rows` of it each, `places` in the op's result."""
+
+    treatment: Treatment
+    matrix: Dense
+    rows: list[int]
+    places: list[int]
 
 
 @dataclass(frozen=True)
 class LinearOperand:
-    """Weights [N_i, K] that share their input; per treatment of that input, one joined matrix."""
+    """Projections of one input; what they share is computed once."""
 
-    weights: tuple[Weight, ...]
-    treatments: tuple[Treatment, ...]
-    joined: dict[Treatment, Tensor]
+    projections: tuple[Projection, ...]
+    joined: tuple[Joined, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as stored: what a decode step must read."""
-        return sum(w.nbytes for w in self.weights)
+        return sum(p.weight.nbytes for p in self.projections)
 
 
-def linear_operand(*weights: Weight, act: Act, weight_only: bool = False) -> LinearOperand:
-    """Join projections of one input. `weight_only` keeps the input unquantised whatever `act` says."""
-    widths = {w.shape[-1] for w in weights}
+def linear_operand(*projections: Projection | Weight, act: Act) -> LinearOperand:
+    """Join projections of one input; a bare Weight takes the defaults of Projection."""
+    every = tuple(p if isinstance(p, Projection) else Projection(p) for p in projections)
+    widths = {p.weight.shape[-1] for p in every}
     if len(widths) != 1:
         raise KernelError(f"linear: projections that share an input must have one K, got {sorted(widths)}")
-    treatments = tuple("none" if weight_only else treatment(w.format, act) for w in weights)
-    joined = {
-        how: dense(*(w for w, t in zip(weights, treatments, strict=True) if t == how))
-        for how in dict.fromkeys(treatments)
-    }
-    return LinearOperand(weights, treatments, joined)
+    kinds: dict[Treatment, list[int]] = {}
+    for place, p in enumerate(every):
+        kinds.setdefault("none" if p.plain else treatment(p.weight.format, act), []).append(place)
+    joined = tuple(
+        Joined(how, dense(*(every[i].weight for i in places)), [every[i].weight.shape[-2] for i in places], places)
+        for how, places in kinds.items()
+    )
+    return LinearOperand(every, joined)

@@ -5,7 +5,7 @@ import torch
 
 from dsv4.errors import KernelError
 from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import linear_operand, treatment
+from dsv4.kernels.linear.operand import Projection, linear_operand, treatment
 from dsv4.quant import fp8, nvfp4
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight
 
@@ -73,9 +73,20 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert (linear(x, linear_operand(w, act="nvfp4"))[0][:1] - alone).abs().max() < 1e-5
 
 
-def test_weight_only_ignores_the_mode_and_different_k_is_refused():
+def test_a_plain_projection_ignores_the_mode_and_different_k_is_refused():
     w = weights_of(40, 128)["nvfp4"]
     x = torch.randn(2, 128)
-    assert torch.equal(*(linear(x, linear_operand(w, act=a, weight_only=True))[0] for a in ("nvfp4", "bf16")))
+    plain = Projection(w, plain=True)
+    assert torch.equal(*(linear(x, linear_operand(plain, act=a))[0] for a in ("nvfp4", "bf16")))
     with pytest.raises(KernelError, match=r"must have one K, got \[64, 128\]"):
         linear_operand(w, PlainWeight(torch.zeros(4, 64)), act="bf16")
+
+
+def test_outputs_keep_their_order_and_dtype():
+    w = weights_of(24, 96)
+    x = torch.randn(2, 96).bfloat16()
+    mixed = linear_operand(Projection(w["nvfp4"], f32=True), w["bf16"], Projection(w["fp8"], plain=True), act="nvfp4")
+    got = linear(x, mixed)
+    assert [y.dtype for y in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    alone = [linear(x, linear_operand(p, act="nvfp4"))[0] for p in mixed.projections]
+    assert all((a.float() - g.float()).abs().max() < 1e-5 for a, g in zip(alone, got, strict=True))

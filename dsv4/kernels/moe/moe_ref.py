@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from dsv4.kernels.linear.operand import treat
+from dsv4.kernels.linear.operand import Dense, treat
 from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
 
 
-def _by_expert(x: Tensor, w: Tensor, groups: list[tuple[int, int]]) -> Tensor:
-    """x [n, K] f32, rows sorted by their expert; w [E, N, K] f32; groups: (expert, rows) present -> [n, N] f32."""
+def _by_expert(x: Tensor, w: Dense, groups: list[tuple[int, int]]) -> Tensor:
+    """x [n, K] f32, rows sorted by their expert; w [E, N, K]; groups: (expert, rows) present -> [n, N] f32."""
     parts = torch.split_with_sizes(x, [rows for _, rows in groups])
-    return torch.cat([torch.nn.functional.linear(p, w[e]) for p, (e, _) in zip(parts, groups, strict=True)])
+    return torch.cat([w[e].matmul(p) for p, (e, _) in zip(parts, groups, strict=True)])
 
 
 def moe_ref(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from dsv4.kernels.linear.operand import Act, Treatment, dense, treatment
+from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense, treatment
 from dsv4.quant.weights import Weight
 
 
@@ -21,8 +19,8 @@ class ExpertsOperand:
     w3: Weight
     in_treatment: Treatment
     mid_treatment: Treatment
-    w13: Tensor
-    down: Tensor
+    w13: Dense
+    down: Dense
 
     @property
     def nbytes(self) -> int:
