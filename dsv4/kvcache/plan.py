@@ -46,9 +46,9 @@ def make_plan(batch: Sequence[tuple[int, Tensor]], cache: KVCache) -> Plan:
         first += len(ids)
     tokens = torch.cat([ids for _, ids in batch]).to(torch.int64)
     vocab = cache.config.vocab_size
-    low, high = torch.aminmax(tokens)
-    if low < 0 or high >= vocab:
-        raise RequestError(f"token id {int(high if high >= vocab else low)} is outside the vocabulary 0..{vocab - 1}")
+    for token in tokens.tolist():
+        if not 0 <= token < vocab:
+            raise RequestError(f"token id {token} is outside the vocabulary 0..{vocab - 1}")
     cache.reserve([(s.slot, s.length) for s in segments])
     positions = torch.cat([torch.arange(s.start, s.end) for s in segments])
     rows = rows_decode if len(tokens) == len(segments) else rows_chunk

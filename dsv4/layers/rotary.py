@@ -28,6 +28,6 @@ def frequencies(theta: float, rope_dims: int, yarn: YarnScaling | None) -> Tenso
 
 
 def cis(positions: Tensor, freqs: Tensor) -> Tensor:
-    """positions [T] i64, freqs [R/2] -> [T, R/2] complex64 cos + i sin of the float32 product."""
-    angles = torch.outer(positions.float(), freqs)
+    """positions [T] i64, freqs [n, R/2] f32 -> [n, T, R/2] complex64 cos + i sin of the float32 product."""
+    angles = positions.float().unsqueeze(-1) * freqs.unsqueeze(1)
     return torch.polar(torch.ones_like(angles), angles)

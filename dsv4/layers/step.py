@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
@@ -18,21 +19,20 @@ class Rotaries:
     """The frequency tables of a model: one per distinct (theta, YaRN) of its layers."""
 
     def __init__(self, config: ModelConfig, device: str):
-        keys = {rope_key(spec): spec for spec in config.layers}
-        self.freqs = {
-            key: frequencies(spec.rope_theta, config.qk_rope_head_dim, spec.yarn).to(device)
-            for key, spec in keys.items()
-        }
-        self.kinds = {(spec.kind, spec.ratio): rope_key(spec) for spec in config.layers if spec.ratio}
+        specs = {rope_key(spec): spec for spec in config.layers}
+        rows = [frequencies(spec.rope_theta, config.qk_rope_head_dim, spec.yarn) for spec in specs.values()]
+        self.freqs = torch.stack(rows).to(device)
+        self.places = {key: place for place, key in enumerate(specs)}
+        self.kinds = {(spec.kind, spec.ratio): self.places[rope_key(spec)] for spec in config.layers if spec.ratio}
 
     def step(self, plan: Plan) -> Step:
-        tokens = {key: cis(plan.positions, freqs) for key, freqs in self.freqs.items()}
-        back = {key: turn.conj_physical() for key, turn in tokens.items()}
-        entries = {
-            kind: cis(plan.compressed[kind].compress.entry_positions, self.freqs[key])
-            for kind, key in self.kinds.items()
-        }
-        return Step(plan, tokens, back, entries)
+        turns = cis(plan.positions, self.freqs)
+        back = turns.conj_physical()
+        entries = {}
+        for kind, place in self.kinds.items():
+            positions = plan.compressed[kind].compress.entry_positions
+            entries[kind] = cis(positions, self.freqs[place : place + 1])[0] if len(positions) else turns[0, :0]
+        return Step(plan, self.places, turns, back, entries)
 
 
 def rope_key(spec: LayerSpec) -> RopeKey:
@@ -44,12 +44,13 @@ class Step:
     """Row numbers and rotations of one step; layers read it and change nothing in it."""
 
     plan: Plan
-    token_cis: dict[RopeKey, Tensor]  # [T, R/2] complex64 at each token's position
-    back_cis: dict[RopeKey, Tensor]  # their conjugates
+    places: dict[RopeKey, int]  # row of each (theta, YaRN) in the two below
+    token_cis: Tensor  # [n, T, R/2] complex64 at each token's position
+    back_cis: Tensor  # their conjugates
     entry_cis: dict[CompressedKind, Tensor]  # [Ne, R/2] at each completed entry's first token
 
     def cis(self, spec: LayerSpec) -> Tensor:
-        return self.token_cis[rope_key(spec)]
+        return self.token_cis[self.places[rope_key(spec)]]
 
     def cis_back(self, spec: LayerSpec) -> Tensor:
-        return self.back_cis[rope_key(spec)]
+        return self.back_cis[self.places[rope_key(spec)]]

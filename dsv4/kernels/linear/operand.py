@@ -54,13 +54,13 @@ class Dense:
     values: Tensor
     alpha: Tensor | None
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32."""
-        y = torch.nn.functional.linear(x, self.values.float())
-        return y if self.alpha is None else y.mul_(self.alpha)
-
-    def __getitem__(self, expert: int) -> Dense:
-        return Dense(self.values[expert], None if self.alpha is None else self.alpha[expert])
+    def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32; with leading experts, by one of them."""
+        values = self.values if expert is None else self.values[expert]
+        y = torch.nn.functional.linear(x, values.float())
+        if self.alpha is not None:
+            y.mul_(self.alpha if expert is None else self.alpha[expert])
+        return y
 
 
 def dense(*weights: Weight) -> Dense:

@@ -1,5 +1,7 @@
 """Twin of moe."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,14 @@ from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
 def _by_expert(x: Tensor, w: Dense, groups: list[tuple[int, int]]) -> Tensor:
     """x [n, K] f32, rows sorted by their expert; w [E, N, K]; groups: (expert, rows) present -> [n, N] f32."""
     parts = torch.split_with_sizes(x, [rows for _, rows in groups])
-    return torch.cat([w[e].matmul(p) for p, (e, _) in zip(parts, groups, strict=True)])
+    return torch.cat([w.matmul(p, e) for p, (e, _) in zip(parts, groups, strict=True)])
 
 
 def moe_ref(
     x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared: Tensor, *, limit: float
 ) -> Tensor:
     expert, order = ids.flatten().sort(stable=True)
-    present, counts = torch.unique_consecutive(expert, return_counts=True)
-    groups = list(zip(present.tolist(), counts.tolist(), strict=True))
+    groups = [(e, len(list(rows))) for e, rows in groupby(expert.tolist())]
     token = order // ids.shape[1]
     rows = treat(x, operand.in_treatment).index_select(0, token)
     gate, up = _by_expert(rows, operand.w13, groups).to(x.dtype).chunk(2, dim=-1)
