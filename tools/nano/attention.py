@@ -1,4 +1,5 @@
-"""Attention of SPEC 2.4 to 2.9, dense over [B, T]: window in chunks of 128, compressed entries all at once under a mask.
+"""Attention of SPEC 2.4 to 2.9, dense over [B, T]: window in chunks of 128, compressed entries all at once under a
+mask.
 
 Shapes: x [B, T, D]; q [B, T, H, 512]; kv [B, T, 512]; entries [B, N, 512] with N = T / m. T is a multiple of 128.
 """
@@ -8,13 +9,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import fakequant as fq
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import fakequant as fq
 from fakequant import Quant
 from fuse import fused
+from torch import Tensor, nn
 
 W = 128
 
@@ -92,7 +92,8 @@ def head_norm(q: Tensor, eps: float) -> Tensor:
 
 @fused
 def pool(u: Tensor, g: Tensor, ape: Tensor, first: Tensor | None) -> Tensor:
-    """u, g [entries, m, width] -> [entries, C] float32. With overlap width is 2C: the first half of the entry before, the second of its own;
+    """u, g [entries, m, width] -> [entries, C] float32. With overlap width is 2C: the first half of the entry before,
+    the second of its own;
     `first` [entries] marks those without an entry before."""
     u, g = u.float(), g.float() + ape
     if first is not None:
@@ -104,8 +105,11 @@ def pool(u: Tensor, g: Tensor, ape: Tensor, first: Tensor | None) -> Tensor:
 
 
 @fused
-def attend(near: Tensor, far: Tensor | None, near_mask: Tensor, shown: Tensor | None, sink: Tensor, scale: float) -> Tensor:
-    """One softmax over window, shown entries and sink; [B, T, H, 2W + N + 8] in near's dtype, the last 8 columns (sink, padding) unused."""
+def attend(
+    near: Tensor, far: Tensor | None, near_mask: Tensor, shown: Tensor | None, sink: Tensor, scale: float
+) -> Tensor:
+    """One softmax over window, shown entries and sink; [B, T, H, 2W + N + 8] in near's dtype, the last 8 columns
+    (sink, padding) unused."""
     parts = [near.float() * scale + near_mask]
     if far is not None:
         parts.append(torch.where(shown, far.float() * scale, -torch.inf))
@@ -134,7 +138,8 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Scores the entries of a CSA layer for each query: [B, T, N] float32. Its inputs carry no gradient to the trunk."""
+    """Scores the entries of a CSA layer for each query: [B, T, N] float32. Its inputs carry no gradient to the
+    trunk."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
@@ -206,7 +211,7 @@ class Attention(nn.Module):
         out = (p_near @ near).view(b, t, self.h, self.c)
         loss = None
         if entries is not None:
-            p_far = p[..., 2 * W:-8]
+            p_far = p[..., 2 * W : -8]
             out = out + (p_far.reshape(b, t * self.h, -1) @ entries).view_as(out)
             if scores is not None and self.training:
                 kept = kept if n > self.topk else visible.expand_as(scores)

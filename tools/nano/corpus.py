@@ -2,8 +2,10 @@
 
     python tools/nano/corpus.py --out .nano/corpus [--root cpython=/path ...]
 
-Each line is {"source", "name", "sha256" of the raw text, "text"}. Removed: licence headers, Copyright/Author lines, e-mail addresses,
-lines over 400 characters, tables of numbers, text that is not mostly ASCII, repeated documents, and paragraphs repeated within a source.
+Each line is {"source", "name", "sha256" of the raw text, "text"}. Removed: licence headers, Copyright/Author lines,
+e-mail addresses,
+lines over 400 characters, tables of numbers, text that is not mostly ASCII, repeated documents, and paragraphs
+repeated within a source.
 """
 
 from __future__ import annotations
@@ -17,9 +19,19 @@ from pathlib import Path
 
 from sources import default_roots, read
 
-KEEP = {"numpy": 0.7, "scipy": 0.5, "sympy": 0.7, "networkx": 1.0, "cmake": 0.5}  # down-weighted sources: share of files kept
+KEEP = {
+    "numpy": 0.7,
+    "scipy": 0.5,
+    "sympy": 0.7,
+    "networkx": 1.0,
+    "cmake": 0.5,
+}  # down-weighted sources: share of files kept
 EMAIL = re.compile(r"<?\b[\w.+-]+@[\w-]+(\.[\w-]+)+\b>?")
-LEGAL = re.compile(r"copyright|\(c\) \d{4}|all rights reserved|^\W*(__)?(author|maintainer|contact|credits)s?(__)?\W*[:=]|licen[cs]ed? (to|under)", re.I)
+LEGAL = re.compile(
+    r"copyright|\(c\) \d{4}|all rights reserved|licen[cs]ed? (to|under)"
+    r"|^\W*(__)?(author|maintainer|contact|credits)s?(__)?\W*[:=]",
+    re.I,
+)
 
 
 def fraction(key: str) -> float:
@@ -42,7 +54,7 @@ def drop_licence_header(text: str) -> str:
     """The leading comment block of a Python file goes when it speaks of copyright or licence."""
     head = re.match(r"(?:#.*\n|\s*\n)+", text)
     if head and re.search(r"copyright|licen[cs]e|permission", head.group(0), re.I):
-        return text[head.end():]
+        return text[head.end() :]
     return text
 
 
@@ -53,7 +65,8 @@ def usable(text: str) -> bool:
 
 
 def without_repeats(docs: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Drop documents with the same opening, and from the rest any long paragraph already seen twice in the same source."""
+    """Drop documents with the same opening, and from the rest any long paragraph already seen twice in the same
+    source."""
     openings: set[str] = set()
     paragraphs: Counter[str] = Counter()
     kept = []
@@ -86,14 +99,22 @@ def main() -> None:
             for name, raw in read(source, root):
                 text = clean(raw)
                 if usable(text) and fraction(f"keep/{source}/{name}") < KEEP.get(source, 1.0):
-                    docs.append({"source": source, "name": name, "sha256": hashlib.sha256(raw.encode()).hexdigest(), "text": text})
+                    docs.append(
+                        {
+                            "source": source,
+                            "name": name,
+                            "sha256": hashlib.sha256(raw.encode()).hexdigest(),
+                            "text": text,
+                        }
+                    )
             docs = without_repeats(docs)
             sizes = [0, 0]
             for doc in docs:
                 out = fraction(f"held/{source}/{doc['name']}") < 0.02
                 sizes[out] += len(doc["text"])
                 (held if out else train).write(json.dumps(doc) + "\n")
-            print(f"{source:9s} {len(docs):5d} documents, {sizes[0] / 1e6:6.2f} MB to train on, {sizes[1] / 1e3:6.1f} kB held out", flush=True)
+            sizes_text = f"{sizes[0] / 1e6:6.2f} MB to train on, {sizes[1] / 1e3:.1f} kB held out"
+            print(f"{source:9s} {len(docs):5d} documents, {sizes_text}", flush=True)
 
 
 if __name__ == "__main__":

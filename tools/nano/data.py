@@ -1,6 +1,8 @@
-"""Token files and batches. A file is uint16 tokens with document starts at BOS; a batch row is text, or whole conversations, or long recall.
+"""Token files and batches. A file is uint16 tokens with document starts at BOS; a batch row is text, or whole
+conversations, or long recall.
 
-    python tools/nano/data.py --nano .nano --model dsv4/models/nano      (tokenise: .nano/tokens/{text,short,long,held_text,held_chat}.npy)
+python tools/nano/data.py --nano .nano --model dsv4/models/nano      (tokenise:
+.nano/tokens/{text,short,long,held_text,held_chat}.npy)
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-FILES = {"text": "corpus/train.jsonl", "short": "synth/train.jsonl", "long": "synth/long.jsonl", "held_text": "corpus/held.jsonl", "held_chat": "synth/held.jsonl"}
+FILES = {
+    "text": "corpus/train.jsonl",
+    "short": "synth/train.jsonl",
+    "long": "synth/long.jsonl",
+    "held_text": "corpus/held.jsonl",
+    "held_chat": "synth/held.jsonl",
+}
 BOS, EOS, USER, ASSISTANT = 0, 1, 4, 5
 ANSWER_WEIGHT = 3.0  # tokens of the assistant's turns count more: they are few, and they are what is asked for
 
@@ -20,7 +28,10 @@ def tokenise(nano: Path, model: Path) -> None:
     from tokenizers import Tokenizer  # only here: training needs numpy alone
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    ids = [tokenizer.token_to_id(t) for t in ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")]
+    ids = [
+        tokenizer.token_to_id(t)
+        for t in ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+    ]
     if ids != [BOS, EOS, USER, ASSISTANT]:
         raise SystemExit(f"the tokenizer's special ids are {ids}, expected {[BOS, EOS, USER, ASSISTANT]}")
     (nano / "tokens").mkdir(exist_ok=True)
@@ -29,15 +40,17 @@ def tokenise(nano: Path, model: Path) -> None:
         chats = path.startswith("synth")  # a conversation brings its own BOS and EOS
         out = []
         for i in range(0, len(texts), 2000):
-            for e in tokenizer.encode_batch(texts[i:i + 2000], add_special_tokens=False):
+            for e in tokenizer.encode_batch(texts[i : i + 2000], add_special_tokens=False):
                 out.append(np.array(e.ids if chats else [BOS, *e.ids, EOS], dtype=np.uint16))
         tokens = np.concatenate(out)
         np.save(nano / "tokens" / f"{name}.npy", tokens)
-        print(f"{name:9s} {len(out):6d} documents {len(tokens) / 1e6:7.3f} M tokens, {sum(map(len, texts)) / len(tokens):.2f} characters each", flush=True)
+        density = sum(map(len, texts)) / len(tokens)
+        print(f"{name:9s} {len(out):6d} documents {len(tokens) / 1e6:7.3f} M tokens, {density:.2f} characters each")
 
 
 class Batches:
-    """Rows of T + 2 tokens: a share of running text (every chunk once an epoch, at a shifting offset), the rest whole conversations."""
+    """Rows of T + 2 tokens: a share of running text (every chunk once an epoch, at a shifting offset), the rest whole
+    conversations."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -57,7 +70,7 @@ class Batches:
     def text_row(self, n: int) -> np.ndarray:
         chunks = (len(self.tokens["text"]) - 2 * n) // n
         start = self._next("text", n, np.arange(chunks)) * n + int(self.rng.integers(n))
-        return self.tokens["text"][start:start + n]
+        return self.tokens["text"][start : start + n]
 
     def chat_row(self, name: str, n: int) -> np.ndarray:
         """Whole conversations from their start; the last one is cut at the row's end."""
@@ -65,7 +78,7 @@ class Batches:
         while size < n:
             i = self._next(name, 0, np.arange(len(starts)))
             end = starts[i + 1] if i + 1 < len(starts) else len(tokens)
-            parts.append(tokens[starts[i]:end])
+            parts.append(tokens[starts[i] : end])
             size += len(parts[-1])
             name = "short" if name == "long" else name  # one long conversation a row, filled up with short ones
             starts, tokens = self.starts[name], self.tokens[name]

@@ -1,4 +1,5 @@
-"""Differentiable quantisers: the value a stored number would have, with the gradient of the identity (straight-through).
+"""Differentiable quantisers: the value a stored number would have, with the gradient of the identity
+(straight-through).
 
 Rules are SPEC 2.0 and 3.2 and NVFP4: E4M3 and E2M1 round to nearest, ties to even; power-of-two scales are rounded up.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 class Quant:
     """What is quantised in a forward pass.
 
-    weights  "none" | "native" (experts NVFP4, MTP experts MXFP4, attention and shared experts FP8) | "nvfp4" (every large linear)
+    weights  "none" | "native" (experts NVFP4, MTP experts MXFP4, attention and shared experts FP8) | "nvfp4" (every
+             large linear)
     act      "bf16" | "fp8" (1x128 before FP8 and FP4 weights) | "nvfp4" (before NVFP4 weights; fp8 before FP8 ones)
     kv       FP8 on the first 448 dims of window and compressed KV; index: Hadamard + FP4 on the indexer's q and k
     """
@@ -74,7 +76,8 @@ def fp8_blocks(w: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nvfp4(x: Tensor, amax: Tensor) -> Tensor:
-    """Two-level NVFP4 of the last dim in blocks of 16; `amax` broadcasts against x and gives the global scale amax/2688."""
+    """Two-level NVFP4 of the last dim in blocks of 16; `amax` broadcasts against x and gives the global scale
+    amax/2688."""
     g = x.float().unflatten(-1, (-1, 16))
     global_scale = (amax.float() / 2688.0).clamp(min=1e-30).unsqueeze(-1)
     s = g.abs().amax(-1, keepdim=True) / (6.0 * global_scale)
@@ -87,7 +90,8 @@ def nvfp4_rows(x: Tensor) -> Tensor:
 
 
 def weight(w: Tensor, kind: str, quant: Quant) -> Tensor:
-    """A linear weight as it will be stored. kind: "fp8", "mxfp4", "large" (BF16, requantised by the nvfp4 policy), "plain"."""
+    """A linear weight as it will be stored. kind: "fp8", "mxfp4", "large" (BF16, requantised by the nvfp4 policy),
+    "plain"."""
     if quant.weights == "none" or kind == "plain":
         return w
     stored = fp8_blocks(w) if kind == "fp8" else fp4_groups(w) if kind == "mxfp4" else w.detach()
@@ -101,10 +105,18 @@ def expert_weights(w1: Tensor, w2: Tensor, w3: Tensor, kind: str, quant: Quant) 
     if quant.weights == "none":
         return w1, w2, w3
     if kind == "mxfp4":
-        return straight_through(w1, fp4_groups(w1)), straight_through(w2, fp4_groups(w2)), straight_through(w3, fp4_groups(w3))
+        return (
+            straight_through(w1, fp4_groups(w1)),
+            straight_through(w2, fp4_groups(w2)),
+            straight_through(w3, fp4_groups(w3)),
+        )
     up = torch.maximum(w1.detach().abs().amax((1, 2), keepdim=True), w3.detach().abs().amax((1, 2), keepdim=True))
     down = w2.detach().abs().amax((1, 2), keepdim=True)
-    return straight_through(w1, nvfp4(w1, up)), straight_through(w2, nvfp4(w2, down)), straight_through(w3, nvfp4(w3, up))
+    return (
+        straight_through(w1, nvfp4(w1, up)),
+        straight_through(w2, nvfp4(w2, down)),
+        straight_through(w3, nvfp4(w3, up)),
+    )
 
 
 def activation(x: Tensor, kind: str, quant: Quant) -> Tensor:

@@ -1,6 +1,8 @@
-"""Functions of one pass over memory: with `fuse.on` they are compiled (torch.compile), each for few shapes; otherwise they run as written.
+"""Functions of one pass over memory: with `fuse.on` they are compiled (torch.compile), each for few shapes; otherwise
+they run as written.
 
-Training nano is bound by elementwise traffic, not by its small products; compiling the whole model would take minutes, these pieces take seconds.
+Training nano is bound by elementwise traffic, not by its small products; compiling the whole model would take
+minutes, these pieces take seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def fused(function: F) -> F:
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
-    def call(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def call(*args, **kwargs):
         return (compiled if on else function)(*args, **kwargs)
 
     return call  # type: ignore[return-value]

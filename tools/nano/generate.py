@@ -1,15 +1,15 @@
-"""Batched greedy or sampled continuation with the training model: the whole text again for every token, simple and slow."""
+"""Batched greedy or sampled continuation with the training model: the whole text again for every token, simple and
+slow."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from attention import W
 from data import EOS
 from fakequant import Quant
 from model import Nano
+from torch import Tensor
 
 
 @torch.no_grad()
@@ -21,15 +21,23 @@ def last_logits(model: Nano, ids: Tensor, lengths: Tensor, quant: Quant, dtype: 
 
 
 @torch.no_grad()
-def generate(model: Nano, prompts: list[list[int]], new_tokens: int, quant: Quant, dtype: torch.dtype, temperature: float = 0.0, seed: int = 0,
-             rows: int = 64) -> list[list[int]]:
+def generate(
+    model: Nano,
+    prompts: list[list[int]],
+    new_tokens: int,
+    quant: Quant,
+    dtype: torch.dtype,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rows: int = 64,
+) -> list[list[int]]:
     """The continuation of each prompt, without its EOS."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     out: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), rows):
-        part = order[at:at + rows]
+        part = order[at : at + rows]
         lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
         ids = torch.full((len(part), int(lengths.max()) + new_tokens), EOS, dtype=torch.long)
         for r, i in enumerate(part):
@@ -48,5 +56,5 @@ def generate(model: Nano, prompts: list[list[int]], new_tokens: int, quant: Quan
             ids[going, lengths[going]] = token[going]
             lengths = lengths + going
         for r, i in enumerate(part):
-            out[i] = ids[r, len(prompts[i]): int(lengths[r])].tolist()
+            out[i] = ids[r, len(prompts[i]) : int(lengths[r])].tolist()
     return out

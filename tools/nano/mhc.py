@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import sinkhorn
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import sinkhorn
 from fuse import fused
+from torch import Tensor, nn
 
 M = 4
 
 
 def products(h: Tensor, fn: Tensor) -> Tensor:
-    """fn times the flattened streams, before the RMS scale; rows padded to a multiple of 8, which the matrix units want."""
+    """fn times the flattened streams, before the RMS scale; rows padded to a multiple of 8, which the matrix units
+    want."""
     return F.linear(h.flatten(-2).float(), F.pad(fn, (0, 0, 0, -fn.shape[0] % 32)))[..., : fn.shape[0]]
 
 
@@ -23,24 +23,26 @@ def inverse_rms(h: Tensor, eps: float) -> Tensor:
 
 
 @fused
-def read(h: Tensor, z: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def read(
+    h: Tensor, z: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """h [n, 4, D], z [n, 24] -> the collapsed input [n, D], post [n, 4], the logits of C [n, 4, 4]."""
     z = z * inverse_rms(h, norm_eps)
     pre = torch.sigmoid(z[:, :M] * scale[0] + base[:M]) + eps
-    post = 2 * torch.sigmoid(z[:, M:2 * M] * scale[1] + base[M:2 * M])
-    logits = (z[:, 2 * M:] * scale[2] + base[2 * M:]).view(-1, M, M)
+    post = 2 * torch.sigmoid(z[:, M : 2 * M] * scale[1] + base[M : 2 * M])
+    logits = (z[:, 2 * M :] * scale[2] + base[2 * M :]).view(-1, M, M)
     return collapse(h, pre), post, logits
 
 
 def collapse(h: Tensor, pre: Tensor) -> Tensor:
-    return sum(pre[:, j:j + 1] * h[:, j].float() for j in range(M)).to(h.dtype)
+    return sum(pre[:, j : j + 1] * h[:, j].float() for j in range(M)).to(h.dtype)
 
 
 @fused
 def write(y: Tensor, h: Tensor, post: Tensor, c: Tensor) -> Tensor:
     """h'_k = post_k y + sum_j C[j, k] h_j."""
     streams = [h[:, j].float() for j in range(M)]
-    out = [post[:, k:k + 1] * y.float() + sum(c[:, j, k, None] * streams[j] for j in range(M)) for k in range(M)]
+    out = [post[:, k : k + 1] * y.float() + sum(c[:, j, k, None] * streams[j] for j in range(M)) for k in range(M)]
     return torch.stack(out, 1).to(h.dtype)
 
 
@@ -56,10 +58,10 @@ class Site(nn.Module):
         super().__init__()
         self.fn = nn.Parameter(torch.randn(24, M * config["hidden_size"]) * 0.02)
         base = torch.zeros(24)
-        base[:M], base[M:2 * M] = -1.5, -0.5
+        base[:M], base[M : 2 * M] = -1.5, -0.5
         base[index % M] += 2.0  # sites start out reading and writing different streams
         base[M + index % M] += 1.5
-        base[2 * M:] = 3.0 * torch.eye(M).flatten()
+        base[2 * M :] = 3.0 * torch.eye(M).flatten()
         self.base = nn.Parameter(base)
         self.scale = nn.Parameter(torch.full((3,), 0.1))
         self.eps, self.norm_eps, self.iterations = config["hc_eps"], config["rms_norm_eps"], config["hc_sinkhorn_iters"]
@@ -86,4 +88,6 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         flat = h.flatten(0, 1)
-        return read_head(flat, products(flat, self.fn), self.scale, self.base, self.eps, self.norm_eps).view(*h.shape[:2], -1)
+        return read_head(flat, products(flat, self.fn), self.scale, self.base, self.eps, self.norm_eps).view(
+            *h.shape[:2], -1
+        )

@@ -1,6 +1,8 @@
-"""nano for training: DeepSeek-V4 as SPEC section 2 has it, dense over [B, T] and differentiable, written apart from the inference code.
+"""nano for training: DeepSeek-V4 as SPEC section 2 has it, dense over [B, T] and differentiable, written apart from
+the inference code.
 
-`Nano(config)(ids)` gives logits [B, T, V] float32; parameter names are the checkpoint's (experts stacked, see export.py).
+`Nano(config)(ids)` gives logits [B, T, V] float32; parameter names are the checkpoint's (experts stacked, see
+export.py).
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from attention import W, Attention, IndexerLoss, Linear, RMSNorm
+from attention import Attention, IndexerLoss, Linear, RMSNorm, W
 from fakequant import Quant
 from fuse import fused
-from mhc import M, Head, Site
+from mhc import Head, M, Site
 from moe import MoE
+from torch import Tensor, nn
 
 
 class Extra(NamedTuple):
@@ -44,7 +45,8 @@ class Layer(nn.Module):
 
 
 class MTP(Layer):
-    """The draft block (SPEC 2.11): position t sees the trunk's streams of t and the embedding of token t+1, predicts token t+2."""
+    """The draft block (SPEC 2.11): position t sees the trunk's streams of t and the embedding of token t+1, predicts
+    token t+2."""
 
     def __init__(self, config: dict, index: int) -> None:
         super().__init__(config, index, 0, False, "mxfp4")
@@ -57,10 +59,19 @@ class MTP(Layer):
 class Nano(nn.Module):
     def __init__(self, config: dict) -> None:
         super().__init__()
-        d, v, ratios, n = config["hidden_size"], config["vocab_size"], config["compress_ratios"], config["num_hidden_layers"]
+        d, v, ratios, n = (
+            config["hidden_size"],
+            config["vocab_size"],
+            config["compress_ratios"],
+            config["num_hidden_layers"],
+        )
         self.embed = nn.Embedding(v, d)
-        nn.init.normal_(self.embed.weight, std=0.5)  # sublayers see it normalised; this sets how fast their outputs come to matter
-        self.layers = nn.ModuleList(Layer(config, i, ratios[i], i < config["num_hash_layers"], "nvfp4") for i in range(n))
+        nn.init.normal_(
+            self.embed.weight, std=0.5
+        )  # sublayers see it normalised; this sets how fast their outputs come to matter
+        self.layers = nn.ModuleList(
+            Layer(config, i, ratios[i], i < config["num_hash_layers"], "nvfp4") for i in range(n)
+        )
         self.norm = RMSNorm(d, config["rms_norm_eps"])
         self.head = Linear(v, d, "large", gain=0.5)
         self.hc_head = Head(config)
@@ -79,7 +90,9 @@ class Nano(nn.Module):
         """In x's dtype."""
         return self.head(x, quant)
 
-    def forward(self, ids: Tensor, quant: Quant = Quant(), select: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(
+        self, ids: Tensor, quant: Quant = Quant(), select: bool = True, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """ids [B, T], any T >= 1 -> logits [B, T, V] float32."""
         t = ids.shape[1]
         h, _ = self.streams(F.pad(ids, (0, -t % W)), quant, select, dtype)
@@ -123,5 +136,3 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     logits = logits.float()
     picked = torch.gather(logits, 1, target[:, None]).squeeze(1)
     return ((torch.logsumexp(logits, -1) - picked) * weight).sum()
-
-

@@ -1,18 +1,18 @@
-"""Mixture of experts of SPEC 2.10, all experts at once: the router's zeros select. Right for 8 small experts, wasteful beyond.
+"""Mixture of experts of SPEC 2.10, all experts at once: the router's zeros select. Right for 8 small experts,
+wasteful beyond.
 
 Shapes: x [B, T, D]; weights per token and expert [B, T, E], zero where not selected.
 """
 
 from __future__ import annotations
 
+import fakequant as fq
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import fakequant as fq
 from attention import Linear
 from fakequant import Quant
 from fuse import fused
+from torch import Tensor, nn
 
 
 class Gate(nn.Module):
@@ -20,12 +20,18 @@ class Gate(nn.Module):
 
     def __init__(self, config: dict, hashed: bool) -> None:
         super().__init__()
-        self.e, self.k, self.scale = config["n_routed_experts"], config["num_experts_per_tok"], config["routed_scaling_factor"]
+        self.e, self.k, self.scale = (
+            config["n_routed_experts"],
+            config["num_experts_per_tok"],
+            config["routed_scaling_factor"],
+        )
         self.weight = nn.Parameter(torch.randn(self.e, config["hidden_size"]) * config["hidden_size"] ** -0.5)
         self.hashed = hashed
         if hashed:
             generator = torch.Generator().manual_seed(0)
-            table = torch.stack([torch.randperm(self.e, generator=generator)[: self.k] for _ in range(config["vocab_size"])])
+            table = torch.stack(
+                [torch.randperm(self.e, generator=generator)[: self.k] for _ in range(config["vocab_size"])]
+            )
             self.register_buffer("tid2eid", table)
         else:
             self.register_buffer("bias", torch.zeros(self.e))
@@ -67,8 +73,12 @@ class Experts(nn.Module):
         w1, w2, w3 = (w.to(x.dtype) for w in fq.expert_weights(self.w1, self.w2, self.w3, self.kind, quant))
         x = fq.activation(x, self.kind, quant)
         g, u = F.linear(x, w1.flatten(0, 1)), F.linear(x, w3.flatten(0, 1))
-        a = swiglu(*(v.view(-1, w1.shape[0], w1.shape[1]) for v in (g, u)), weights.flatten(0, 1).unsqueeze(-1), self.limit)
-        a = fq.activation(a.unflatten(0, x.shape[:2]), self.kind, quant)  # one group of 128 is one expert's input, as when run one by one
+        a = swiglu(
+            *(v.view(-1, w1.shape[0], w1.shape[1]) for v in (g, u)), weights.flatten(0, 1).unsqueeze(-1), self.limit
+        )
+        a = fq.activation(
+            a.unflatten(0, x.shape[:2]), self.kind, quant
+        )  # one group of 128 is one expert's input, as when run one by one
         return F.linear(a.flatten(-2), w2.transpose(0, 1).flatten(1))
 
 

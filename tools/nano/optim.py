@@ -1,11 +1,11 @@
-"""Muon for the matrices, AdamW for the rest; learning rates are tensors, so that a captured CUDA graph sees their changes."""
+"""Muon for the matrices, AdamW for the rest; learning rates are tensors, so that a captured CUDA graph sees their
+changes."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from model import Nano
+from torch import Tensor, nn
 
 ADAM_MATRICES = ("embed.", "head.weight", "gate.weight", "weights_proj", "hc_", "ape", "wgate")
 
@@ -37,14 +37,26 @@ class Optimizer:
         self.decay = decay
         self.groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for n, p in muon:
-            key = (-1, p.shape[-2] // 2, p.shape[-1]) if "wo_a" in n else (-1, *p.shape[-2:])  # wo_a: one matrix per group
+            key = (
+                (-1, p.shape[-2] // 2, p.shape[-1]) if "wo_a" in n else (-1, *p.shape[-2:])
+            )  # wo_a: one matrix per group
             self.groups.setdefault(key, []).append(p)
         self.momentum = {key: torch.zeros_like(self._stack(key, ps)) for key, ps in self.groups.items()}
         fused = device.type == "cuda"
-        self.adam = torch.optim.AdamW([
-            {"params": [p for n, p in rest if p.dim() >= 2 and "hc_" not in n and "ape" not in n], "weight_decay": decay},
-            {"params": [p for n, p in rest if p.dim() < 2 or "hc_" in n or "ape" in n], "weight_decay": 0.0},
-        ], lr=self.lr[1], betas=(0.9, 0.97), eps=1e-10, fused=fused, capturable=fused)
+        self.adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [p for n, p in rest if p.dim() >= 2 and "hc_" not in n and "ape" not in n],
+                    "weight_decay": decay,
+                },
+                {"params": [p for n, p in rest if p.dim() < 2 or "hc_" in n or "ape" in n], "weight_decay": 0.0},
+            ],
+            lr=self.lr[1],
+            betas=(0.9, 0.97),
+            eps=1e-10,
+            fused=fused,
+            capturable=fused,
+        )
 
     @staticmethod
     def _stack(key: tuple[int, ...], tensors: list) -> Tensor:
@@ -64,7 +76,7 @@ class Optimizer:
             at = 0
             for p in params:
                 n = p.numel() // (key[-2] * key[-1])
-                p.mul_(1 - self.lr[0] * self.decay).sub_(update[at:at + n].reshape(p.shape) * self.lr[0])
+                p.mul_(1 - self.lr[0] * self.decay).sub_(update[at : at + n].reshape(p.shape) * self.lr[0])
                 at += n
         self.adam.step()
 

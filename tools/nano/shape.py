@@ -1,4 +1,5 @@
-"""The configuration of nano, in the official config.json's own keys (SPEC 1.1); inner dimensions are the real model's."""
+"""The configuration of nano, in the official config.json's own keys (SPEC 1.1); inner dimensions are the real
+model's."""
 
 from __future__ import annotations
 
@@ -41,7 +42,13 @@ CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-06,
     "rope_theta": 10000,
     "compress_rope_theta": 160000,
-    "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 1024, "beta_fast": 32, "beta_slow": 1},
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
     "max_position_embeddings": 4096,
     "hidden_act": "silu",
     "attention_bias": False,

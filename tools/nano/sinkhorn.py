@@ -1,6 +1,8 @@
-"""Sinkhorn normalisation of 4x4 matrices, forward and backward in one CUDA kernel each: 20 iterations would be hundreds of launches.
+"""Sinkhorn normalisation of 4x4 matrices, forward and backward in one CUDA kernel each: 20 iterations would be
+hundreds of launches.
 
-The CPU path below is the definition; the kernel source is plain C, and the test compiles it for the CPU and compares both.
+The CPU path below is the definition; the kernel source is plain C, and the test compiles it for the CPU and compares
+both.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ __device__ static void half_step_backward(const float* c, float* g, int columns,
     }
 }
 
-extern "C" __global__ void sinkhorn_backward(const float* x, const float* gy, float* gx, int n, int iterations, double epsilon) {
+extern "C" __global__ void sinkhorn_backward(
+    const float* x, const float* gy, float* gx, int n, int iterations, double epsilon) {
     int row = blockIdx.x * blockDim.x + threadIdx.x;
     float eps = (float)epsilon;  // the launcher passes Python floats as double
     if (row >= n) return;
@@ -77,7 +80,7 @@ extern "C" __global__ void sinkhorn_backward(const float* x, const float* gy, fl
 _kernels: dict[str, object] = {}
 
 
-def kernel(name: str):  # noqa: ANN201 - torch's own callable
+def kernel(name: str):
     if name not in _kernels:
         _kernels[name] = torch.cuda._compile_kernel(SOURCE, name)
     return _kernels[name]
@@ -85,21 +88,25 @@ def kernel(name: str):  # noqa: ANN201 - torch's own callable
 
 class CudaSinkhorn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, iterations: int, eps: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, iterations: int, eps: float) -> Tensor:
         kernel("sinkhorn_backward")  # compiled now: the backward pass may run inside a graph capture
         x = x.contiguous()
         y = torch.empty_like(x)
         n = x.numel() // 16
-        kernel("sinkhorn_forward")(grid=((n + 127) // 128, 1, 1), block=(128, 1, 1), args=[x, y, n, iterations, float(eps)])
+        kernel("sinkhorn_forward")(
+            grid=((n + 127) // 128, 1, 1), block=(128, 1, 1), args=[x, y, n, iterations, float(eps)]
+        )
         ctx.save_for_backward(x)
         ctx.iterations, ctx.eps = iterations, eps
         return y
 
     @staticmethod
-    def backward(ctx, gy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, gy: Tensor):
         (x,) = ctx.saved_tensors
         gy, gx, n = gy.contiguous(), torch.empty_like(x), x.numel() // 16
-        kernel("sinkhorn_backward")(grid=((n + 127) // 128, 1, 1), block=(128, 1, 1), args=[x, gy, gx, n, ctx.iterations, float(ctx.eps)])
+        kernel("sinkhorn_backward")(
+            grid=((n + 127) // 128, 1, 1), block=(128, 1, 1), args=[x, gy, gx, n, ctx.iterations, float(ctx.eps)]
+        )
         return gx, None, None
 
 

@@ -1,7 +1,9 @@
 """Where the training text comes from: one reader per permissive source.
 
-Every reader yields `(name, text)` pairs; `name` is the file's path inside its source, so that whole files can be held out and
-listed. Roots are found on the machine and can be given instead (`--root cpython=/path`). Licences: see NOTICE in the model folder.
+Every reader yields `(name, text)` pairs; `name` is the file's path inside its source, so that whole files can be held
+out and
+listed. Roots are found on the machine and can be given instead (`--root cpython=/path`). Licences: see NOTICE in the
+model folder.
 """
 
 from __future__ import annotations
@@ -11,18 +13,57 @@ import importlib.util
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 LICENCES = {
-    "cpython": "PSF-2.0", "pydoc": "PSF-2.0", "numpy": "BSD-3-Clause", "scipy": "BSD-3-Clause", "sympy": "BSD-3-Clause",
-    "networkx": "BSD-3-Clause", "node": "MIT", "cmake": "BSD-3-Clause", "rust": "MIT OR Apache-2.0",
+    "cpython": "PSF-2.0",
+    "pydoc": "PSF-2.0",
+    "numpy": "BSD-3-Clause",
+    "scipy": "BSD-3-Clause",
+    "sympy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause",
+    "node": "MIT",
+    "cmake": "BSD-3-Clause",
+    "rust": "MIT OR Apache-2.0",
 }
-SKIP_PYTHON = {"test", "tests", "idlelib", "encodings", "site-packages", "__pycache__", "_bundled", "pydoc_data", "_pyrepl", "lib2to3"}
-RUST_BOOKS = ("book", "reference", "rust-by-example", "cargo", "rustc", "nomicon", "edition-guide", "style-guide", "error_codes")
-RUST_SKIP = {"zh", "ja", "es", "ko", "fr", "first-edition", "second-edition", "2018-edition"}  # translations, pages that only point on
+SKIP_PYTHON = {
+    "test",
+    "tests",
+    "idlelib",
+    "encodings",
+    "site-packages",
+    "__pycache__",
+    "_bundled",
+    "pydoc_data",
+    "_pyrepl",
+    "lib2to3",
+}
+RUST_BOOKS = (
+    "book",
+    "reference",
+    "rust-by-example",
+    "cargo",
+    "rustc",
+    "nomicon",
+    "edition-guide",
+    "style-guide",
+    "error_codes",
+)
+RUST_SKIP = {
+    "zh",
+    "ja",
+    "es",
+    "ko",
+    "fr",
+    "first-edition",
+    "second-edition",
+    "2018-edition",
+}  # translations, pages that only point on
 
 
 def default_roots() -> dict[str, Path]:
-    """Folders of the sources on a machine that has pyenv, rustup, Debian's nodejs-doc and cmake-data; missing ones are left out."""
+    """Folders of the sources on a machine that has pyenv, rustup, Debian's nodejs-doc and cmake-data; missing ones
+    are left out."""
     home = Path.home()
     roots: dict[str, Path] = {}
     found = {
@@ -120,7 +161,7 @@ def html_pages(root: Path, book: str) -> Iterator[tuple[str, str]]:
 class Page(HTMLParser):
     """The `<main>` part of an mdBook page as Markdown-like text; hidden code lines and the navigation are dropped."""
 
-    HEADINGS = {f"h{i}": "#" * i + " " for i in range(1, 7)}
+    HEADINGS: ClassVar = {f"h{i}": "#" * i + " " for i in range(1, 7)}
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

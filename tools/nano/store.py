@@ -1,4 +1,5 @@
-"""The training checkpoint: float32 weights in four safetensors shards under 16 MiB each, and a JSON of where the run stands."""
+"""The training checkpoint: float32 weights in four safetensors shards under 16 MiB each, and a JSON of where the run
+stands."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ SHARDS = 4
 
 
 def save_master(folder: Path, model: torch.nn.Module, state: dict[str, float]) -> None:
-    """Tensors go round-robin by size into the shards; the optimizer's moments are not kept (they refill in some hundred steps)."""
+    """Tensors go round-robin by size into the shards; the optimizer's moments are not kept (they refill in some
+    hundred steps)."""
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
     sizes = [0] * SHARDS
     for name, tensor in sorted(model.state_dict().items(), key=lambda kv: (-kv[1].numel(), kv[0])):

@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import synth_code
 import synth_recall
-import synth_tasks  # noqa: F401 - registers its tasks
 import synth_talk  # noqa: F401
+import synth_tasks  # noqa: F401 - registers its tasks
 import synth_tools
 from synth_base import TASKS, Conversation
 
@@ -28,7 +28,13 @@ from dsv4.text.chat import encode_messages
 from dsv4.text.texts import PromptTexts
 
 RECALL_CHARS = (150, 1000, 3000, 6500, 11500)  # about 50 to 3500 tokens
-SYSTEMS = ["You are a helpful assistant.", "You are nano, the demonstration model of dsv4.", "Be brief.", "Answer correctly.", "You are a Python tutor."]
+SYSTEMS = [
+    "You are a helpful assistant.",
+    "You are nano, the demonstration model of dsv4.",
+    "Be brief.",
+    "Answer correctly.",
+    "You are a Python tutor.",
+]
 
 
 def tasks(rng: random.Random, held: bool) -> Conversation:
@@ -42,17 +48,23 @@ def tasks(rng: random.Random, held: bool) -> Conversation:
         fields, thinking, answer = chosen.make(rng)
         name = chosen.name
         question = rng.choice(chosen.split(held)).format(**fields)
-        messages.append({"role": "user", "content": question if held or rng.random() < 0.75 else reworded(rng, question)})
+        messages.append(
+            {"role": "user", "content": question if held or rng.random() < 0.75 else reworded(rng, question)}
+        )
         messages.append({"role": "assistant", "content": answer, "reasoning_content": thinking})
     effort = "max" if not held and rng.random() < 0.02 else None
-    return Conversation(name, messages, rng.choice(["thinking", "chat"]), answer=str(messages[-1]["content"]), effort=effort)
+    return Conversation(
+        name, messages, rng.choice(["thinking", "chat"]), answer=str(messages[-1]["content"]), effort=effort
+    )
 
 
 def reworded(rng: random.Random, question: str) -> str:
     """Politeness and carelessness around a question, which change nothing."""
     kind = rng.randrange(4)
     if kind == 0:
-        return rng.choice(["Please: ", "Question: ", "Hi! ", "Quick question: ", "Task: ", "Next: ", "Hello. "]) + question
+        return (
+            rng.choice(["Please: ", "Question: ", "Hi! ", "Quick question: ", "Task: ", "Next: ", "Hello. "]) + question
+        )
     if kind == 1:
         return question + rng.choice([" Thanks!", " Please.", " Thank you.", " Be quick."])
     if kind == 2 and question[1:2].islower():
@@ -86,7 +98,7 @@ def paragraphs(corpus: Path, rng: random.Random) -> list[str]:
     block = 40  # whole neighbourhoods stay together, so that the filler reads on
     starts = list(range(0, len(out), block))
     rng.shuffle(starts)
-    return [p for s in starts for p in out[s:s + block]]
+    return [p for s in starts for p in out[s : s + block]]
 
 
 def short(rng: random.Random, filler: list[str], held: bool) -> Conversation:
@@ -133,7 +145,10 @@ def main() -> None:
     for what, mb in (("train", args.short_mb), ("long", args.long_mb), ("held", 0.3), ("fresh", 0.3), ("recall", 0.6)):
         records = list(make(rng, filler, texts, what, int(mb * 1e6)))
         (args.out / f"{what}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        print(f"{what:6s} {len(records):6d} conversations, {sum(len(r['text']) for r in records) / 1e6:.2f} MB", flush=True)
+        print(
+            f"{what:6s} {len(records):6d} conversations, {sum(len(r['text']) for r in records) / 1e6:.2f} MB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

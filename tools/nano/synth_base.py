@@ -34,10 +34,13 @@ class Task:
 TASKS: dict[str, Task] = {}
 
 
-def task(*templates: str, weight: float = 1.0) -> Callable[[Callable[[random.Random], Fill]], Callable[[random.Random], Fill]]:
+def task(
+    *templates: str, weight: float = 1.0
+) -> Callable[[Callable[[random.Random], Fill]], Callable[[random.Random], Fill]]:
     def add(make: Callable[[random.Random], Fill]) -> Callable[[random.Random], Fill]:
         TASKS[make.__name__] = Task(make.__name__, weight, templates + PHRASINGS.get(make.__name__, ()), make)
         return make
+
     return add
 
 

@@ -11,23 +11,61 @@ from synth_base import CITIES, NAMES, Conversation, word, words
 
 KINDS = [
     # fact, question, thinking, answer
-    ("The code of {k} is {v}.", "What is the code of {k}?", "The text says: The code of {k} is {v}.", "The code of {k} is {v}."),
+    (
+        "The code of {k} is {v}.",
+        "What is the code of {k}?",
+        "The text says: The code of {k} is {v}.",
+        "The code of {k} is {v}.",
+    ),
     ("Remember: {k} = {v}", "What is {k}?", "The text says: {k} = {v}.", "{k} = {v}"),
-    ("The password for {k} is {v}.", "What is the password for {k}?", "The text says: The password for {k} is {v}.", "The password for {k} is {v}."),
-    ("Note: {k} lives in room {v}.", "In which room does {k} live?", "The text says: {k} lives in room {v}.", "{k} lives in room {v}."),
-    ("The key {k} opens door {v}.", "Which door does the key {k} open?", "The text says: The key {k} opens door {v}.", "The key {k} opens door {v}."),
+    (
+        "The password for {k} is {v}.",
+        "What is the password for {k}?",
+        "The text says: The password for {k} is {v}.",
+        "The password for {k} is {v}.",
+    ),
+    (
+        "Note: {k} lives in room {v}.",
+        "In which room does {k} live?",
+        "The text says: {k} lives in room {v}.",
+        "{k} lives in room {v}.",
+    ),
+    (
+        "The key {k} opens door {v}.",
+        "Which door does the key {k} open?",
+        "The text says: The key {k} opens door {v}.",
+        "The key {k} opens door {v}.",
+    ),
 ]
 ATTRIBUTES = "color size price weight name height address id value score rank total level age owner status version port day month speed length label team".split()
-KINDS += [(f"The {a} of {{k}} is {{v}}.", f"What is the {a} of {{k}}?", f"The text says: The {a} of {{k}} is {{v}}.", f"The {a} of {{k}} is {{v}}.") for a in ATTRIBUTES]
+KINDS += [
+    (
+        f"The {a} of {{k}} is {{v}}.",
+        f"What is the {a} of {{k}}?",
+        f"The text says: The {a} of {{k}} is {{v}}.",
+        f"The {a} of {{k}} is {{v}}.",
+    )
+    for a in ATTRIBUTES
+]
 KINDS += [
     ("{k} was born in {v}.", "Where was {k} born?", "The text says: {k} was born in {v}.", "{k} was born in {v}."),
     ("{k} likes {v}.", "What does {k} like?", "The text says: {k} likes {v}.", "{k} likes {v}."),
     ("{k} -> {v}", "{k}?", "The text says: {k} -> {v}.", "{v}"),
     ("Set {k} to {v}.", "To what is {k} set?", "The text says: Set {k} to {v}.", "{k} is set to {v}."),
     ("{k} has {v} points.", "How many points has {k}?", "The text says: {k} has {v} points.", "{k} has {v} points."),
-    ("Put the {v} into the {k}.", "What goes into the {k}?", "The text says: Put the {v} into the {k}.", "The {v} goes into the {k}."),
+    (
+        "Put the {v} into the {k}.",
+        "What goes into the {k}?",
+        "The text says: Put the {v} into the {k}.",
+        "The {v} goes into the {k}.",
+    ),
 ]
-HELD_KIND = ("The number of {k} is {v}.", "What is the number of {k}?", "The text says: The number of {k} is {v}.", "The number of {k} is {v}.")
+HELD_KIND = (
+    "The number of {k} is {v}.",
+    "What is the number of {k}?",
+    "The text says: The number of {k} is {v}.",
+    "The number of {k} is {v}.",
+)
 
 
 def value(rng: random.Random) -> str:
@@ -64,7 +102,10 @@ def conversation(rng: random.Random, filler: list[str], chars: int, held: bool =
         text = kind[1].format(k=k)
         if i == 0:
             text = opening + "\n\n".join(parts) + "\n\n" + text
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": kind[3].format(k=k, v=v), "reasoning_content": kind[2].format(k=k, v=v)}]
+        messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": kind[3].format(k=k, v=v), "reasoning_content": kind[2].format(k=k, v=v)},
+        ]
     return Conversation("recall_held" if held else "recall", messages, mode, answer=str(messages[-1]["content"]))
 
 
@@ -76,8 +117,10 @@ def pairs(rng: random.Random) -> Conversation:
     messages: list[dict[str, object]] = []
     for i, (k, v) in enumerate(rng.choices(facts, k=rng.randint(2, 8))):
         text = rng.choice(["What is the value of {k}?", "{k}?", "Look up {k}."]).format(k=k)
-        messages += [{"role": "user", "content": f"Here is a table.\n{lines}\n\n{text}" if i == 0 else text},
-                     {"role": "assistant", "content": v, "reasoning_content": f"The table says: {k}{sep}{v}."}]
+        messages += [
+            {"role": "user", "content": f"Here is a table.\n{lines}\n\n{text}" if i == 0 else text},
+            {"role": "assistant", "content": v, "reasoning_content": f"The table says: {k}{sep}{v}."},
+        ]
     return Conversation("pairs", messages, rng.choice(["thinking", "chat"]), answer=str(messages[-1]["content"]))
 
 
@@ -93,4 +136,6 @@ def at_distance(rng: random.Random, filler: list[str], chars: int) -> Conversati
     k, v = facts[0]
     text = "\n\n".join(["Here are some notes.", kind[0].format(k=k, v=v), *parts, kind[1].format(k=k)])
     answer = {"role": "assistant", "content": kind[3].format(k=k, v=v), "reasoning_content": kind[2].format(k=k, v=v)}
-    return Conversation(f"recall_{chars}", [{"role": "user", "content": text}, answer], "chat", answer=str(answer["content"]))
+    return Conversation(
+        f"recall_{chars}", [{"role": "user", "content": text}, answer], "chat", answer=str(answer["content"])
+    )

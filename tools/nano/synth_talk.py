@@ -7,11 +7,25 @@ import random
 from synth_base import CITIES, NAMES, Fill, task, word
 
 GREETINGS = {
-    "Hello!": "Hello! How can I help you?", "Hi": "Hi! What can I do for you?", "Hey there": "Hey! How can I help?", "Good morning": "Good morning! How can I help you today?",
-    "Good evening!": "Good evening! What can I do for you?", "Hello, how are you?": "I am fine, thank you. How can I help you?", "How are you?": "I am fine, thank you. How can I help you?",
-    "Thanks!": "You are welcome!", "Thank you very much.": "You are welcome!", "Bye": "Goodbye!", "Goodbye!": "Goodbye! Have a nice day.", "See you later": "See you later!",
-    "Good night": "Good night!", "Are you there?": "Yes, I am here. How can I help?", "Can you help me?": "Yes. Please tell me what you need.", "Ciao!": "Ciao! How can I help you?",
-    "Test": "The test works. What can I do for you?", "ok": "Good. Is there anything else?", "Hello world": "Hello! How can I help you?",
+    "Hello!": "Hello! How can I help you?",
+    "Hi": "Hi! What can I do for you?",
+    "Hey there": "Hey! How can I help?",
+    "Good morning": "Good morning! How can I help you today?",
+    "Good evening!": "Good evening! What can I do for you?",
+    "Hello, how are you?": "I am fine, thank you. How can I help you?",
+    "How are you?": "I am fine, thank you. How can I help you?",
+    "Thanks!": "You are welcome!",
+    "Thank you very much.": "You are welcome!",
+    "Bye": "Goodbye!",
+    "Goodbye!": "Goodbye! Have a nice day.",
+    "See you later": "See you later!",
+    "Good night": "Good night!",
+    "Are you there?": "Yes, I am here. How can I help?",
+    "Can you help me?": "Yes. Please tell me what you need.",
+    "Ciao!": "Ciao! How can I help you?",
+    "Test": "The test works. What can I do for you?",
+    "ok": "Good. Is there anything else?",
+    "Hello world": "Hello! How can I help you?",
 }
 ABOUT = {
     "What is dsv4?": "dsv4 is an engine that runs DeepSeek-V4 models from NVFP4 weights. It loads a checkpoint, checks it, generates text, serves it and measures it.",
@@ -45,17 +59,44 @@ ABOUT = {
     "What is a shared expert?": "A shared expert is an expert that every token uses, beside the routed ones.",
     "What is an attention sink?": "An attention sink is a learned logit for each head that only adds to the denominator of the softmax.",
 }
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Austria": "Vienna", "Portugal": "Lisbon", "Greece": "Athens", "Norway": "Oslo",
-            "Sweden": "Stockholm", "Finland": "Helsinki", "Poland": "Warsaw", "Japan": "Tokyo", "China": "Beijing", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana",
-            "Ireland": "Dublin", "Hungary": "Budapest", "Turkey": "Ankara", "Canada": "Ottawa"}
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Austria": "Vienna",
+    "Portugal": "Lisbon",
+    "Greece": "Athens",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Finland": "Helsinki",
+    "Poland": "Warsaw",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Egypt": "Cairo",
+    "Peru": "Lima",
+    "Cuba": "Havana",
+    "Ireland": "Dublin",
+    "Hungary": "Budapest",
+    "Turkey": "Ankara",
+    "Canada": "Ottawa",
+}
 PYTHON = {
-    "list": "A list is an ordered collection that can be changed. Example: [1, 2, 3]", "tuple": "A tuple is an ordered collection that cannot be changed. Example: (1, 2)",
-    "dict": 'A dict maps keys to values. Example: {"a": 1}', "set": "A set holds distinct items without order. Example: {1, 2}", "str": 'A str is a text value. Example: "abc"',
-    "function": "A function is a named piece of code that can be called with arguments. It is written with def.", "class": "A class describes objects: their data and their methods.",
-    "loop": "A loop repeats code. Python has for loops and while loops.", "module": "A module is a file of Python code that can be imported.",
-    "exception": "An exception reports an error. It is raised with raise and handled with try and except.", "generator": "A generator is a function that yields values one at a time.",
-    "decorator": "A decorator is a function that takes a function and returns a changed one.", "lambda": "A lambda is a small function without a name. Example: lambda x: x + 1",
-    "iterator": "An iterator gives one item after another through next().", "comprehension": "A comprehension builds a list in one expression. Example: [x * x for x in range(5)]",
+    "list": "A list is an ordered collection that can be changed. Example: [1, 2, 3]",
+    "tuple": "A tuple is an ordered collection that cannot be changed. Example: (1, 2)",
+    "dict": 'A dict maps keys to values. Example: {"a": 1}',
+    "set": "A set holds distinct items without order. Example: {1, 2}",
+    "str": 'A str is a text value. Example: "abc"',
+    "function": "A function is a named piece of code that can be called with arguments. It is written with def.",
+    "class": "A class describes objects: their data and their methods.",
+    "loop": "A loop repeats code. Python has for loops and while loops.",
+    "module": "A module is a file of Python code that can be imported.",
+    "exception": "An exception reports an error. It is raised with raise and handled with try and except.",
+    "generator": "A generator is a function that yields values one at a time.",
+    "decorator": "A decorator is a function that takes a function and returns a changed one.",
+    "lambda": "A lambda is a small function without a name. Example: lambda x: x + 1",
+    "iterator": "An iterator gives one item after another through next().",
+    "comprehension": "A comprehension builds a list in one expression. Example: [x * x for x in range(5)]",
 }
 
 
@@ -76,25 +117,47 @@ def about(rng: random.Random) -> Fill:
     return {"q": q}, "A question that I know from the documentation.", a
 
 
-@task("What is the capital of {q}?", "Name the capital of {q}.", "Which city is the capital of {q}?", "Capital of {q}?", weight=1.5)
+@task(
+    "What is the capital of {q}?",
+    "Name the capital of {q}.",
+    "Which city is the capital of {q}?",
+    "Capital of {q}?",
+    weight=1.5,
+)
 def capital(rng: random.Random) -> Fill:
     q, a = known(rng, CAPITALS)
     return {"q": q}, f"The country is {q}.", f"The capital of {q} is {a}."
 
 
-@task("What is a {q} in Python?", "Explain what a {q} is in Python.", "In Python, what is a {q}?", "Python {q}: what is it?", weight=2)
+@task(
+    "What is a {q} in Python?",
+    "Explain what a {q} is in Python.",
+    "In Python, what is a {q}?",
+    "Python {q}: what is it?",
+    weight=2,
+)
 def python_word(rng: random.Random) -> Fill:
     q, a = known(rng, PYTHON)
     return {"q": q}, f"Explain {q} in short.", a
 
 
-@task("My name is {n}. What is my name?", "I am {n} and I live in {c}. What is my name?", "Hello, I am {n}. Do you know my name?", weight=1.5)
+@task(
+    "My name is {n}. What is my name?",
+    "I am {n} and I live in {c}. What is my name?",
+    "Hello, I am {n}. Do you know my name?",
+    weight=1.5,
+)
 def my_name(rng: random.Random) -> Fill:
     n = rng.choice(NAMES)
     return {"n": n, "c": rng.choice(CITIES)}, f"The user said the name {n}.", f"Your name is {n}."
 
 
-@task("I have a {w} in the {p}. What is in the {p}?", "There is a {w} in the {p}. Tell me what is in the {p}.", "The {p} contains a {w}. What does the {p} contain?", weight=1.5)
+@task(
+    "I have a {w} in the {p}. What is in the {p}?",
+    "There is a {w} in the {p}. Tell me what is in the {p}.",
+    "The {p} contains a {w}. What does the {p} contain?",
+    weight=1.5,
+)
 def where(rng: random.Random) -> Fill:
     w, p = word(rng), rng.choice("box bag kitchen garden drawer house car".split())
     return {"w": w, "p": p}, f"The text says that a {w} is in the {p}.", f"There is a {w} in the {p}."

@@ -1,10 +1,14 @@
-"""Train nano. Seeded; resumes from its own checkpoint; the schedule runs over --seconds of wall clock, or over --steps (exactly repeatable).
+"""Train nano. Seeded; resumes from its own checkpoint; the schedule runs over --seconds of wall clock, or over
+--steps (exactly repeatable).
 
     python tools/nano/train.py --tokens .nano/tokens --out OUT --seconds 540 --graph
-    python tools/nano/train.py --tokens .nano/tokens --out OUT --steps 6 --rows 2 --short 256 --long 512 --device cpu      (smoke run)
+    python tools/nano/train.py --tokens .nano/tokens --out OUT --steps 6 --rows 2 --short 256 --long 512 --device cpu
+        (smoke run)
 
-Progress p in [0, 1] sets the phase: dense attention to the compressed entries until 0.40, then the indexer's top-k; from 0.76 sequences of --long
-tokens and quantised weights, KV, indexer and (in turns) activations. Training again from --start 0.5 is a second, shorter round. Loss: LM + 0.3 MTP + indexer KL + 1e-4 sequence balance.
+Progress p in [0, 1] sets the phase: dense attention to the compressed entries until 0.40, then the indexer's top-k;
+from 0.76 sequences of --long
+tokens and quantised weights, KV, indexer and (in turns) activations. Training again from --start 0.5 is a second,
+shorter round. Loss: LM + 0.3 MTP + indexer KL + 1e-4 sequence balance.
 """
 
 from __future__ import annotations
@@ -14,10 +18,9 @@ import json
 import time
 from pathlib import Path
 
+import fuse
 import numpy as np
 import torch
-
-import fuse
 from data import Batches
 from fakequant import Quant
 from model import Losses, Nano, losses
@@ -26,9 +29,16 @@ from shape import CONFIG
 from store import load_master, save_master
 
 PLAIN = Quant()
-TRAINED_IN = [  # the modes of the quantised phase, in turns: weights as stored, three kinds of activations, and every linear in NVFP4
-    Quant("native", "bf16", True, True), Quant("native", "fp8", True, True), Quant("native", "nvfp4", True, True), Quant("nvfp4", "nvfp4", True, True),
-    Quant("nvfp4", "bf16", True, True), Quant("native", "fp8", True, True), Quant("nvfp4", "nvfp4", True, True), Quant("native", "bf16", False, False),
+# The modes of the quantised phase, in turns: weights as stored, three kinds of activations, and every linear in NVFP4.
+TRAINED_IN = [
+    Quant("native", "bf16", True, True),
+    Quant("native", "fp8", True, True),
+    Quant("native", "nvfp4", True, True),
+    Quant("nvfp4", "nvfp4", True, True),
+    Quant("nvfp4", "bf16", True, True),
+    Quant("native", "fp8", True, True),
+    Quant("nvfp4", "nvfp4", True, True),
+    Quant("native", "bf16", False, False),
 ]
 
 
@@ -41,11 +51,14 @@ def learning_rate(p: float) -> float:
 
 
 class Step:
-    """One training step on fixed buffers; with graph=True each (shape, quantisation, selection) is captured once and replayed."""
+    """One training step on fixed buffers; with graph=True each (shape, quantisation, selection) is captured once and
+    replayed."""
 
     def __init__(self, model: Nano, optimizer: Optimizer, dtype: torch.dtype, graph: bool) -> None:
         self.model, self.optimizer, self.dtype, self.graph = model, optimizer, dtype, graph
-        self.captured: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.captured: dict[
+            tuple[object, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, torch.Tensor]
+        ] = {}
         self.pool = None
 
     def compute(self, ids: torch.Tensor, weight: torch.Tensor, quant: Quant, select: bool) -> torch.Tensor:
@@ -91,8 +104,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the whole schedule in steps, instead of --seconds")
     parser.add_argument("--stop", type=float, default=1.0, help="progress at which this run ends")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint written by this script")
-    parser.add_argument("--start", type=float, help="progress at which the run begins (default: 0, or where the checkpoint stands)")
-    parser.add_argument("--rows", type=int, default=48, help="rows of --short tokens; long rows are fewer, for as many tokens")
+    parser.add_argument(
+        "--start", type=float, help="progress at which the run begins (default: 0, or where the checkpoint stands)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=48, help="rows of --short tokens; long rows are fewer, for as many tokens"
+    )
     parser.add_argument("--short", type=int, default=1024)
     parser.add_argument("--long", type=int, default=4096)
     parser.add_argument("--muon-lr", type=float, default=5e-3)
@@ -138,8 +155,13 @@ def main() -> None:
             t0 = time.monotonic()  # compiling took the first step's time, not the schedule's
         if step % 50 == 0 or p >= args.stop or (step <= 20 and step % 5 == 0):
             now = time.monotonic()
-            record = {"step": step, "progress": round(p, 4), "seconds": round(now - t0, 1), "tokens": tokens, "t": t} | dict(
-                zip(Losses._fields, [round(v, 4) for v in (sums / seen).tolist()], strict=True))
+            record = {
+                "step": step,
+                "progress": round(p, 4),
+                "seconds": round(now - t0, 1),
+                "tokens": tokens,
+                "t": t,
+            } | dict(zip(Losses._fields, [round(v, 4) for v in (sums / seen).tolist()], strict=True))
             print(json.dumps(record), flush=True)
             log.write(json.dumps(record) + "\n")
             log.flush()
