@@ -58,7 +58,7 @@ def test_tokens_run_out_and_nothing_is_taken():
 def test_a_sequence_longer_than_the_model_is_refused():
     cache = new_cache(max_seqs=1, max_tokens=10**4)
     slot = cache.acquire()
-    with pytest.raises(CapacityError, match="4097 tokens .slot 0. exceeds max_position_embeddings = 4096"):
+    with pytest.raises(CapacityError, match=r"4097 tokens \(slot 0\) exceeds max_position_embeddings = 4096"):
         cache.reserve([(slot, 4097)])
 
 
