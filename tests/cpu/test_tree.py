@@ -36,8 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": EVERYTHING | {"server"},
     "__main__": {"cli"},
 }
-# A twin computes with torch and dsv4.quant; these carry types and constants, no behaviour of ours.
-TWIN_STDLIB = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
+# A twin computes with torch and dsv4.quant; from the standard library it may take the names of types.
+TWIN_STDLIB = {"__future__", "collections", "typing"}
 FORBIDDEN_MODULES = {"transformers", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.hub.load"}
 
