@@ -7,6 +7,7 @@ x / scale can exceed 448 only by the rounding of that product, which the cast ro
 
 A ragged last group is a group of fewer columns with its own scale. T = 0 rows give empty results.
 A zero group takes the floor's scale, 2^-22, and gives zeros with their signs.
+A value within half a step of 2^128 rounds up to it and so, being past float32's largest, becomes Inf.
 NaN or Inf: the element comes back NaN and its group means nothing; check=True raises KernelError instead
 (and synchronises).
 """

@@ -86,11 +86,17 @@ def test_fp4_act_fake_quant_is_mxfp4_decoded() -> None:
     assert torch.equal(fp8.fp4_act_fake_quant(x).float(), mxfp4.dequantize(*mxfp4.quantize(x)))
 
 
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=70))
-def test_fake_quant_of_any_float32(values: list[float]) -> None:
+@given(st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=70))
+def test_fake_quant_of_any_float32_that_cannot_round_past_the_largest(values: list[float]) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     assert same_bits(fp8.act_fake_quant(x, 64), truth(x, 64, fp8_scale, E4M3)[0])
     assert same_bits(fp8.fp4_act_fake_quant(x, 32), truth(x, 32, fp4_scale, E2M1)[0])
+
+
+def test_a_value_that_rounds_past_the_largest_float32_becomes_inf() -> None:
+    largest = torch.finfo(torch.float32).max
+    for quant, group in ((fp8.act_fake_quant, 64), (fp8.fp4_act_fake_quant, 32)):
+        assert quant(torch.tensor([largest]), group).item() == float("inf")
 
 
 def test_scale_is_a_ceil_at_every_boundary_and_its_neighbours() -> None:
