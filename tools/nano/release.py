@@ -22,7 +22,8 @@ COMMANDS = [
     "# round 1: --seed 0, before more phrasings were added; round 2: --seed 1 --short-mb 24 --long-mb 9",
     "python tools/nano/synth.py --corpus .nano/corpus/train.jsonl --model dsv4/models/nano --out .nano/synth --seed 1",
     "# once, with the synthetic set of round 1",
-    "python tools/nano/tokenizer.py --text .nano/corpus/train.jsonl --text .nano/synth/train.jsonl --out dsv4/models/nano",
+    "python tools/nano/tokenizer.py --text .nano/corpus/train.jsonl --text .nano/synth/train.jsonl"
+    " --out dsv4/models/nano",
     "python tools/nano/data.py --nano .nano --model dsv4/models/nano",
     "python tools/nano/train.py --tokens .nano/tokens --graph --rows 24 --fuse --seconds 470 --seed 0 --out .nano/run1",
     "python tools/nano/train.py --tokens .nano/tokens --graph --rows 24 --fuse --text-share 0.6 --resume .nano/run1"
