@@ -8,7 +8,7 @@ import torch
 
 from dsv4.config import ModelConfig
 from dsv4.errors import ConfigError
-from dsv4.kernels.linear.operand import ACTS, Act
+from dsv4.quant.activations import ACTS, Act
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
-from dsv4.kernels.linear.operand import treat
+from dsv4.quant.activations import treat
 
 
 def grouped_linear_ref(o: Tensor, operand: GroupedOperand) -> Tensor:

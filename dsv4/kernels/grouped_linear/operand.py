@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4.errors import KernelError
-from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense
+from dsv4.kernels.linear.operand import Dense, dense
+from dsv4.quant.activations import Act, Treatment
 from dsv4.quant.weights import Weight
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsv4.kernels.linear.operand import LinearOperand, treat
+from dsv4.kernels.linear.operand import LinearOperand
+from dsv4.quant.activations import treat
 
 
 def linear_ref(x: Tensor, operand: LinearOperand) -> list[Tensor]:

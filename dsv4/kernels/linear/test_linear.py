@@ -5,8 +5,9 @@ import torch
 
 from dsv4.errors import KernelError
 from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import Projection, linear_operand, treatment
+from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.quant import fp8, nvfp4
+from dsv4.quant.activations import treatment
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight
 
 SHAPES = [

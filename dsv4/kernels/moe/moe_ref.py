@@ -1,13 +1,14 @@
 """Twin of moe."""
 
-from itertools import groupby
+from collections import Counter
 
 import torch
 from torch import Tensor
 
-from dsv4.kernels.linear.operand import Dense, treat
+from dsv4.kernels.linear.operand import Dense
 from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
+from dsv4.quant.activations import treat
 
 
 def _by_expert(x: Tensor, w: Dense, groups: list[tuple[int, int]]) -> Tensor:
@@ -20,7 +21,7 @@ def moe_ref(
     x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared: Tensor, *, limit: float
 ) -> Tensor:
     expert, order = ids.flatten().sort(stable=True)
-    groups = [(e, len(list(rows))) for e, rows in groupby(expert.tolist())]
+    groups = list(Counter(expert.tolist()).items())  # in rising order, as counted
     token = order // ids.shape[1]
     rows = treat(x, operand.in_treatment).index_select(0, token)
     gate, up = _by_expert(rows, operand.w13, groups).to(x.dtype).chunk(2, dim=-1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4.kernels.linear.operand import Act, Dense, Treatment, dense, treatment
+from dsv4.kernels.linear.operand import Dense, dense
+from dsv4.quant.activations import Act, Treatment, treatment
 from dsv4.quant.weights import Weight
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dsv4.kernels.linear.operand import treat, treatment
 from dsv4.kernels.moe.moe import moe
 from dsv4.kernels.moe.operand import experts_operand
+from dsv4.quant.activations import treat, treatment
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight
 
 FORMATS = {"nvfp4": NVFP4Weight.quantize, "mxfp4": MXFP4Weight.quantize, "fp8": FP8Weight.quantize, "f32": PlainWeight}
