@@ -17,7 +17,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+# isort: off - the order in which tasks are registered is the order they are drawn in
 import synth_code
+import synth_convert  # noqa: F401
+
+# isort: on
 import synth_recall
 import synth_talk  # noqa: F401
 import synth_tasks  # noqa: F401 - registers its tasks
