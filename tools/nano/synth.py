@@ -17,14 +17,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-# isort: off - the order in which tasks are registered is the order they are drawn in
 import synth_code
-import synth_convert  # noqa: F401
-
-# isort: on
+import synth_convert
 import synth_recall
-import synth_talk  # noqa: F401
-import synth_tasks  # noqa: F401 - registers its tasks
+import synth_talk
+import synth_tasks
 import synth_tools
 from synth_base import TASKS, Conversation
 
@@ -32,6 +29,7 @@ from dsv4.text.chat import encode_messages
 from dsv4.text.texts import PromptTexts
 
 RECALL_CHARS = (150, 1000, 3000, 6500, 11500)  # about 50 to 3500 tokens
+ORDER = [m.__name__ for m in (synth_code, synth_tasks, synth_convert, synth_talk)]  # the order tasks are drawn in
 SYSTEMS = [
     "You are a helpful assistant.",
     "You are nano, the demonstration model of dsv4.",
@@ -43,7 +41,7 @@ SYSTEMS = [
 
 def tasks(rng: random.Random, held: bool) -> Conversation:
     """One to five tasks in one conversation; held: one task, asked in a way that was never trained on."""
-    pool = [t for t in TASKS.values() if t.split(held)]
+    pool = sorted((t for t in TASKS.values() if t.split(held)), key=lambda t: ORDER.index(t.make.__module__))
     messages: list[dict[str, object]] = []
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
