@@ -24,6 +24,7 @@ class Indexer:
         self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=True)
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         self.quantize, self.keep_order = settings.index_quant, settings.dtype == torch.float32
+        self.torch_ties = self.keep_order and settings.act == "fp8"  # the settings of DeepSeek's own script
 
     def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk]
@@ -40,4 +41,5 @@ class Indexer:
         (q,) = linear(qr, self.wq_b)
         q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
         weights = head_weights * self.scale
-        return index_topk(q, weights, cache.index_pool, rows.entries, rows.visible, step.plan.spans, self.topk)
+        entries, visible, spans = rows.entries, rows.visible, step.plan.spans
+        return index_topk(q, weights, cache.index_pool, entries, visible, spans, self.topk, self.torch_ties)

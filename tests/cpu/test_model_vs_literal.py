@@ -21,6 +21,7 @@ CASES = {
     "CWH": (official_config([4, 0, 128], head_dim=512, num_hash_layers=2), 257),
     "HC-short-window": (official_config([128, 4], sliding_window=8, index_topk=3), 140),
     "C-wide": (official_config([4], hidden_size=512, n_routed_experts=16, num_experts_per_tok=6), 77),
+    "CWC-ties": (official_config([4, 0, 4], index_n_heads=4), 280),  # few heads: index scores of exactly 0 tie
     "WC-all-visible": (official_config([0, 4], index_topk=64, num_hash_layers=0), 12),
 }
 

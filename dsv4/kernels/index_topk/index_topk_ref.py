@@ -20,6 +20,7 @@ def index_topk_ref(
     visible: Tensor,
     segments: Sequence[tuple[int, int]],
     topk: int,
+    torch_ties: bool = False,
 ) -> Tensor:
     flat = keys.view(-1, keys.shape[-1])
     picked = []
@@ -29,6 +30,9 @@ def index_topk_ref(
         number = torch.arange(len(rows), device=q.device)
         scores = index_scores_ref(q[first:last], weights[first:last], flat[rows.clamp(min=0)])
         scores = scores.masked_fill(number >= limit, float("-inf"))
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        if torch_ties:
+            best = scores.topk(min(topk, len(rows)), dim=-1).indices
+        else:
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
         picked.append(rows[best].masked_fill(best >= limit, -1))
     return torch.cat(picked)

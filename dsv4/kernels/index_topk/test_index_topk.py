@@ -32,6 +32,18 @@ def test_equal_scores_keep_the_lower_entry():
     assert index_topk(q, w, keys, entries, torch.tensor([20]), [(0, 1)], 4).tolist() == [[10, 11, 12, 13]]
 
 
+def test_torch_ties_are_those_of_torch_topk():
+    scores = torch.randint(0, 3, (6, 40), generator=torch.Generator().manual_seed(2)).float()
+    q, w, keys = torch.ones(6, 1, 1), torch.ones(6, 1), torch.zeros(6, 64, 1)
+    for t in range(6):  # one sequence per row, so that each row has keys of its own
+        keys[t, :40, 0] = scores[t]
+    entries = torch.arange(6).unsqueeze(1) * 64 + torch.arange(40)
+    spans = [(t, t + 1) for t in range(6)]
+    got = index_topk(q, w, keys, entries, torch.full((6,), 40), spans, 16, True)
+    expected = torch.cat([entries[t][scores[t : t + 1].topk(16, dim=-1).indices] for t in range(6)])
+    assert torch.equal(got, expected)
+
+
 def test_negative_head_weights_count():
     q, w = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[1.0, -3.0]])
     keys = torch.tensor([1.0, 2.0, 3.0, -1.0]).view(1, 4, 1)

@@ -12,7 +12,7 @@ def mixes_ref(v: Tensor, fn: Tensor, eps: float) -> Tensor:
 def sinkhorn_ref(logits: Tensor, iters: int, eps: float) -> Tensor:
     """[T, M, M] logits -> doubly stochastic: row softmax, then `iters` column steps with row steps between."""
     # Sums are products with ones, into one buffer, and eps is a tensor: at one row all of this is call overhead.
-    ones, floor = torch.ones_like(logits), logits.new_full(logits.shape[-2:], eps)
+    ones, floor = torch.ones_like(logits), torch.full_like(logits, eps)
     c = torch.softmax(logits, dim=-1).add_(floor)
     sums = torch.empty_like(c)
     c.div_(torch.baddbmm(floor, ones, c, out=sums))
