@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-# Linked by the real host compiler so that ctypes can open it; the launchers return the number of the fake build.
+# Linked by the real host compiler so that ctypes can open it; a launcher returns 0.
 SCRIPT = """#!/bin/sh
 if [ "$1" = --version ]; then echo "fake"; echo "Build ${FAKE_VERSION:-1}"; exit 0; fi
 echo "$*" >> "$FAKE_LOG"
 if [ -n "$FAKE_FAIL" ]; then echo "x.cu(3): error: expected a ;" >&2; exit 2; fi
 while [ $# -gt 0 ]; do if [ "$1" = -o ]; then out=$2; fi; last=$1; shift; done
-op=$(basename "$last" .cu)
+op=$(basename "$last" | cut -d. -f1)
 sleep "${FAKE_SECONDS:-0}"
-printf '#include <stddef.h>\\nint dsv4_%s(void) { return 0; }\\nconst char* dsv4_error(int code) { return "words"; }\\n' \\
-    "$op" > "$out.c"
+printf 'int dsv4_%s(void) { return 0; }\\nconst char* dsv4_error(int code) { return "words"; }\\n' "$op" > "$out.c"
 cc -shared -fPIC -o "$out" "$out.c" && rm "$out.c"
 """
 
