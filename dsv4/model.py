@@ -19,7 +19,7 @@ from dsv4.layers.attention import Attention
 from dsv4.layers.mhc import Site, StreamHead
 from dsv4.layers.moe import MoE
 from dsv4.layers.scope import Scope
-from dsv4.layers.settings import Settings
+from dsv4.layers.settings import Settings, check_device
 from dsv4.layers.step import Rotaries, Step
 from dsv4.quant.weights import Weight
 
@@ -132,5 +132,6 @@ def load(
     (W4A4). kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4`
     (every large linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
     """
+    check_device(device)
     config, tensors, folder = load_model_weights(path, policy=weights, device=device)
     return Model(config, tensors, Settings.parse(config, dtype, act, kv_quant, index_quant), device=device, path=folder)

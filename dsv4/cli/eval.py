@@ -37,6 +37,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens scored per window.", show_default="half the context")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score so many tokens of each file.")] = None,
+    control_tokens: Annotated[
+        bool, typer.Option("--control-tokens", help="Read control tokens spelled in the files as such: transcripts.")
+    ] = False,
     table: Annotated[bool, typer.Option("--table", help="Compare settings; print one Markdown table.")] = False,
     setting: Annotated[
         list[str], typer.Option(help="With --table: a row, by name or as key=value,...; may be repeated.")
@@ -56,7 +59,7 @@ def evaluate(
     name, texts = model.resolve(), {str(path): _read(path) for path in files}
     source, _ = open_source(name, Faults())
     tokenizer = require_tokenizer(find_tokenizer(source.path if isinstance(source, Checkpoint) else None))
-    encoded = {path: encode_text(tokenizer, text, limit) for path, text in texts.items()}
+    encoded = {path: encode_text(tokenizer, text, limit, control=control_tokens) for path, text in texts.items()}
     if not table:
         scores = _score(load.load(name), encoded, context, stride)
         about = {"model": name, "settings": asdict(load)}

@@ -84,9 +84,12 @@ def negative_log_likelihood(
     return total
 
 
-def encode_text(tokenizer: Tokenizer, text: str, limit: int | None) -> tuple[list[int], int]:
-    """Ids of a text behind BOS, at most `limit` scored ones, and the bytes that the scored ones stand for."""
-    ids = tokenizer.encode(text, add_bos=True)
+def encode_text(tokenizer: Tokenizer, text: str, limit: int | None, *, control: bool = False) -> tuple[list[int], int]:
+    """Ids of a text behind BOS, at most `limit` scored ones, and the bytes that the scored ones stand for.
+
+    control: control tokens spelled in the text (chat transcripts) are meant as such; else they are ordinary characters.
+    """
+    ids = tokenizer.encode(text, add_bos=True, control=control)
     ids = ids if limit is None else ids[: limit + 1]
     if len(ids) < 2:
         raise RequestError("there is no text to score")

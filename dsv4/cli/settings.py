@@ -12,10 +12,9 @@ from torch import Tensor
 from dsv4.checkpoint.load import Policy, load_model_weights
 from dsv4.checkpoint.names import TensorSpec, expected_tensors
 from dsv4.checkpoint.plan import stack_name
-from dsv4.cli.options import check_device
 from dsv4.config import ModelConfig
 from dsv4.errors import RequestError
-from dsv4.layers.settings import Settings
+from dsv4.layers.settings import Settings, check_device
 from dsv4.model import Model
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight, Weight
 

@@ -35,6 +35,7 @@ class Attention:
             config.rms_norm_eps,
         )
         self.dtype, self.kv_quant = settings.dtype, settings.kv_quant
+        self.window = config.sliding_window if settings.dtype == torch.float32 else 0
         act = settings.act
         self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
         self.wo_a = grouped_operand(scope.weight("wo_a"), config.o_groups, act=act)
@@ -54,7 +55,11 @@ class Attention:
         )
 
     def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """x [T, D], normed -> [T, D]. Appends the step's entries to `cache`."""
+        """x [T, D], normed -> [T, D]. Appends the step's entries to `cache`.
+
+        In float32, the dtype for comparisons, a decode step sums over a whole window even while it is short, as
+        DeepSeek's code does: the zeros behind it change the last bit of a vectorised sum.
+        """
         cis, window = step.cis(self.spec), step.plan.window
         qr, kv, *pooled = linear(x, self.in_proj)
         qr = rms_norm(qr, self.q_norm, self.eps)
@@ -66,10 +71,13 @@ class Attention:
             kv, self.kv_norm, cis, cache.ring, window.write_rows, window.write_to, eps=self.eps, quantize=self.kv_quant
         )
         local = cache.ring if window.in_ring else torch.cat([before, entry])
+        rows = window.rows
+        if window.in_ring and rows.shape[1] < self.window:
+            rows = torch.nn.functional.pad(rows, (0, self.window - rows.shape[1]), value=-1)
 
         pool, pool_rows = self._compressed(pooled, qr, cache, step)
         scale = self.head_dim**-0.5
-        o = sparse_attention(q, local, window.rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
+        o = sparse_attention(q, local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 

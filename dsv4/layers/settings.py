@@ -46,3 +46,12 @@ class Settings:
                 "load with index_quant=False"
             )
         return Settings(DTYPES[dtype], act, kv_quant, index_quant)
+
+
+def check_device(device: str) -> None:
+    """ConfigError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used here ({reason}); use cpu") from failure

@@ -119,6 +119,7 @@ def test_text_is_scored_behind_bos_and_bytes_are_those_scored() -> None:
     assert text_bytes == len(TOKENIZER.decode_bytes(ids[1:]))
     typed = "<｜User｜>"
     assert TOKENIZER.control_id(typed) not in encode_text(TOKENIZER, typed, None)[0]
+    assert TOKENIZER.control_id(typed) in encode_text(TOKENIZER, typed, None, control=True)[0]
     with pytest.raises(RequestError, match="no text"):
         encode_text(TOKENIZER, "", None)
 

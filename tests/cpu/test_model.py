@@ -128,3 +128,9 @@ def test_an_op_names_what_is_wrong_and_where():
                 double_for_test(bad)
     finally:
         del REGISTRY["double_for_test"]
+
+
+@pytest.mark.parametrize("device", ["no such device", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_loading(device):
+    with pytest.raises(ConfigError, match="cannot be used here"):
+        dsv4.load("random:tiny", device=device)

@@ -6,6 +6,7 @@ from torch import Tensor
 from dsv4.kernels.rope.rope_ref import rope_ref
 
 ROWS_AT_ONCE = 8  # a gathered [rows, entries, Dh] copy that stays in a CPU's cache
+LOWEST = -1e30  # stands for the largest logit where nothing is visible: all the weight goes to the sink
 
 
 def _gather(buffer: Tensor, rows: Tensor, absent: Tensor | None) -> Tensor:
@@ -27,7 +28,7 @@ def _attend(q: Tensor, sources: list[tuple[Tensor, Tensor]], sink: Tensor, scale
     logits = torch.bmm(q.float(), keys.transpose(1, 2)).mul_(scale)
     if some_absent:
         logits.masked_fill_(absent.unsqueeze(1), float("-inf"))
-    top = torch.maximum(logits.amax(-1, keepdim=True), sink)
+    top = logits.amax(-1, keepdim=True).clamp_(min=LOWEST)  # of the entries alone, as in DeepSeek's kernel
     p = logits.sub_(top).exp_()
     total = p.sum(-1, keepdim=True).add_((sink - top).exp_())
     return torch.bmm(p.to(q.dtype).float(), keys).div_(total)
