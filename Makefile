@@ -2,6 +2,7 @@
 # make test    set up the test tools, then lint, types and the CPU test suite
 # make lint    ruff and mypy alone
 # make format  let ruff rewrite what it can
+# make kernels compile the CUDA kernels for every target into dsv4/kernels/lib (needs nvcc, no GPU)
 # make clean   remove caches and .venv
 
 # The first interpreter that is new enough; override with `make demo PYTHON=/path/to/python`.
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --only-binar
 CORE := $(VENV)/.core-$(shell cat requirements/core.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 DEV := $(VENV)/.dev-$(shell cat requirements/core.txt requirements/dev.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(CORE)
@@ -37,8 +38,11 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+kernels: $(CORE)
+	$(BIN)/dsv4 kernels build
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist dsv4/kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

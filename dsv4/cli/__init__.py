@@ -8,10 +8,12 @@ import typer
 
 from dsv4.cli import console
 from dsv4.cli.chat import chat
+from dsv4.cli.check import check
 from dsv4.cli.compare import compare
 from dsv4.cli.eval import evaluate
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
+from dsv4.cli.kernels import kernels
 from dsv4.cli.quantize import quantize
 from dsv4.errors import Dsv4Error
 
@@ -28,6 +30,8 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(inspect)
 app.command()(quantize)
+app.add_typer(check, name="check")
+app.add_typer(kernels, name="kernels")
 
 
 def main(args: list[str] | None = None) -> None:

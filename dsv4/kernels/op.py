@@ -7,6 +7,7 @@ that swaps the twin in, so a wrong answer is bisected to one op by name.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -38,19 +39,23 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
     `shapes` maps leading positional arguments, in order, to specs such as `"T M D : bf16 f32"`: dimension letters that
     must agree across arguments (an integer is literal, `*` is any number of leading dimensions), then the dtypes
     allowed. A launch is checked each time; a twin when it meets a new first argument, or fails: PyTorch itself refuses
-    what does not fit. `out=` receives the result in place.
+    what does not fit. `out=` receives the result in place: a tensor, or a tuple of them for an op that returns several;
+    a launcher that takes `out` writes it directly.
     """
     specs = [(arg, *_parse(spec)) for arg, spec in shapes.items()]
 
     def decorate(launch: F) -> F:
         seen: set[tuple[Any, ...]] = set()
         use_twin = {"all", name} & twins_on_cuda()
+        writes_out = "out" in inspect.signature(launch).parameters
 
         @functools.wraps(launch)
-        def call(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Any:
+        def call(*args: Any, out: Tensor | tuple[Tensor, ...] | None = None, **kwargs: Any) -> Any:
             first = args[0]
             if first.is_cuda and not use_twin:
                 _check(name, specs, args)
+                if writes_out:
+                    return launch(*args, out=out, **kwargs)
                 result = launch(*args, **kwargs)
             else:
                 if (first.shape, first.dtype) not in seen:
@@ -61,12 +66,18 @@ def op(name: str, *, ref: Callable[..., Any], shapes: dict[str, str]) -> Callabl
                 except (RuntimeError, IndexError):
                     _check(name, specs, args)  # the same fault, in the words of the contract
                     raise
-            return result if out is None else out.copy_(result)
+            return result if out is None else _into(out, result)
 
         REGISTRY[name] = call
         return cast(F, call)
 
     return decorate
+
+
+def _into(out: Any, result: Any) -> Any:
+    if isinstance(out, tuple):
+        return tuple(to.copy_(value) for to, value in zip(out, result, strict=True))
+    return out.copy_(result)
 
 
 def no_kernel(name: str) -> KernelError:

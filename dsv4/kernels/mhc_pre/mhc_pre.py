@@ -1,9 +1,14 @@
 """mHC, entering a site: collapse the M residual streams into the sublayer's input and compute how it goes back."""
 
+import torch
 from torch import Tensor
 
+from dsv4.kernels.launch import contiguous, dtype_code, four_streams, result, same_device
+from dsv4.kernels.loader import Kernel
 from dsv4.kernels.mhc_pre.mhc_pre_ref import mhc_pre_ref
-from dsv4.kernels.op import no_kernel, op
+from dsv4.kernels.op import op
+
+_KERNEL = Kernel("mhc_pre", "pppppppqiiffi")
 
 
 @op(
@@ -12,7 +17,15 @@ from dsv4.kernels.op import no_kernel, op
     shapes={"h": "T M D : bf16 f32", "fn": "O MD : f32", "base": "O : f32", "scale": "O : f32"},
 )
 def mhc_pre(
-    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, sinkhorn_iters: int, hc_eps: float, norm_eps: float
+    h: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    sinkhorn_iters: int,
+    hc_eps: float,
+    norm_eps: float,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h [T, M, D] -> x [T, D] in h's dtype, post [T, M] f32, comb [T, M, M] f32.
 
@@ -21,4 +34,13 @@ def mhc_pre(
     pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = Sinkhorn of the M x M rest, ending on a column step.
     All in float32; x = sum_j pre_j h_j is rounded once. Reads T*M*D*2 + (2+M)*M*M*D*4 bytes.
     """
-    raise no_kernel("mhc_pre")
+    tokens, streams, width = four_streams("mhc_pre", h, fn, (2 + h.shape[1]) * h.shape[1])
+    contiguous("mhc_pre", h=h, fn=fn, base=base, scale=scale)
+    same_device("mhc_pre", h.device, fn=fn, base=base, scale=scale)
+    given = out or (None, None, None)
+    x = result("mhc_pre", given[0], (tokens, width), h.dtype, h.device)
+    post = result("mhc_pre", given[1], (tokens, streams), torch.float32, h.device)
+    comb = result("mhc_pre", given[2], (tokens, streams, streams), torch.float32, h.device)
+    numbers = tokens, width, sinkhorn_iters, hc_eps, norm_eps, dtype_code("mhc_pre", "h", h)
+    _KERNEL(h.device, h, fn, base, scale, x, post, comb, *numbers)
+    return x, post, comb

@@ -1,14 +1,28 @@
 """Which experts a token goes to, and with which weight."""
 
+import torch
 from torch import Tensor
 
-from dsv4.kernels.op import no_kernel, op
+from dsv4.errors import KernelError
+from dsv4.kernels.launch import contiguous, result, row_stride, same_device
+from dsv4.kernels.loader import Kernel
+from dsv4.kernels.op import op
 from dsv4.kernels.router.router_ref import router_ref
+
+_KERNEL = Kernel("router", "ppppppqiqiqf")
+_MAX_TOPK = 32  # one lane of a warp per chosen expert
 
 
 @op("router", ref=router_ref, shapes={"logits": "T E : f32"})
 def router(
-    logits: Tensor, bias: Tensor | None, tid2eid: Tensor | None, tokens: Tensor, *, topk: int, route_scale: float
+    logits: Tensor,
+    bias: Tensor | None,
+    tid2eid: Tensor | None,
+    tokens: Tensor,
+    *,
+    topk: int,
+    route_scale: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] f32 -> ids [T, K] i64, weights [T, K] f32.
 
@@ -16,4 +30,23 @@ def router(
     layers: ids = tid2eid[tokens], tid2eid [V, K] i64, tokens [T] i64, and no bias. weights = s / sum(s) * route_scale,
     unbiased.
     """
-    raise no_kernel("router")
+    rows, experts = logits.shape
+    if not 0 < topk <= min(experts, _MAX_TOPK):
+        raise KernelError(f"router: topk = {topk} with {experts} experts; the kernel takes 1 to min(E, {_MAX_TOPK})")
+    _check("bias", bias, torch.float32, (experts,))
+    _check("tid2eid", tid2eid, torch.int64, (tid2eid.shape[0] if tid2eid is not None else 0, topk))
+    _check("tokens", tokens, torch.int64, (rows,))
+    contiguous("router", bias=bias, tid2eid=tid2eid, tokens=tokens)
+    same_device("router", logits.device, bias=bias, tid2eid=tid2eid, tokens=tokens)
+    given = out or (None, None)
+    ids = result("router", given[0], (rows, topk), torch.int64, logits.device)
+    weights = result("router", given[1], (rows, topk), torch.float32, logits.device)
+    vocabulary = 0 if tid2eid is None else tid2eid.shape[0]
+    numbers = rows, experts, row_stride("router", "logits", logits), topk, vocabulary, route_scale
+    _KERNEL(logits.device, logits, bias, tid2eid, tokens, ids, weights, *numbers)
+    return ids, weights
+
+
+def _check(arg: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if x is not None and (x.dtype != dtype or x.shape != shape):
+        raise KernelError(f"router: '{arg}' is {list(x.shape)} {x.dtype}; expected {list(shape)} {dtype}")
