@@ -88,7 +88,7 @@ def _recast(weights: dict[str, MXFP4Weight]) -> dict[str, tuple[NVFP4Weight, Con
 def _requantise(weights: dict[str, Weight]) -> dict[str, tuple[NVFP4Weight, Conversion]]:
     values = {name: weight.dequantize() for name, weight in weights.items()}
     amax = torch.stack([x.abs().amax() for x in values.values()]).amax()
-    global_scale = amax.clamp(min=nvfp4.AMAX_FLOOR) / nvfp4.GLOBAL_RANGE
+    global_scale = nvfp4.global_of(amax)
     made = {}
     for name, x in values.items():
         # One global, but a tensor of its own for each weight: safetensors refuses to store shared memory.

@@ -63,14 +63,18 @@ def quantize(
         stored = global_scale
         divisor = stored.clamp(min=_GLOBAL_FLOOR)
     else:
-        # By a tensor: on CUDA, torch divides by a Python number as a multiplication by its rounded reciprocal.
-        range_ = group_amax.new_full((), GLOBAL_RANGE)
-        stored = divisor = _amax(group_amax, per_row).clamp_(min=AMAX_FLOOR).div_(range_)
+        stored = divisor = global_of(_amax(group_amax, per_row))
     divisor = _broadcast(divisor, group_amax.ndim)
     scale = group_amax.div_(divisor * E2M1_MAX).clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
     magnitude.div_((scale.float() * divisor).unsqueeze(-1))
     codes = e2m1_encode_magnitude_(magnitude).add_(torch.signbit(groups), alpha=8)
     return pack_nibbles(codes.flatten(-2)), scale, stored
+
+
+def global_of(amax: Tensor) -> Tensor:
+    """The decode-form global of values up to `amax` [...] float32: amax / 2688, never 0."""
+    # By a tensor: on CUDA, torch divides by a Python number as a multiplication by its rounded reciprocal.
+    return amax.clamp(min=AMAX_FLOOR).div_(amax.new_full((), GLOBAL_RANGE))
 
 
 def _amax(group_amax: Tensor, per_row: bool) -> Tensor:

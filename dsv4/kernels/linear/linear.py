@@ -12,7 +12,7 @@ def linear(x: Tensor, operand: LinearOperand) -> list[Tensor]:
     """x @ W_i^T for every projection of the operand.
 
     x [..., K] bf16|f32 -> [[..., N_i]] in x's dtype, or float32 where the projection says so. The input is quantised
-    once per treatment (operand.treat); accumulation is float32, NVFP4's global scale applies there, and each output is
-    rounded once.
+    once per treatment (dsv4/quant/activations.py); accumulation is float32, NVFP4's global scale applies there, and
+    each output is rounded once.
     """
     raise no_kernel("linear")

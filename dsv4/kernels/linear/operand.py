@@ -1,4 +1,4 @@
-"""The weights of projections that share one input, and how that input is treated before them."""
+"""The weights of projections that share one input, joined by how that input is treated before them."""
 
 from __future__ import annotations
 
