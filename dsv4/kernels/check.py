@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
-from dsv4.kernels.cases import IN_PLACE, OPS, Case, cases
+from dsv4.kernels.case import Case, nbytes
+from dsv4.kernels.cases import cases
+from dsv4.kernels.compiler import ops_with_kernels
 
 GUARD_BYTES = 256
 _GUARD, _POISON = 0xA5, 0xFF  # 0xFF everywhere is NaN in BF16 and float32 and -1 in int64
@@ -58,45 +60,61 @@ def check_kernels(ops: Sequence[str] = (), *, quick: bool = False, timed: bool =
     """Run the cases of `ops` (all when empty) on the current GPU."""
     if not torch.cuda.is_available():
         raise KernelError("checking kernels needs a CUDA GPU, and torch sees none; on a CPU every op is its twin")
-    unknown = sorted(set(ops) - OPS.keys())
+    known = ops_with_kernels()
+    unknown = sorted(set(ops) - set(known))
     if unknown:
-        raise KernelError(f"no kernel to check: {', '.join(unknown)}; ops with kernels: {', '.join(OPS)}")
+        raise KernelError(f"no kernel to check: {', '.join(unknown)}; ops with kernels: {', '.join(known)}")
     device = torch.device("cuda", torch.cuda.current_device())
-    for case in cases(device, quick=quick):
-        if not ops or case.op in ops:
-            yield check_case(case, timed=timed and not quick)
+    for case in cases(device, ops, quick=quick):
+        yield check_case(case, timed=timed and not quick)
 
 
 def check_case(case: Case, *, timed: bool) -> Row:
-    op, twin = OPS[case.op]
-    in_place = case.op in IN_PLACE
-    args = _copied(case.args)
-    expected = _tensors(twin(*_copied(case.args), **case.kwargs))
-    tolerances = case.tolerance(case.args, expected)
-    targets = [Guarded(case.args[0], copy=True)] if in_place else [Guarded(y) for y in expected]
-    outputs = tuple(target.tensor for target in targets)
-    launch = _launcher(op, args, case.kwargs, outputs, in_place)
-    launch()
-    if outputs[0].is_cuda:
-        torch.cuda.synchronize()
-    findings = [f"output {i} was written past its end" for i, target in enumerate(targets) if not target.intact()]
-    if any(not torch.equal(a, b) for a, b in zip(_flat(args), _flat(case.args), strict=True)):
+    """Run one case; an op that raises is a finding like any other."""
+    args, expected, one = _twin(case)
+    tolerances = case.tolerance(case.args, expected if case.view is None else case.view(expected))
+    updated = [Guarded(args[place], copy=True) for place in case.in_place]
+    for place, target in zip(case.in_place, updated, strict=True):
+        args[place] = target.tensor
+    returned = [Guarded(y) for y in expected[: len(expected) - len(updated)]]
+    found = [target.tensor for target in (*returned, *updated)]
+    out: dict[str, Any] = {}
+    if case.returns:
+        out["out"] = found[0] if one else tuple(target.tensor for target in returned)
+    inputs = [x for place, arg in enumerate(args) if place not in case.in_place for x in flat(arg)]
+    before = [x.clone() for x in inputs]
+
+    def launch() -> None:
+        case.run(*args, **case.kwargs, **out)
+
+    try:
+        launch()
+        if any(x.is_cuda for x in found):
+            torch.cuda.synchronize()
+    except KernelError as failure:
+        return Row(case.op, case.name, case.dtype, 0.0, 0.0, 0.0, 0.0, None, None, str(failure))
+    written = [target.intact() for target in (*returned, *updated)]
+    findings = [f"output {i} was written past its end" for i, intact in enumerate(written) if not intact]
+    if any(not _same(a, b) for a, b in zip(before, inputs, strict=True)):
         findings.append("an input was changed")
-    error, bound, share, equal = _compare(outputs, expected, tolerances)
+    values, truth = (found, expected) if case.view is None else (case.view(found), case.view(expected))
+    error, bound, share, equal = _compare(values, truth, tolerances)
     if share > 1:
         findings.append(f"error {error:.3g} exceeds the bound {bound:.3g}")
-    us = _microseconds(launch) if timed and outputs[0].numel() else None
-    moved = sum(x.numel() * x.element_size() for x in _moved(case, outputs))
+    us = _microseconds(launch) if timed and found[0].numel() else None
+    moved = nbytes(*inputs, *found) if case.moved is None else case.moved
     gb_s = None if us is None else moved / us * 1e-3
     return Row(case.op, case.name, case.dtype, error, bound, share, equal, us, gb_s, "; ".join(findings) or None)
 
 
-def _launcher(
-    op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...], in_place: bool
-) -> Callable[[], Any]:
-    if in_place:
-        return lambda: op(outputs[0], *args[1:], **kwargs)
-    return lambda: op(*args, **kwargs, out=outputs if len(outputs) > 1 else outputs[0])
+def _twin(case: Case) -> tuple[list[Any], list[Tensor], bool]:
+    """The arguments; the twin's results and the arguments it updated; whether its result is a single tensor."""
+    args = list(case.args)
+    for place in case.in_place:
+        args[place] = args[place].clone()
+    result = case.twin(*args, **case.kwargs)
+    expected = flat(result) if case.returns else []
+    return list(case.args), expected + [args[place] for place in case.in_place], isinstance(result, Tensor)
 
 
 def _compare(
@@ -107,8 +125,10 @@ def _compare(
     for a, b, tolerance in zip(found, expected, tolerances, strict=True):
         if a.numel() == 0:
             continue
-        same, count = same + int((a == b).sum()), count + a.numel()
-        error = (a.double() - b.double()).abs().nan_to_num(nan=float("inf"))
+        x, y = _numbers(a), _numbers(b)
+        alike = (x == y) | (x.isnan() & y.isnan())
+        same, count = same + int(alike.sum()), count + x.numel()
+        error = torch.where(alike, 0.0, (x - y).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
         limit = torch.zeros_like(error) if tolerance is None else tolerance.double()
         shares = torch.where(error == 0, 0.0, error / limit).flatten()  # an error where none is allowed: infinite
         at = int(shares.argmax())
@@ -134,28 +154,22 @@ def _microseconds(launch: Callable[[], Any]) -> float:
     return sorted(times)[2]
 
 
-def _moved(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """What a launch reads and writes: rope the channels that turn, a hash layer one row of its table per token."""
-    if case.op == "rope":
-        x, cis = case.args
-        tail = x[..., -2 * cis.shape[1] :]
-        return [tail, tail, cis]
-    tables = [case.args[2]] if case.op == "router" else []
-    return [x for x in _flat(case.args) if not any(x is table for table in tables)] + list(outputs)
+def _numbers(x: Tensor) -> Tensor:
+    """Float64 [...], a last dimension of two for complex numbers."""
+    return (torch.view_as_real(x) if x.is_complex() else x).double()
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]
+def flat(value: Any) -> list[Tensor]:
+    """The tensors in nested sequences, mappings and records, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [x for f in fields(value) for x in flat(getattr(value, f.name))]
+    if isinstance(value, Mapping):
+        return [x for item in value.values() for x in flat(item)]
+    return [x for item in value for x in flat(item)] if isinstance(value, list | tuple) else []
 
 
-def _flat(args: tuple[Any, ...]) -> list[Tensor]:
-    return [arg for arg in args if isinstance(arg, Tensor)]
-
-
-def _copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh tensors with the same strides."""
-    return tuple(_twin_of(arg) if isinstance(arg, Tensor) else arg for arg in args)
-
-
-def _twin_of(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that NaN equals itself."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
