@@ -24,7 +24,8 @@ class Indexer:
         self.compressor = Compressor(scope.at("compressor"), config, spec, settings, index=True)
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         self.quantize, self.keep_order = settings.index_quant, settings.dtype == torch.float32
-        self.torch_ties = self.keep_order and settings.act == "fp8"  # the settings of DeepSeek's own script
+        compared = "torch" if settings.act == "fp8" else "score"  # fp8: the settings of DeepSeek's own script
+        self.order = compared if self.keep_order else "entry"
 
     def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
         """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk]
@@ -41,5 +42,7 @@ class Indexer:
         (q,) = linear(qr, self.wq_b)
         q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
         weights = head_weights * self.scale
-        entries, visible, spans = rows.entries, rows.visible, step.plan.spans
-        return index_topk(q, weights, cache.index_pool, entries, visible, spans, self.topk, self.torch_ties)
+        picked = index_topk(
+            q, weights, cache.index_pool, rows.pages, rows.sequence, rows.visible, self.topk, self.order
+        )
+        return picked[:, : rows.most_visible] if self.keep_order else picked  # no sums over what is not there

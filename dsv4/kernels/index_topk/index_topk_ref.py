@@ -1,7 +1,5 @@
 """Twin of index_topk."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,27 +10,46 @@ def index_scores_ref(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     return (dots * weights.unsqueeze(-1)).sum(1)
 
 
+def _keys_of(keys: Tensor, pages: Tensor, count: int, like: Tensor) -> Tensor:
+    """The first `count` keys [count, Ci] of a sequence, in the dtype of `like` [T, Hi, Ci]."""
+    held = keys.index_select(0, pages[: -(-count // keys.shape[1])].clamp(min=0)).flatten(0, 1)[:count]
+    if held.dtype == torch.uint8:
+        from dsv4.quant import kv
+
+        return kv.unpack_index_key(held, like.shape[-1], like.dtype)
+    return held
+
+
+def _best(scores: Tensor, topk: int, order: str) -> Tensor:
+    if order == "torch":
+        return scores.topk(min(topk, scores.shape[1]), dim=-1).indices
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+    return best.sort(dim=-1).values if order == "entry" else best
+
+
 def index_topk_ref(
     q: Tensor,
     weights: Tensor,
     keys: Tensor,
-    entries: Tensor,
+    pages: Tensor,
+    sequence: Tensor,
     visible: Tensor,
-    segments: Sequence[tuple[int, int]],
     topk: int,
-    torch_ties: bool = False,
+    order: str = "entry",
 ) -> Tensor:
-    flat = keys.view(-1, keys.shape[-1])
-    picked = []
-    for sequence, (first, last) in enumerate(segments):
-        limit = visible[first:last].unsqueeze(-1)
-        rows = entries[sequence]
-        number = torch.arange(len(rows), device=q.device)
-        scores = index_scores_ref(q[first:last], weights[first:last], flat[rows.clamp(min=0)])
-        scores = scores.masked_fill(number >= limit, float("-inf"))
-        if torch_ties:
-            best = scores.topk(min(topk, len(rows)), dim=-1).indices
-        else:
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
-        picked.append(rows[best].masked_fill(best >= limit, -1))
-    return torch.cat(picked)
+    page = keys.shape[1]
+    out = torch.full((len(q), min(topk, page * pages.shape[1])), -1, device=q.device)
+    runs, lengths = sequence.unique_consecutive(return_counts=True)
+    first = 0
+    for b, length in zip(runs.tolist(), lengths.tolist(), strict=True):
+        rows = slice(first, first + length)
+        first += length
+        limit = visible[rows].unsqueeze(-1)
+        most = int(limit.max())
+        if b < 0 or most == 0:
+            continue
+        scores = index_scores_ref(q[rows], weights[rows], _keys_of(keys, pages[b], most, q))
+        scores = scores.masked_fill(torch.arange(most, device=q.device) >= limit, float("-inf"))
+        best = _best(scores, topk, order)
+        out[rows, : best.shape[1]] = (pages[b][best // page] * page + best % page).masked_fill(best >= limit, -1)
+    return out
