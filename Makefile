@@ -1,5 +1,6 @@
 # make demo    set up .venv and let the embedded model write text (CPU, no GPU, no download of weights)
 # make test    set up the test tools, then lint, types and the CPU test suite
+# make test-gpu  the tests that need a CUDA GPU (set up with `make test-gpu TORCH_INDEX=` where torch has none)
 # make lint    ruff and mypy alone
 # make format  let ruff rewrite what it can
 # make kernels compile the CUDA kernels for every target into dsv4/kernels/lib (needs nvcc, no GPU)
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --only-binar
 CORE := $(VENV)/.core-$(shell cat requirements/core.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 DEV := $(VENV)/.dev-$(shell cat requirements/core.txt requirements/dev.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test lint format kernels clean
+.PHONY: demo test test-gpu lint format kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(CORE)
@@ -28,6 +29,9 @@ demo: $(CORE)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --durations 10
+
+test-gpu: $(DEV)
+	$(BIN)/python -m pytest -p no:xdist -p no:cacheprovider tests/gpu
 
 lint: $(DEV)
 	$(BIN)/ruff check .
