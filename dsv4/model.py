@@ -124,14 +124,15 @@ def load(
     kv_quant: bool = True,
     index_quant: bool = True,
     weights: Policy = "native",
+    layers: int | None = None,
 ) -> Model:
-    """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or `random:tiny` (seeded, no
-    file).
+    """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or seeded weights without a file:
+    `random:tiny`, or `random:flash` and `random:pro` in the real sizes, of which `layers` keeps the first so many.
 
     dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4`
     (W4A4). kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4`
     (every large linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
     """
     check_device(device)
-    config, tensors, folder = load_model_weights(path, policy=weights, device=device)
+    config, tensors, folder = load_model_weights(path, policy=weights, device=device, layers=layers)
     return Model(config, tensors, Settings.parse(config, dtype, act, kv_quant, index_quant), device=device, path=folder)

@@ -17,6 +17,7 @@ from dsv4.checkpoint.pack import Conversion, Stack, place, to_nvfp4
 from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan, stack_name
 from dsv4.checkpoint.random import memory_checkpoint
 from dsv4.checkpoint.reader import Checkpoint, TensorSource
+from dsv4.checkpoint.synthetic import SYNTHETIC, check_capacity, shortened, synthesize, synthetic_bytes
 from dsv4.config import ModelConfig
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.quant.weights import Weight
@@ -43,21 +44,28 @@ def load_model_weights(
     progress: bool | None = None,
     mtp: bool = False,
     report: list[Conversion] | None = None,
+    layers: int | None = None,
 ) -> LoadedModel:
     """The config, every weight by canonical key, and the folder they came from.
 
     Linears are `Weight`s by module path (`layers.0.attn.wq_a`); routed experts are stacked [E, N, K] under
     `layers.L.ffn.experts.w1|w2|w3`; everything else is a tensor by its full name, F32 where DeepSeek stores F32.
 
-    path: checkpoint folder, .safetensors file, open checkpoint, "nano" (the embedded model) or "random:tiny".
+    path: checkpoint folder, .safetensors file, open checkpoint, "nano" (the embedded model), "random:tiny" (written
+    down in memory and read) or "random:flash", "random:pro" (made on `device`, see synthetic.py).
     policy: "native" keeps every format; "nvfp4" makes NVFP4 of every large linear, MXFP4 by exact cast.
     progress: a bar on stderr; None shows it on a terminal only. mtp: load the draft blocks too.
-    report: gets one `Conversion` per linear that the policy covers.
-    Peak memory is the result plus a few copies of the largest single weight. Raises ConfigError or CheckpointError,
-    the latter listing every fault of files, names, shapes, dtypes and scales.
+    report: gets one `Conversion` per linear that the policy covers. layers: of random:flash and random:pro, the first
+    so many layers.
+    Peak memory is the result plus a few copies of the largest single weight. Raises ConfigError, CapacityError (made-up
+    weights that do not fit) or CheckpointError, which lists every fault of files, names, shapes, dtypes and scales.
     """
     if policy not in POLICIES:
         raise CheckpointError(f"policy {policy!r} is unknown; expected one of {', '.join(POLICIES)}")
+    if path in SYNTHETIC:
+        return _synthetic(str(path), layers, policy, torch.device(device), progress, mtp)
+    if layers is not None:
+        raise ConfigError(f"layers = {layers} shortens {' and '.join(SYNTHETIC)}; {_label(path)} is loaded whole")
     faults = Faults()
     source, config = open_source(path, faults)
     plan = make_plan(source, config, faults, mtp=mtp, mixed_experts=policy == "nvfp4")
@@ -71,6 +79,20 @@ def load_model_weights(
             bar.advance(task, nbytes)
     faults.raise_if_any(_label(path))
     return LoadedModel(config, loader.weights, source.path if isinstance(source, Checkpoint) else None)
+
+
+def _synthetic(
+    name: str, layers: int | None, policy: Policy, device: torch.device, progress: bool | None, mtp: bool
+) -> LoadedModel:
+    config = shortened(ModelConfig.from_name(name), layers)
+    check_capacity(name, config, policy, device, mtp)
+    weights: dict[str, Weight | Tensor] = {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"making {name}", total=sum(synthetic_bytes(config, policy, mtp).values()))
+        for key, weight in synthesize(config, policy, device, mtp=mtp):
+            weights[key] = weight
+            bar.advance(task, weight.nbytes)
+    return LoadedModel(config, weights, None)
 
 
 def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[TensorSource, ModelConfig]:

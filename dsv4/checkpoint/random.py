@@ -26,7 +26,7 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 # Standard deviation of the outputs for inputs of standard deviation 1; 1 where nothing is said. Logits, gates and
 # pooling weights get more, so that maxima, expert choices and softmaxes are not all alike.
-_GAINS = {"head": 4.0, "ffn.gate": 2.0, "compressor.wgate": 2.0, "indexer.weights_proj": 2.0}
+GAINS = {"head": 4.0, "ffn.gate": 2.0, "compressor.wgate": 2.0, "indexer.weights_proj": 2.0}
 
 
 class MemoryCheckpoint:
@@ -53,13 +53,14 @@ class MemoryCheckpoint:
 
 def memory_checkpoint(name: str, seed: int = 0) -> MemoryCheckpoint:
     """`random:tiny` in the mix of formats that NVIDIA publishes: experts NVFP4 (in draft blocks MXFP4), attention and
-    shared experts FP8, the rest BF16 and F32. CheckpointError for a configuration too large to make up."""
+    shared experts FP8, the rest BF16 and F32. CheckpointError for a configuration too large for stored tensors: those
+    are made on the device (synthetic.py)."""
     config = ModelConfig.from_name(name)
     elements = sum(spec.numel for spec in expected_tensors(config, mtp=True).values())
     if elements > MAX_RANDOM_ELEMENTS:
         raise CheckpointError(
-            f"{name} is a configuration without weights: {elements:,} random elements would be needed, at most "
-            f"{MAX_RANDOM_ELEMENTS:,} are made; load a checkpoint, or use random:tiny"
+            f"{name} has no stored tensors: its {elements:,} elements are made on the device when it is loaded; where "
+            f"files are read, give a checkpoint or random:tiny"
         )
     stored: dict[str, Tensor] = {}
     specs = expected_tensors(config, mtp=True)
@@ -89,23 +90,32 @@ def random_tensors(config: ModelConfig, seed: int = 0, mtp: bool = True) -> dict
     return {name: _random_tensor(spec, config, seed) for name, spec in expected_tensors(config, mtp).items()}
 
 
+def seed_of(seed: int, name: str) -> int:
+    """What seeds the generator of one tensor."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def gain(name: str) -> float:
+    """Standard deviation of a linear's outputs for inputs of standard deviation 1."""
+    return next((value for end, value in GAINS.items() if name.endswith(end)), 1.0)
+
+
 def _random_tensor(spec: TensorSpec, config: ModelConfig, seed: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(seed, spec.name))
     if spec.stored == "i64":
         scores = torch.rand(spec.shape[0], config.n_routed_experts, generator=generator)
         return scores.argsort(dim=-1)[:, : spec.shape[1]].contiguous()  # distinct experts for every token
     noise = torch.randn(spec.shape, generator=generator)
     if spec.role != "param":
         rows = torch.randn(spec.shape[0], 1, generator=generator).mul(0.3).exp()  # so that block scales differ
-        gain = next((g for end, g in _GAINS.items() if spec.name.endswith(end)), 1.0)
-        value = noise * rows * (gain / math.sqrt(spec.shape[1]))
+        value = noise * rows * (gain(spec.name) / math.sqrt(spec.shape[1]))
     else:
-        value = _random_param(spec.name, noise)
+        value = random_param(spec.name, noise)
     return value.to(torch.float32 if spec.stored == "f32" else torch.bfloat16)
 
 
-def _random_param(name: str, noise: Tensor) -> Tensor:
+def random_param(name: str, noise: Tensor) -> Tensor:
+    """The values of a parameter from standard normal noise of its shape, in the noise's dtype."""
     if name.endswith("norm.weight"):
         return 1 + 0.2 * noise
     if name.endswith("_fn"):  # mixes the RMS-normalised streams: logits of standard deviation 1

@@ -16,20 +16,26 @@ from dsv4.checkpoint.faults import Faults
 from dsv4.checkpoint.load import open_source
 from dsv4.checkpoint.plan import LinearPlan, LoadPlan, ParamPlan, make_plan
 from dsv4.checkpoint.sizes import COMPONENTS, Read, Sizes, component_of, count, kv_bytes, kv_sizes, sum_read
+from dsv4.checkpoint.synthetic import shortened
 from dsv4.config import ModelConfig
+from dsv4.errors import ConfigError
 
 LONG_CONTEXT = 131072  # KV bytes are given at this length and at the model's longest
 Document = dict[str, Any]
 
 
-def summarize(path: str) -> Document:
-    """The document of `random:<name>` or of a checkpoint folder or file; reads headers, never tensor data.
+def summarize(path: str, layers: int | None = None) -> Document:
+    """The document of `random:<name>` or of a checkpoint folder or file; reads headers, never tensor data. `layers`:
+    of a `random:<name>`, the first so many.
 
     Raises ConfigError for a config that cannot be read, CheckpointError where there is nothing to look at. Faults of
     files and tensors do not raise: they are listed under `problems`, beside what could be read.
     """
     if path.startswith("random:"):
-        return {"source": path, **summarize_config(ModelConfig.from_name(path)), "checkpoint": None, "problems": []}
+        config = shortened(ModelConfig.from_name(path), layers)
+        return {"source": path, **summarize_config(config), "checkpoint": None, "problems": []}
+    if layers is not None:
+        raise ConfigError(f"layers = {layers} shortens a random:... model; {path} is described whole")
     faults = Faults()
     source, config = open_source(path, faults)
     plan = make_plan(source, config, faults, mixed_experts=True)

@@ -21,13 +21,14 @@ _SCHEME_TITLES = {
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Checkpoint folder, .safetensors file, nano, or random:tiny|flash|pro.")],
+    layers: Annotated[int | None, typer.Option(help="Of a random:... model, the first so many layers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print config, parameters, bytes, KV cache and decode floor of a model; only headers are read.
 
     Exits with 1 when the checkpoint has problems that loading would refuse; they are listed.
     """
-    document = summarize(path)
+    document = summarize(path, layers)
     if as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
     else:

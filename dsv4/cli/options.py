@@ -18,7 +18,7 @@ EMBEDDED = "nano"
 # Steps that read less than this are made of operations so short that handing them to a second thread costs more than it
 # gives, and many times more when that core is busy with something else.
 SMALL_BYTES = 64_000_000
-_MODEL_HELP = "Checkpoint folder, nano (the embedded model) or random:tiny."
+_MODEL_HELP = "Checkpoint folder, nano (the embedded model), or random:tiny|flash|pro."
 
 
 def _loading(help: str, *names: str, env: str) -> Any:
@@ -52,6 +52,9 @@ class LoadOptions:
         bool,
         _loading("The trained-in FP4 of index keys.", "--index-quant/--no-index-quant", env="DSV4_INDEX_QUANT"),
     ] = True
+    layers: Annotated[
+        int | None, _loading("Of random:flash and random:pro, the first so many layers.", env="DSV4_LAYERS")
+    ] = None
     seed: Annotated[int, _loading("What sampling draws from.", env="DSV4_SEED")] = 0
 
     threads: Annotated[
@@ -74,6 +77,7 @@ class LoadOptions:
             weights=self.weights,
             kv_quant=self.kv_quant,
             index_quant=self.index_quant,
+            layers=self.layers,
         )
 
     def open(self, model: str, max_model_len: int | None = None) -> LLM:

@@ -35,7 +35,7 @@ class LLM:
             print(out.outputs[0].text)
 
     model            a checkpoint folder, "nano", "random:tiny", or a loaded Model (then the load options are not used)
-    device ... weights   as for dsv4.load
+    device ... layers    as for dsv4.load
     max_num_seqs     sequences that run at once; more wait
     max_model_len    tokens of prompt and output together, default the model's max_position_embeddings
     max_total_tokens cache entries of all running sequences, default enough for one of max_model_len and at most
@@ -60,6 +60,7 @@ class LLM:
         weights: Policy = "native",
         kv_quant: bool = True,
         index_quant: bool = True,
+        layers: int | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         max_total_tokens: int | None = None,
@@ -76,6 +77,7 @@ class LLM:
                 kv_quant=kv_quant,
                 index_quant=index_quant,
                 weights=weights,
+                layers=layers,
             )
         self.folder = model.path
         self.tokenizer = find_tokenizer(self.folder)

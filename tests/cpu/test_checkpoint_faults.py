@@ -10,6 +10,8 @@ import torch
 from checkpoint_files import SMALL, rewrite
 
 from dsv4.checkpoint import load_model_weights
+from dsv4.checkpoint.faults import Faults
+from dsv4.checkpoint.load import open_source
 from dsv4.checkpoint.reader import INDEX_NAME
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.testing.checkpoints import write_random_checkpoint
@@ -227,9 +229,9 @@ def test_mixed_experts_load_when_they_are_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["random:flash", "random:pro"])
-def test_a_configuration_too_large_to_make_up_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match="configuration without weights"):
-        load_model_weights(name)
+def test_a_configuration_too_large_for_stored_tensors_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="has no stored tensors"):
+        open_source(name, Faults())
 
 
 def test_unknown_names_and_policies_are_refused(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_small_model_runs_on_one_thread_unless_told_otherwise(
         (["generate", "-p", "a", "-c", "5000"], 1, "error: max_model_len = 5000"),
         (["generate", "-p", "a", "--device", "tpu9"], 1, "error: device"),
         (["generate", "random:tiny", "-p", "a"], 1, "error: this model has no tokenizer.json"),
-        (["generate", "random:flash", "-p", "a"], 1, "error:"),
+        (["generate", "random:flash", "--layers", "0", "-p", "a"], 1, "error: layers = 0: this model has 43 layers"),
         (["generate", "-p", "a", "--logprobs", "-1"], 1, "error: logprobs must be"),
     ],
 )
