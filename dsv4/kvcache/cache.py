@@ -3,78 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
-from dsv4.errors import CapacityError
+from dsv4.errors import CapacityError, ConfigError
 from dsv4.kvcache.layout import PAGE_ENTRIES, pages, state_tokens
+from dsv4.kvcache.pages import PageTable
+from dsv4.quant import kv
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Elements and dtype of one stored entry and one stored index key."""
+
+    entry: tuple[int, torch.dtype]
+    index_key: tuple[int, torch.dtype]
+
+    @staticmethod
+    def of(config: ModelConfig, dtype: torch.dtype, pack_entries: bool, pack_index_keys: bool) -> Rows:
+        if (pack_entries or pack_index_keys) and dtype != torch.bfloat16:
+            raise ConfigError(f"a packed cache holds bfloat16 values; {dtype} needs a cache that is not packed")
+        head, rope, index = config.head_dim, config.qk_rope_head_dim, config.index_head_dim
+        return Rows(
+            (kv.entry_bytes(head, rope), torch.uint8) if pack_entries else (head, dtype),
+            (kv.index_key_bytes(index), torch.uint8) if pack_index_keys else (index, dtype),
+        )
 
 
 class LayerCache:
     """One layer's storage.
 
     ring [S, W, Dh]; and for compressed layers state [S, n, 2C] f32 (u | g + ape), pool [P, 64, Dh] and, CSA only, the
-    indexer's index_state [S, n, 4*Ci] f32 and index_pool [P, 64, Ci].
+    indexer's index_state [S, n, 4*Ci] f32 and index_pool [P, 64, Ci]. Packed entries are u8 [.., entry_bytes(Dh, R)],
+    packed index keys u8 [.., index_key_bytes(Ci)] (quant/kv.py).
     """
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, slots: int, n_pages: int, dtype: torch.dtype, device: str):
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, spec: LayerSpec, slots: int, n_pages: int, rows: Rows, device: str):
+        def zeros(*shape: int, row: tuple[int, torch.dtype]) -> Tensor:
+            return torch.zeros((*shape, row[0]), dtype=row[1], device=device)
 
-        self.ring = zeros(slots, config.sliding_window, config.head_dim)
+        self.ring = zeros(slots, config.sliding_window, row=rows.entry)
         if spec.kind == "window":
             return
         n, overlap = state_tokens(spec.kind, spec.ratio), 2 if spec.kind == "csa" else 1
-        self.state = zeros(slots, n, 2 * overlap * config.head_dim, dtype=torch.float32)
-        self.pool = zeros(n_pages, PAGE_ENTRIES, config.head_dim)
+        self.state = zeros(slots, n, row=(2 * overlap * config.head_dim, torch.float32))
+        self.pool = zeros(n_pages, PAGE_ENTRIES, row=rows.entry)
         if spec.kind == "csa":
-            self.index_state = zeros(slots, n, 2 * overlap * config.index_head_dim, dtype=torch.float32)
-            self.index_pool = zeros(n_pages, PAGE_ENTRIES, config.index_head_dim)
+            self.index_state = zeros(slots, n, row=(2 * overlap * config.index_head_dim, torch.float32))
+            self.index_pool = zeros(n_pages, PAGE_ENTRIES, row=rows.index_key)
 
-
-class PageTable:
-    """Pages of one kind of compressed layer: one page number for every such layer's pool. Host side, between steps."""
-
-    def __init__(self, ratio: int, n_pages: int, slots: int):
-        self.ratio = ratio
-        self.free = list(range(n_pages - 1, -1, -1))
-        self.held: list[list[int]] = [[] for _ in range(slots)]
-        self._rows = [torch.empty(0, dtype=torch.int64) for _ in range(slots)]
-
-    def missing(self, slot: int, tokens: int) -> int:
-        return max(0, pages(tokens, self.ratio) - len(self.held[slot]))
-
-    def grow(self, slot: int, tokens: int) -> None:
-        count = self.missing(slot, tokens)
-        if count:
-            self.held[slot] += [self.free.pop() for _ in range(count)]
-            first = torch.tensor(self.held[slot]).unsqueeze(-1) * PAGE_ENTRIES
-            self._rows[slot] = (first + torch.arange(PAGE_ENTRIES)).flatten()
-
-    def release(self, slot: int) -> None:
-        self.free.extend(reversed(self.held[slot]))
-        self.held[slot].clear()
-
-    def rows(self, slot: int, first: int, last: int) -> Tensor:
-        """[last - first] i64: rows of entries first..last-1 of the slot in the flattened pool [P*64, ...]."""
-        return self._rows[slot][first:last]
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in vars(self).values())
 
 
 class KVCache:
-    """Storage of at most `max_seqs` sequences with `max_tokens` tokens together. Capacity is checked, never overrun."""
+    """Storage of at most `max_seqs` sequences with `max_tokens` tokens together. Capacity is checked, never overrun.
 
-    def __init__(self, config: ModelConfig, max_seqs: int, max_tokens: int, *, dtype: torch.dtype, device: str):
+    pack_entries, pack_index_keys: hold the bytes of quant/kv.py instead of values in `dtype`. They read back the same
+    bit for bit, provided that what is stored is rounded that way (kv_quant, index_quant).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_seqs: int,
+        max_tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        pack_entries: bool = False,
+        pack_index_keys: bool = False,
+    ):
         if max_seqs < 1 or max_tokens < 1:
             raise CapacityError(f"a cache needs max_seqs >= 1 and max_tokens >= 1, got {max_seqs} and {max_tokens}")
         self.config, self.max_seqs, self.max_tokens, self.device = config, max_seqs, max_tokens, device
         kinds = {(spec.kind, spec.ratio) for spec in config.layers if spec.ratio}
         # A sequence that has just started a page wastes the rest of it: one page per slot on top of the tokens' share.
         n_pages = {kind: pages(max_tokens, kind[1]) + max_seqs for kind in kinds}
-        self.tables = {kind: PageTable(kind[1], n_pages[kind], max_seqs) for kind in sorted(kinds)}
+        longest = min(max_tokens, config.max_position_embeddings)
+        self.tables = {
+            kind: PageTable(kind[1], n_pages[kind], max_seqs, max(1, pages(longest, kind[1])), device)
+            for kind in sorted(kinds)
+        }
+        rows = Rows.of(config, dtype, pack_entries, pack_index_keys)
         self.layers = [
-            LayerCache(config, spec, max_seqs, n_pages.get((spec.kind, spec.ratio), 0), dtype, device)
+            LayerCache(config, spec, max_seqs, n_pages.get((spec.kind, spec.ratio), 0), rows, device)
             for spec in config.layers
         ]
         self._lengths = [0] * max_seqs
@@ -89,6 +106,11 @@ class KVCache:
     def free_tokens(self) -> int:
         """Tokens that may still be appended, over all slots."""
         return self.max_tokens - sum(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layers' storage: entries, index keys, windows and compressor states."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def acquire(self) -> int:
         """An empty slot. A slot's old contents are never read: what a row may see follows from its length alone."""
@@ -129,6 +151,8 @@ class KVCache:
         for slot, tokens in after.items():
             for table in self.tables.values():
                 table.grow(slot, tokens)
+        for table in self.tables.values():
+            table.upload()
 
     def advance(self, slot: int, new_tokens: int) -> None:
         self._lengths[self._known(slot)] += new_tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from dsv4.config import LayerKind
 
 CompressedKind = tuple[LayerKind, int]  # "csa" or "hca", and the ratio: layers of one kind share a page table
@@ -16,6 +19,11 @@ def entries(tokens: int, ratio: int) -> int:
 def pages(tokens: int, ratio: int) -> int:
     """Pages of PAGE_ENTRIES entries that hold them."""
     return -(-entries(tokens, ratio) // PAGE_ENTRIES)
+
+
+def entry_rows(pages: Tensor, count: int) -> Tensor:
+    """[..., count] i64: pool rows of entries 0..count-1 of sequences with these pages [..., P] i64."""
+    return (pages.unsqueeze(-1) * PAGE_ENTRIES + torch.arange(PAGE_ENTRIES)).flatten(-2)[..., :count]
 
 
 def state_tokens(kind: LayerKind, ratio: int) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 from dsv4.errors import RequestError
 from dsv4.kernels.compress.rows import CompressRows
 from dsv4.kvcache import rows_chunk, rows_decode
-from dsv4.kvcache.cache import KVCache, PageTable
-from dsv4.kvcache.layout import CompressedKind, entries
+from dsv4.kvcache.cache import KVCache
+from dsv4.kvcache.layout import PAGE_ENTRIES, CompressedKind, entries, entry_rows
+from dsv4.kvcache.pages import PageTable
 from dsv4.kvcache.rows import CompressedRows, Segment, WindowRows
 
 
@@ -66,23 +67,17 @@ def make_plan(batch: Sequence[tuple[int, Tensor]], cache: KVCache) -> Plan:
 def _compressed(
     segments: list[Segment], positions: Tensor, table: PageTable, compress: CompressRows, topk: int | None
 ) -> CompressedRows:
-    ratio = table.ratio
-    visible = (positions + 1) // ratio
-    counts = [entries(s.end, ratio) for s in segments]
-    most = max(counts)
-    if len(segments) == 1:
-        rows = table.rows(segments[0].slot, 0, most).unsqueeze(0)
-    else:
-        rows = torch.full((len(segments), most), -1)
-        for b, (s, count) in enumerate(zip(segments, counts, strict=True)):
-            rows[b, :count] = table.rows(s.slot, 0, count)
+    visible = (positions + 1) // table.ratio
+    most = max(entries(s.end, table.ratio) for s in segments)
+    pages = table.pages([s.slot for s in segments], -(-most // PAGE_ENTRIES))
+    sequence = torch.arange(len(segments))
+    if len(positions) > len(segments):
+        sequence = sequence.repeat_interleave(torch.tensor([s.length for s in segments]))
     width = 0 if topk is not None and most > topk else most
-    all_rows = rows[:, :width]
+    all_rows = entry_rows(pages, width)
     if len(positions) > 1:
-        lengths = torch.tensor([s.length for s in segments])
-        all_rows = all_rows.repeat_interleave(lengths, dim=0)
-        all_rows = all_rows.masked_fill(torch.arange(width) >= visible.unsqueeze(-1), -1)
-    return CompressedRows(compress, visible, rows, all_rows, most)
+        all_rows = all_rows[sequence].masked_fill_(torch.arange(width) >= visible.unsqueeze(-1), -1)
+    return CompressedRows(compress, visible, pages, sequence, all_rows, most)
 
 
 def _to_device(rows: Any, device: str) -> Any:

@@ -42,6 +42,7 @@ class CompressedRows:
 
     compress: CompressRows
     visible: Tensor  # [T] entries each token sees: (t + 1) // ratio
-    entries: Tensor  # [B, E] pool row of each sequence's entries, -1 = none
-    all_rows: Tensor  # [T, E] the same per token, -1 where not visible; [T, 0] when `most_visible` forces a selection
-    most_visible: int
+    pages: Tensor  # [B, P] pages of each sequence, -1 = none; entry e is pool row pages[b, e // 64] * 64 + e % 64
+    sequence: Tensor  # [T] the sequence of each token, rising; -1 = a padding row
+    all_rows: Tensor  # [T, E] pool rows each token sees, -1 behind them; [T, 0] when `most_visible` forces a selection
+    most_visible: int  # what no token's `visible` exceeds

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.compress.rows import CompressRows
-from dsv4.kvcache.cache import PageTable
 from dsv4.kvcache.layout import CompressedKind, entries, state_tokens
+from dsv4.kvcache.pages import PageTable
 from dsv4.kvcache.rows import Segment, WindowRows
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.compress.rows import CompressRows
-from dsv4.kvcache.cache import PageTable
 from dsv4.kvcache.layout import CompressedKind, state_tokens
+from dsv4.kvcache.pages import PageTable
 from dsv4.kvcache.rows import Segment, WindowRows
 
 NONE = torch.empty(0, dtype=torch.int64)
@@ -33,7 +33,7 @@ def compress_rows(segments: list[Segment], positions: Tensor, table: PageTable, 
     last = torch.tensor([s.start for s in done]).unsqueeze(-1)
     token = last - torch.arange(n - 1, -1, -1)  # [Ne, n] oldest first
     items = (_slots(done, n)[0].unsqueeze(-1) + token.remainder(n)).masked_fill_(token < 0, -1)
-    to = torch.cat([table.rows(s.slot, s.start // ratio, s.end // ratio) for s in done])
+    to = torch.tensor([table.row(s.slot, s.start // ratio) for s in done])
     return CompressRows(
         phase=positions % ratio,
         write_rows=every,

@@ -64,5 +64,5 @@ def unpack_index_key(packed: Tensor, width: int, dtype: torch.dtype = torch.bflo
 
 
 def _nan_for_none(scale: Tensor) -> Tensor:
-    """Both rules have a floor far above byte 0, which is thus the scale of a group with NaN: 255 makes it read as NaN."""
+    """Both rules have a floor above byte 0, so it is the scale of a group with NaN: 255 makes that read as NaN."""
     return scale.masked_fill(scale == 0, E8M0_NAN)

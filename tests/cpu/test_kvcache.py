@@ -151,8 +151,14 @@ def test_every_row_means_the_position_it_should(chunks):
                 assert found == [(slot, q) if q >= 0 else None for q in range(first, ratio * (i + 1))]
                 pool[kind][to] = (slot, i)
             for b, segment in enumerate(plan.segments):
-                known = [pool[kind][r] for r in rows.entries[b].tolist() if r >= 0]
-                assert known == [(segment.slot, i) for i in range(segment.end // ratio)]
+                seen = [rows.pages[b, i // PAGE_ENTRIES] * PAGE_ENTRIES + i % PAGE_ENTRIES
+                        for i in range(segment.end // ratio)]  # fmt: skip
+                assert [pool[kind][int(r)] for r in seen] == [(segment.slot, i) for i in range(segment.end // ratio)]
+            for t, (slot, p) in enumerate(tokens):
+                assert plan.segments[int(rows.sequence[t])].slot == slot
+                if rows.all_rows.shape[1]:
+                    seen = [pool[kind][r] for r in rows.all_rows[t].tolist() if r >= 0]
+                    assert seen == [(slot, i) for i in range((p + 1) // ratio)]
             assert rows.visible.tolist() == [(p + 1) // ratio for _, p in tokens]
         for s in plan.segments:
             cache.advance(s.slot, s.length)

@@ -5,8 +5,8 @@ import torch
 
 from dsv4.kernels.compress.compress import compress
 from dsv4.kvcache import rows_chunk, rows_decode
-from dsv4.kvcache.cache import PageTable
 from dsv4.kvcache.layout import state_tokens
+from dsv4.kvcache.pages import PageTable
 from dsv4.kvcache.rows import Segment
 
 WIDTH, EPS = 96, 1e-6
