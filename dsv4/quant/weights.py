@@ -29,9 +29,6 @@ class Weight(ABC):
     #: None marks tensors with one entry per leading index.
     _steps: ClassVar[dict[str, tuple[int, int] | None]]
 
-    def __init__(self) -> None:
-        self._dense: Tensor | None = None
-
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by attribute name; an absent input_scale is left out."""
         found = {name: getattr(self, name) for name in self._steps}
@@ -39,7 +36,7 @@ class Weight(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored (the cached dense form does not count)."""
+        """Bytes stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
@@ -64,30 +61,21 @@ class Weight(ABC):
     def _with(self, tensors: dict[str, Tensor]) -> Self:
         """The same kind of weight around other tensors."""
 
-    def dense(self) -> Tensor:
-        """Values [..., N, K] float32, computed once and kept."""
-        if self._dense is None:
-            self._dense = self.dequantize(torch.float32)
-        return self._dense
-
     def check_finite(self, name: str) -> None:
         """Raise CheckpointError naming `name` when a stored scale or value is NaN or Inf. Synchronises."""
         for part, tensor in self._floats().items():
             check_finite(tensor, f"{name}.{part}", CheckpointError)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same weight on `device` (itself when it is there already); the dense form is not carried over."""
+        """The same weight on `device` (itself when it is there already)."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return self if all(moved[name] is t for name, t in self.tensors().items()) else self._with(moved)
 
     def select(self, index: int) -> Self:
-        """Entry `index` of the first leading dimension, e.g. one expert: a view. A cached dense form comes along."""
+        """Entry `index` of the first leading dimension, e.g. one expert: a view."""
         if len(self.shape) < 3:
             raise KernelError(f"cannot select entry {index} of a weight of shape {self.shape}; expected [E, N, K]")
-        chosen = self._with({name: tensor[index] for name, tensor in self.tensors().items()})
-        if self._dense is not None:
-            chosen._dense = self._dense[index]
-        return chosen
+        return self._with({name: tensor[index] for name, tensor in self.tensors().items()})
 
     def rows(self, start: int, stop: int) -> Self:
         """Output rows start..stop (exclusive) of every matrix: a view. FP8 bounds lie on multiples of its block."""
@@ -127,7 +115,6 @@ class NVFP4Weight(Weight):
     _steps: ClassVar = {"codes": (1, 2), "scale": (1, nvfp4.GROUP), "global_scale": None, "input_scale": None}
 
     def __init__(self, codes: Tensor, scale: Tensor, global_scale: Tensor, input_scale: Tensor | None = None) -> None:
-        super().__init__()
         self.format = "nvfp4"
         self.codes = _bytes(codes, "codes")
         self.scale = scale
@@ -165,7 +152,6 @@ class MXFP4Weight(Weight):
     _steps: ClassVar = {"codes": (1, 2), "scale": (1, mxfp4.GROUP)}
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        super().__init__()
         self.format = "mxfp4"
         self.codes = _bytes(codes, "codes")
         self.scale = _bytes(scale, "scale")
@@ -194,7 +180,6 @@ class FP8Weight(Weight):
     block = (fp8.BLOCK, fp8.BLOCK)
 
     def __init__(self, data: Tensor, scale: Tensor) -> None:
-        super().__init__()
         self.format = "fp8"
         self.data = data
         self.scale = scale if scale.dtype == torch.float32 else _bytes(scale, "scale")
@@ -220,13 +205,12 @@ class FP8Weight(Weight):
 
 
 class PlainWeight(Weight):
-    """data [..., N, K] bfloat16 ("bf16") or float32 ("f32"); the dense form of float32 is the data itself."""
+    """data [..., N, K] bfloat16 ("bf16") or float32 ("f32")."""
 
     _steps: ClassVar = {"data": (1, 1)}
     _formats: ClassVar[dict[torch.dtype, str]] = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
     def __init__(self, data: Tensor) -> None:
-        super().__init__()
         if data.dtype not in self._formats:
             raise CheckpointError(f"plain weight is {data.dtype}; expected bfloat16 or float32")
         self.format = self._formats[data.dtype]

@@ -53,11 +53,10 @@ def test_shape_bytes_and_format(kind: str) -> None:
 
 
 @every_format
-def test_dense_is_dequantize_in_float32_computed_once(kind: str) -> None:
+def test_float32_is_the_exact_value_rounded_once(kind: str) -> None:
     weight = build(kind)
-    dense = weight.dense()
+    dense = weight.dequantize()
     assert (dense.dtype, dense.shape) == (torch.float32, SHAPE)
-    assert weight.dense() is dense
     assert weight.nbytes == BYTES[kind]
     exact = weight.dequantize(torch.float64)
     assert torch.equal(dense, exact.float())
@@ -72,18 +71,16 @@ def test_select_and_stack_are_inverse(kind: str) -> None:
     experts = [weight.select(e) for e in range(3)]
     assert all(expert.shape == SHAPE[1:] for expert in experts)
     for e, expert in enumerate(experts):
-        assert torch.equal(expert.dense(), weight.dequantize()[e])
+        assert torch.equal(expert.dequantize(), weight.dequantize()[e])
     again = stack(experts)
     assert (type(again), again.shape, again.nbytes) == (type(weight), SHAPE, BYTES[kind])
-    assert torch.equal(again.dense(), weight.dense())
+    assert torch.equal(again.dequantize(), weight.dequantize())
     with pytest.raises(KernelError, match="cannot select entry 0"):
         experts[0].select(0)
 
 
-def test_select_is_a_view_and_shares_a_dense_form_that_exists() -> None:
+def test_select_is_a_view() -> None:
     weight = build("mxfp4")
-    dense = weight.dense()
-    assert weight.select(1).dense().data_ptr() == dense[1].data_ptr()
     assert weight.select(1).tensors()["codes"].data_ptr() == weight.tensors()["codes"][1].data_ptr()
 
 
@@ -91,9 +88,9 @@ def test_select_is_a_view_and_shares_a_dense_form_that_exists() -> None:
 def test_rows_and_columns_are_slices_of_the_values(kind: str) -> None:
     weight = build(kind)
     whole = weight.dequantize()
-    assert torch.equal(weight.rows(128, 256).dense(), whole[:, 128:256])
-    assert torch.equal(weight.columns(128, 384).dense(), whole[..., 128:384])
-    assert torch.equal(weight.select(2).rows(0, 128).columns(256, 384).dense(), whole[2, :128, 256:])
+    assert torch.equal(weight.rows(128, 256).dequantize(), whole[:, 128:256])
+    assert torch.equal(weight.columns(128, 384).dequantize(), whole[..., 128:384])
+    assert torch.equal(weight.select(2).rows(0, 128).columns(256, 384).dequantize(), whole[2, :128, 256:])
     assert weight.rows(0, 0).shape == (3, 0, 384)
 
 
@@ -115,8 +112,8 @@ def test_only_fp8_restricts_rows_and_its_last_block_may_be_short() -> None:
     with pytest.raises(KernelError, match="use multiples of 128"):
         build("fp8").rows(0, 64)
     ragged = FP8Weight.quantize(torch.randn(200, 130))
-    assert torch.equal(ragged.rows(128, 200).dense(), ragged.dense()[128:])
-    assert torch.equal(ragged.columns(128, 130).dense(), ragged.dense()[:, 128:])
+    assert torch.equal(ragged.rows(128, 200).dequantize(), ragged.dequantize()[128:])
+    assert torch.equal(ragged.columns(128, 130).dequantize(), ragged.dequantize()[:, 128:])
 
 
 @every_format
@@ -133,19 +130,19 @@ def test_nvfp4_from_mxfp4_keeps_every_value() -> None:
     assert isinstance(weight, MXFP4Weight)
     cast, exact = NVFP4Weight.from_mxfp4(weight)
     assert exact
-    assert torch.equal(cast.dense(), weight.dense())
+    assert torch.equal(cast.dequantize(), weight.dequantize())
     k_max = nvfp4.mxfp4_exponents(weight.codes, weight.scale)[1]
     joint, exact = NVFP4Weight.from_mxfp4(weight, k_max + 2)
     assert exact
     assert torch.equal(joint.global_scale, cast.global_scale * 4)
-    assert torch.equal(joint.dense(), weight.dense())
+    assert torch.equal(joint.dequantize(), weight.dequantize())
 
 
 def test_quantize_constructors_equal_the_functions() -> None:
     x = torch.randn(2, 32, 64)
-    assert torch.equal(NVFP4Weight.quantize(x).dense(), nvfp4.dequantize(*nvfp4.quantize(x)))
-    assert torch.equal(MXFP4Weight.quantize(x).dense(), mxfp4.dequantize(*mxfp4.quantize(x)))
-    assert torch.equal(FP8Weight.quantize(x).dense(), fp8.dequantize_block(*fp8.quantize_block(x)))
+    assert torch.equal(NVFP4Weight.quantize(x).dequantize(), nvfp4.dequantize(*nvfp4.quantize(x)))
+    assert torch.equal(MXFP4Weight.quantize(x).dequantize(), mxfp4.dequantize(*mxfp4.quantize(x)))
+    assert torch.equal(FP8Weight.quantize(x).dequantize(), fp8.dequantize_block(*fp8.quantize_block(x)))
 
 
 @pytest.mark.parametrize("cls", [NVFP4Weight, MXFP4Weight, FP8Weight])
@@ -180,7 +177,7 @@ def test_byte_containers_of_other_dtypes_are_read_as_bytes() -> None:
     weight = build("mxfp4")
     assert isinstance(weight, MXFP4Weight)
     same = MXFP4Weight(weight.codes.view(torch.int8), weight.scale.view(torch.float8_e8m0fnu))
-    assert torch.equal(same.dense(), weight.dense())
+    assert torch.equal(same.dequantize(), weight.dequantize())
     assert {t.dtype for t in same.tensors().values()} == {torch.uint8}
 
 
@@ -188,7 +185,7 @@ def test_a_scalar_global_may_have_shape_1() -> None:
     codes, scale, global_scale = nvfp4.quantize(torch.randn(4, 32))
     weight = NVFP4Weight(codes, scale, global_scale.reshape(1), torch.ones(1))
     assert weight.global_scale.shape == ()
-    assert torch.equal(weight.dense(), nvfp4.dequantize(codes, scale, global_scale))
+    assert torch.equal(weight.dequantize(), nvfp4.dequantize(codes, scale, global_scale))
     assert "input_scale" not in NVFP4Weight(codes, scale, global_scale).tensors()
 
 
