@@ -60,9 +60,24 @@ class Model:
         self.lm_head = linear_operand(Projection(root.weight("head"), plain=True, f32=True), act=settings.act)
         self.rotaries = Rotaries(config, device)
 
-    def new_cache(self, max_seqs: int, max_tokens: int) -> KVCache:
-        """A cache for at most `max_seqs` sequences of `max_tokens` tokens together."""
-        return KVCache(self.config, max_seqs, max_tokens, dtype=self.settings.dtype, device=self.device)
+    def new_cache(self, max_seqs: int, max_tokens: int, *, packed: bool | None = None) -> KVCache:
+        """A cache for at most `max_seqs` sequences of `max_tokens` tokens together.
+
+        `packed`: what the settings round anyway is held in its bytes, a bit over half of BF16's, and reads back the same
+        bit for bit. The default on a GPU in bfloat16; a CPU is faster without.
+        """
+        how = self.settings
+        if packed is None:
+            packed = self.device != "cpu" and how.dtype == torch.bfloat16
+        return KVCache(
+            self.config,
+            max_seqs,
+            max_tokens,
+            dtype=how.dtype,
+            device=self.device,
+            pack_entries=packed and how.kv_quant,
+            pack_index_keys=packed and how.index_quant,
+        )
 
     @torch.inference_mode()
     def forward(
@@ -80,20 +95,32 @@ class Model:
         `observe(name, tensor)` sees the streams [T, M, D] after `layers.L.attn` and `layers.L.ffn`, and `logits`.
         """
         plan = make_plan(batch, cache)
-        step = self.rotaries.step(plan)
-        h = self.embed[plan.tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        h = self.body(self.rotaries.step(plan), cache, observe)
+        for segment in plan.segments:
+            cache.advance(segment.slot, segment.length)
+        if not all_logits and len(plan.tokens) != len(plan.segments):
+            h = h[plan.last_rows]
+        logits = self.head(h)
+        if observe is not None:
+            observe("logits", logits)
+        return logits
+
+    def body(self, step: Step, cache: KVCache, observe: Observe | None = None) -> Tensor:
+        """The streams [T, M, D] after the last layer, of the step's tokens; appends them to the cache's buffers.
+
+        Everything that depends on a length is in `step`, so on a plan of fixed shapes this is fixed work.
+        """
+        h = self.embed[step.plan.tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         for i, block in enumerate(self.blocks):
             mid, h = block(h, cache.layers[i], step)
             if observe is not None:
                 observe(f"layers.{i}.attn", mid)
                 observe(f"layers.{i}.ffn", h)
-        for segment in plan.segments:
-            cache.advance(segment.slot, segment.length)
-        if not all_logits and len(plan.tokens) != len(plan.segments):
-            h = h[plan.last_rows]
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """h [T, M, D] -> logits [T, V] f32."""
         (logits,) = linear(self.stream_head(h), self.lm_head)
-        if observe is not None:
-            observe("logits", logits)
         return logits
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:

@@ -66,11 +66,12 @@ class Attention:
         (q,) = linear(qr, self.wq_b)
         q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
 
-        before = cache.ring.view(-1, self.head_dim)[window.history]
+        ring = cache.ring.view(-1, cache.ring.shape[-1])
+        before = None if window.in_ring else ring[window.history]
         entry = kv_append(
             kv, self.kv_norm, cis, cache.ring, window.write_rows, window.write_to, eps=self.eps, quantize=self.kv_quant
         )
-        local = cache.ring if window.in_ring else torch.cat([before, entry])
+        local = cache.ring if before is None else torch.cat([before, entry])
         rows = window.rows
         if window.in_ring and rows.shape[1] < self.window:
             rows = torch.nn.functional.pad(rows, (0, self.window - rows.shape[1]), value=-1)

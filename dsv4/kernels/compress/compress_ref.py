@@ -5,9 +5,11 @@ from torch import Tensor
 
 from dsv4.kernels.compress.rows import CompressRows
 from dsv4.kernels.index_query.index_query_ref import index_rounding_ref
-from dsv4.kernels.kv_append.kv_append_ref import kv_entry_ref
+from dsv4.kernels.kv_append.kv_append_ref import kv_entry_ref, write_ref
 from dsv4.kernels.rms_norm.rms_norm_ref import rms_norm_ref
 from dsv4.kernels.rope.rope_ref import rope_ref
+from dsv4.quant import kv
+from dsv4.quant.hadamard import hadamard
 
 
 def pool_ref(source: Tensor, items: Tensor, width: int) -> Tensor:
@@ -42,16 +44,21 @@ def compress_ref(
     index: bool,
     quantize: bool,
 ) -> None:
-    width = pool.shape[-1]
     fresh = torch.cat([u, g + ape[rows.phase]], dim=-1)
     flat = state.view(-1, state.shape[-1])
     source = flat if rows.from_state else torch.cat([flat[rows.history], fresh])
-    flat[rows.write_to] = fresh if len(rows.write_rows) == len(fresh) else fresh[rows.write_rows]
-    if not len(rows.entry_to):
+    write_ref(flat, rows.write_to, fresh if len(rows.write_rows) == len(fresh) else fresh[rows.write_rows])
+    items, to = rows.items, rows.entry_to
+    done = to >= 0
+    if not bool(done.all()):
+        items, to, cis = items[done], to[done], cis[done]
+    if not len(to):
         return
-    pooled = pool_ref(source, rows.items, width).to(dtype)
+    pooled = pool_ref(source, items, len(weight)).to(dtype)
+    packed = pool.dtype == torch.uint8
     if index:
-        entry = index_rounding_ref(rope_ref(rms_norm_ref(pooled, weight, eps), cis), quantize)
+        key = rope_ref(rms_norm_ref(pooled, weight, eps), cis)
+        entry = kv.pack_index_key(hadamard(key)) if packed else index_rounding_ref(key, quantize)
     else:
-        entry = kv_entry_ref(pooled, weight, cis, eps, quantize)
-    pool.view(-1, width)[rows.entry_to] = entry
+        entry = kv_entry_ref(pooled, weight, cis, eps, quantize, packed)
+    pool.view(-1, pool.shape[-1])[to] = entry
