@@ -63,8 +63,8 @@ class Model:
     def new_cache(self, max_seqs: int, max_tokens: int, *, packed: bool | None = None) -> KVCache:
         """A cache for at most `max_seqs` sequences of `max_tokens` tokens together.
 
-        `packed`: what the settings round anyway is held in its bytes, a bit over half of BF16's, and reads back the same
-        bit for bit. The default on a GPU in bfloat16; a CPU is faster without.
+        `packed`: what the settings round anyway is held in its bytes, a bit over half of BF16's, and reads back the
+        same bit for bit. The default on a GPU in bfloat16; a CPU is faster without.
         """
         how = self.settings
         if packed is None:
