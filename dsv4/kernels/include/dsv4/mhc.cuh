@@ -2,6 +2,7 @@
 // A cluster of 8 blocks works on TT tokens; each block owns a slice of the D columns in all M streams, so that what it
 // read for the products it needs again for the collapse. Partial sums meet in distributed shared memory, in rank order.
 #pragma once
+#include <dsv4/cluster.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 
@@ -11,24 +12,6 @@ constexpr int M = 4;        // hc_mult of Flash and Pro
 constexpr int CLUSTER = 8;  // the largest size every target supports
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int W = 4;  // columns per access
-
-__device__ __forceinline__ int cluster_rank() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-// The value another block of the cluster holds at the same place of its shared memory.
-__device__ __forceinline__ float peer(const float* mine, int rank) {
-    const uint32_t local = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-    uint32_t remote;
-    float value;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-    return value;
-}
 
 template <int ROWS, int TT>
 struct Sums {
@@ -91,7 +74,7 @@ __device__ void mixes(Sums<ROWS, TT>& s, const T* h, const float* fn, int64_t to
     cluster_wait();
     for (int i = threadIdx.x; i < TT * (ROWS + 1); i += THREADS) {
         float sum = 0.0f;
-        for (int rank = 0; rank < CLUSTER; ++rank) sum += peer(&s.block[i], rank);
+        for (int rank = 0; rank < CLUSTER; ++rank) sum += peer_value(&s.block[i], rank);
         s.total[i] = sum;
     }
     __syncthreads();
