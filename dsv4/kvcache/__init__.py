@@ -2,5 +2,6 @@
 
 from dsv4.kvcache.cache import KVCache
 from dsv4.kvcache.plan import Plan, make_plan
+from dsv4.kvcache.static import StaticPlan
 
-__all__ = ["KVCache", "Plan", "make_plan"]
+__all__ = ["KVCache", "Plan", "StaticPlan", "make_plan"]

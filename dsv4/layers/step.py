@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
-from dsv4.kvcache import Plan
+from dsv4.kvcache import KVCache, Plan, StaticPlan
 from dsv4.kvcache.layout import CompressedKind
 from dsv4.layers.rotary import cis, frequencies
 
@@ -33,6 +33,11 @@ class Rotaries:
             positions = plan.compressed[kind].compress.entry_positions
             entries[kind] = cis(positions, self.freqs[place : place + 1])[0] if len(positions) else turns[0, :0]
         return Step(plan, self.places, turns, back, entries)
+
+    def static(self, cache: KVCache, batch: int, max_length: int) -> tuple[StaticPlan, Step]:
+        """A decode step of `batch` rows at fixed shapes: what its `update` fills, the Step that layers run on shows."""
+        static = StaticPlan(cache, batch, max_length, self.freqs, self.kinds)
+        return static, Step(static.plan, self.places, static.token_cis, static.back_cis, static.entry_cis)
 
 
 def rope_key(spec: LayerSpec) -> RopeKey:
