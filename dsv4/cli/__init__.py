@@ -7,6 +7,7 @@ import sys
 import typer
 
 from dsv4.cli import console
+from dsv4.cli.bench import bench
 from dsv4.cli.chat import chat
 from dsv4.cli.check import check
 from dsv4.cli.compare import compare
@@ -32,6 +33,7 @@ app.command()(inspect)
 app.command()(quantize)
 app.add_typer(check, name="check")
 app.add_typer(kernels, name="kernels")
+app.add_typer(bench, name="bench")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,0 +1,124 @@
+"""`dsv4 bench decode`: one decode step as one replay of a CUDA graph, at given batches and contexts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from dsv4.bench.context import fill_context
+from dsv4.bench.per_op import OpTime, by_op
+from dsv4.bench.record import distinct_experts, recording
+from dsv4.bench.report import Row, Run, speed
+from dsv4.bench.roofline import Stored, expected_distinct, predicted_bytes, step_bytes
+from dsv4.bench.timing import Timer
+from dsv4.bench.traffic import bytes_by_op, storages
+from dsv4.kvcache import KVCache
+from dsv4.model import Model
+
+SPARE_TOKENS = 16  # of each sequence, beyond the timed steps: what capture and profiling append
+
+
+class Step(Protocol):
+    """What a bench needs of dsv4.engine.step.DecodeStep."""
+
+    @property
+    def kernels(self) -> int:
+        """Kernel nodes of the graph."""
+
+    def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> object: ...
+
+    def capture(self) -> object: ...
+
+    def replay(self) -> object: ...
+
+
+MakeStep = Callable[[Model, KVCache, int], Step]
+
+
+def bench_decode(
+    model: Model,
+    stored: Stored,
+    run: Run,
+    timer: Timer,
+    make_step: MakeStep,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    repeats: int = 30,
+    warmup: int = 5,
+    per_op: bool = False,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """A row per batch and context: the median replay, the bytes it had to move, and the memory it took.
+
+    The sequences have no past: their cache is filled with random entries (context.py). The routed experts that count
+    are those the last replay chose; where the step does not tell, the expected number. per_op: also `per_op` in the
+    row's `more`, the time of each op inside the step, which keeps every tensor of the step and so spoils the memory.
+    """
+    for batch in batches:
+        for context in contexts:
+            steps = warmup + repeats + SPARE_TOKENS
+            timer.reset_peak()
+            cache = model.new_cache(batch, batch * (context + steps))
+            slots = fill_context(cache, batch, context, room=steps, seed=seed)
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
+            step = make_step(model, cache, batch)
+            step.stage(slots, tokens)
+            with recording(timer.capturing, None if per_op else {"router"}) as calls:
+                step.capture()
+            step.stage(slots, tokens)
+            times = timer.times(step.replay, repeats=repeats, warmup=warmup)
+            us = statistics.median(times)
+            layers = len(model.config.layers)
+            measured = distinct_experts(calls, layers)
+            distinct = measured or [expected_distinct(model.config, batch)] * layers
+            parts = step_bytes(stored, model.config, cache, batch, context, distinct)
+            values = {
+                "batch": batch,
+                "context": context,
+                "us_per_step": round(us, 2),
+                "bytes": parts.total,
+                **speed(parts.total, us, run.copy_gb_s),
+                "kernels": step.kernels,
+            }
+            more: dict[str, Any] = {
+                "us_per_layer": round(us / layers, 3),
+                "us_min": round(min(times), 2),
+                "us_max": round(max(times), 2),
+                "repeats": repeats,
+                "tokens_per_s": round(batch / us * 1e6, 1),
+                "bytes_by_part": asdict(parts),
+                "distinct_experts": round(sum(distinct) / layers, 2),
+                "distinct_measured": measured is not None,
+                "peak_bytes": timer.peak_bytes(),
+                "predicted_bytes": predicted_bytes(stored, model.config, batch, context + steps),
+            }
+            if per_op:
+                found = by_op(timer.kernels_of(step.replay))
+                more["per_op"] = op_rows(found, bytes_by_op(calls, storages(cache), model.config), us, layers, run)
+            yield Row(run, values, more)
+            del calls, step, cache
+
+
+def op_rows(found: Sequence[OpTime], moved: dict[str, int], us: float, layers: int, run: Run) -> list[dict[str, Any]]:
+    """Per op: launches, time in the step and per layer, share of the step, and speed where its bytes are known."""
+    rows = []
+    for op in found:
+        nbytes = moved.get(op.op, 0)
+        rows.append(
+            {
+                "op": op.op,
+                "launches": op.launches,
+                "us": round(op.us, 2),
+                "us_per_layer": round(op.us / layers, 3),
+                "of_step": round(op.us / us, 4),
+                "bytes": nbytes or None,
+                **(speed(nbytes, op.us, run.copy_gb_s) if nbytes and op.us else {"gb_s": None, "share": None}),
+            }
+        )
+    return rows

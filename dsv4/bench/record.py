@@ -1,0 +1,79 @@
+"""Which ops a step calls, with what: recorded while the step is captured, so that the tensors are the graph's own."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dsv4.kernels.op import REGISTRY
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: `function` is the op itself; `result` what it returned."""
+
+    op: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    def again(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+
+@contextmanager
+def recording(when: Callable[[], bool], ops: Collection[str] | None = None) -> Iterator[list[Call]]:
+    """Every call that modules outside `dsv4.kernels` make of an op (of those in `ops`) while `when()` holds.
+
+    Inside, names bound to ops are bound to recorders; what is kept keeps its memory. Not for use from several threads.
+    """
+    calls: list[Call] = []
+    names = {id(function): name for name, function in REGISTRY.items() if ops is None or name in ops}
+    changed: list[tuple[Any, str, Any]] = []
+    for module_name, module in list(sys.modules.items()):
+        if not module_name.startswith("dsv4.") or module_name.startswith(("dsv4.kernels.", "dsv4.bench.")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if id(value) in names:
+                changed.append((module, attribute, value))
+                setattr(module, attribute, _recorder(names[id(value)], value, when, calls))
+    try:
+        yield calls
+    finally:
+        for module, attribute, value in changed:
+            setattr(module, attribute, value)
+
+
+def _recorder(op: str, function: Callable[..., Any], when: Callable[[], bool], calls: list[Call]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if when():
+            calls.append(Call(op, function, args, kwargs, result))
+        return result
+
+    return call
+
+
+def distinct_experts(calls: list[Call], layers: int) -> list[float] | None:
+    """Experts that the rows of the last step chose, by layer; None unless there is one routing per layer.
+
+    Reads device memory: call it after a replay, and what the replay chose is counted.
+    """
+    chosen = [_ids(call.result) for call in calls if call.op == "router"][-layers:]
+    if len(chosen) < layers:
+        return None
+    return [float(len(ids[ids >= 0].unique())) for ids in chosen]
+
+
+def _ids(result: Any) -> Tensor:
+    ids = result[0] if isinstance(result, tuple) else result
+    assert isinstance(ids, Tensor)
+    return ids

@@ -1,0 +1,146 @@
+"""What a bench gives back: rows for a table, a CSV that grows, and one JSON document on the last line."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dsv4.errors import RequestError
+
+COLUMNS = tuple("model layers tp batch context act us_per_step bytes gb_s share kernels gpu commit command".split())
+OP_COLUMNS = tuple("model layers batch context act op shape calls us bytes gb_s share gpu commit command".split())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of one run share. copy_gb_s: the copy bandwidth measured in this run."""
+
+    model: str
+    layers: int
+    act: str
+    gpu: str
+    copy_gb_s: float
+    commit: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. values: the columns of the CSV that Run does not give. more: what only the JSON has."""
+
+    run: Run
+    values: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        about = {key: value for key, value in vars(self.run).items() if key != "copy_gb_s"}
+        return about | {"tp": 1} | self.values
+
+
+def speed(nbytes: float, us: float, copy_gb_s: float) -> dict[str, float]:
+    """gb_s (10^9 bytes a second) and share (of the copy bandwidth) of `nbytes` moved in `us`."""
+    gb_s = nbytes / us * 1e-3
+    return {"gb_s": round(gb_s, 1), "share": round(gb_s / copy_gb_s, 4)}
+
+
+def slug(gpu: str) -> str:
+    """The folder of a GPU: `NVIDIA H200` -> `h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-")
+
+
+def this_commit() -> str:
+    """The commit this package was run from, with `+` if files differ from it; `unknown` outside a repository."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + ("+" if commit and git("status", "--porcelain") else "") or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def this_command() -> str:
+    return shlex.join(["dsv4", *sys.argv[1:]])
+
+
+def write_csv(folder: Path, what: str, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Path | None:
+    """Append to `folder/<gpu>/<today>-bench-<what>.csv`, with a header if it is new; None without rows."""
+    if not rows:
+        return None
+    path = folder / slug(rows[0].run.gpu) / f"{datetime.date.today().isoformat()}-bench-{what}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new and path.read_text().partition("\n")[0].split(",") != list(columns):
+        raise RequestError(f"{path}: its header is not {','.join(columns)}; move it away or give another --results")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="raise", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: row.columns[name] for name in columns})
+    return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a bench's CSV. Raises RequestError for another file."""
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; expected a CSV that dsv4 bench wrote")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise RequestError(f"{path}: its columns are not those of dsv4 bench decode or prefill")
+        return list(reader)
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], right: Sequence[str], left: Sequence[str] = ()) -> Table:
+    """`left` columns as text, `right` ones as numbers."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        shown.add_column(name, no_wrap=True)
+    for name in right:
+        shown.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*(text(name, row.get(name)) for name in (*left, *right)))
+    return shown
+
+
+def text(name: str, value: Any) -> str:
+    """A cell: shares in percent, bytes in MB, None as a dash."""
+    if value is None or value == "":
+        return "-"
+    if name == "share":
+        return f"{value:.1%}"
+    if name.endswith("bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def console() -> Console:
+    """stdout, wide enough for a table when it is a pipe."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=140)
+
+
+def json_line(what: str, rows: Sequence[Row], **more: Any) -> str:
+    """One line: the run, and every row with all it has."""
+    about = vars(rows[0].run) if rows else {}
+    document = {"bench": what, **about, **more, "rows": [{**row.values, **row.more} for row in rows]}
+    return json.dumps(document, ensure_ascii=False, allow_nan=False)

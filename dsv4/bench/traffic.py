@@ -1,0 +1,100 @@
+"""Bytes that one recorded call of an op must move: its tensors, of an operand what its rows use, of the cache what its
+rows name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dsv4.bench.record import Call
+from dsv4.config import ModelConfig
+from dsv4.kvcache import KVCache
+
+_TABLES = {"tid2eid", "embed", "table", "weight_rows"}  # of which a row per token is read
+_ROWS_OF = {"local": "local_rows", "pool": "pool_rows"}  # cache argument -> the row numbers that read it
+
+
+def storages(cache: KVCache) -> set[int]:
+    """Addresses of the cache's buffers: no op reads them as a whole."""
+    return {buffer.untyped_storage().data_ptr() for layer in cache.layers for buffer in vars(layer).values()}
+
+
+def moved_bytes(call: Call, cache: set[int], config: ModelConfig) -> int:
+    """Reads and writes of one call. Synchronises: row numbers are counted as they are now."""
+    named = _named(call)
+    total = sum(_size(tensor) for tensor in _tensors(call.result) if not _held(tensor, cache))
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            total += _argument(name, value, named, cache)
+        elif isinstance(getattr(value, "nbytes", None), int):
+            total += round(value.nbytes * _used(named, config))
+        elif name != "out":
+            total += sum(_size(tensor) for tensor in _tensors(value) if not _held(tensor, cache))
+    return total
+
+
+def bytes_by_op(calls: Sequence[Call], cache: set[int], config: ModelConfig) -> dict[str, int]:
+    """Sum over the calls of each op."""
+    sums: dict[str, int] = {}
+    for call in calls:
+        sums[call.op] = sums.get(call.op, 0) + moved_bytes(call, cache, config)
+    return sums
+
+
+def _named(call: Call) -> dict[str, Any]:
+    try:
+        return dict(inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments)
+    except (TypeError, ValueError):  # an op that hides its parameters: positions will do
+        return {str(i): value for i, value in enumerate(call.args)} | call.kwargs
+
+
+def _argument(name: str, tensor: Tensor, named: dict[str, Any], cache: set[int]) -> int:
+    if name in _TABLES:
+        rows = next((named[key] for key in ("tokens", "ids") if isinstance(named.get(key), Tensor)), None)
+        return _size(tensor) if rows is None else rows.numel() * _row(tensor)
+    if not _held(tensor, cache):
+        return _size(tensor)
+    rows = named.get(_ROWS_OF.get(name, ""))
+    if isinstance(rows, Tensor):
+        return int((rows >= 0).sum()) * _row(tensor)
+    visible = named.get("visible")
+    if name == "keys" and isinstance(visible, Tensor):
+        return int(visible.sum()) * _row(tensor)
+    return 0  # what appends to the cache moves little beside its arguments
+
+
+def _used(named: dict[str, Any], config: ModelConfig) -> float:
+    """Share of an operand that is read: of experts those chosen, else all."""
+    ids = named.get("ids")
+    if not isinstance(ids, Tensor):
+        return 1.0
+    return len(ids[ids >= 0].unique()) / config.n_routed_experts
+
+
+def _held(tensor: Tensor, cache: set[int]) -> bool:
+    return tensor.untyped_storage().data_ptr() in cache
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _row(tensor: Tensor) -> int:
+    return tensor.shape[-1] * tensor.element_size()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in a (nested) result, sequence, mapping or record."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])

@@ -1,0 +1,196 @@
+"""`dsv4 bench`: how fast decode steps, prompts and single kernels run on this machine's GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from dsv4.bench import report
+from dsv4.bench.decode import MakeStep, bench_decode
+from dsv4.bench.kernels import bench_kernels
+from dsv4.bench.plot import plot
+from dsv4.bench.prefill import bench_prefill
+from dsv4.bench.roofline import Stored, stored_bytes
+from dsv4.bench.timing import CudaTimer, Timer
+from dsv4.cli.console import note, put
+from dsv4.cli.groups import command
+from dsv4.cli.options import LoadOptions, ModelArgument
+from dsv4.errors import RequestError
+from dsv4.model import Model
+
+bench = typer.Typer(help="Measure decode, prefill and kernels on a CUDA GPU.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class BenchLoad(LoadOptions):
+    """As elsewhere, but on the GPU unless told otherwise."""
+
+    device: Annotated[str, typer.Option(help="The GPU.", envvar="DSV4_DEVICE", rich_help_panel="Loading")] = "cuda"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where figures go."""
+
+    results: Annotated[Path, typer.Option(help="The CSV grows in a folder per GPU in here.")] = Path("results")
+    csv: Annotated[bool, typer.Option("--csv/--no-csv", help="Write it.")] = True
+
+    def write(self, what: str, rows: Sequence[report.Row], columns: Sequence[str] = report.COLUMNS) -> None:
+        path = report.write_csv(self.results, what, rows, columns) if self.csv else None
+        if path is not None:
+            note(f"{len(rows)} rows added to {path}")
+
+
+Numbers = Annotated[str, typer.Option(help="One number, or several joined by commas.")]
+Repeats = Annotated[int, typer.Option(min=3, help="Timed runs; their median counts.")]
+
+
+@command
+def decode(
+    model: ModelArgument,
+    batch: Numbers = "1",
+    context: Numbers = "4096",
+    repeats: Annotated[int, typer.Option(min=20, help="Timed replays; their median counts.")] = 30,
+    per_op: Annotated[bool, typer.Option("--per-op", help="Also the time of each op inside the step.")] = False,
+    *,
+    load: BenchLoad,
+    output: Output,
+) -> None:
+    """Time one decode step as one replay of its CUDA graph, for every batch and context.
+
+    Contexts are random cache entries, so none is read first. share is of the copy bandwidth measured in the same run.
+    """
+    batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
+    timer, loaded, stored, run = _open(model.resolve(), load)
+    found = bench_decode(
+        loaded, stored, run, timer, decode_step(), batches=batches, contexts=contexts, repeats=repeats, per_op=per_op
+    )
+    rows = _collect(found)
+    _print(f"decode, {_about(run)}", rows, ("batch", "context", "us_per_step", "bytes", "gb_s", "share", "kernels",
+           "tokens_per_s", "distinct_experts", "peak_bytes", "predicted_bytes"))  # fmt: skip
+    for row in rows:
+        if per_op:
+            title = f"ops of one step, batch {row.values['batch']}, context {row.values['context']:,}"
+            columns = ("launches", "us", "us_per_layer", "of_step", "bytes", "gb_s", "share")
+            report.console().print(report.table(title, row.more["per_op"], columns, ("op",)))
+    output.write("decode", rows)
+    put(report.json_line("decode", rows), end="\n")
+
+
+@command
+def prefill(
+    model: ModelArgument,
+    context: Numbers = "4096",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of one call.")] = 2048,
+    repeats: Repeats = 5,
+    *,
+    load: BenchLoad,
+    output: Output,
+) -> None:
+    """Time prompts of random tokens into an empty cache, the host's work included."""
+    contexts = _numbers(context, "--context")
+    timer, loaded, stored, run = _open(model.resolve(), load)
+    rows = _collect(bench_prefill(loaded, stored, run, timer, contexts=contexts, chunk=chunk, repeats=repeats))
+    columns = ("context", "chunk", "us_per_step", "tokens_per_s", "bytes", "gb_s", "share", "peak_bytes")
+    _print(f"prefill, {_about(run)}", rows, columns)
+    output.write("prefill", rows)
+    put(report.json_line("prefill", rows), end="\n")
+
+
+@command
+def kernels(
+    model: ModelArgument,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of the step.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that each of them has.")] = 4096,
+    repeats: Repeats = 20,
+    *,
+    load: BenchLoad,
+    output: Output,
+) -> None:
+    """Time every op of a decode step alone, at the model's shapes, on weights that are not in the cache."""
+    timer, loaded, _, run = _open(model.resolve(), load)
+    found = bench_kernels(loaded, run, timer, decode_step(), batch=batch, context=context, repeats=repeats)
+    rows = _collect(found)
+    columns = ("calls", "us", "us_per_step", "bytes", "gb_s", "share")
+    title = f"kernels, batch {batch}, context {context:,}, {_about(run)}"
+    _print(title, rows, columns, ("op", "shape"))
+    output.write("kernels", rows, report.OP_COLUMNS)
+    put(report.json_line("kernels", rows), end="\n")
+
+
+def draw(
+    csv: Annotated[Path, typer.Argument(help="A CSV that dsv4 bench decode wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The picture.", show_default="beside the CSV, as .svg")] = None,
+) -> None:
+    """Draw the share of copy bandwidth over the batch, as SVG."""
+    target = out or csv.with_suffix(".svg")
+    plot(csv, target)
+    put(str(target), end="\n")
+
+
+bench.command()(decode)
+bench.command()(prefill)
+bench.command()(kernels)
+bench.command("plot")(draw)
+
+
+def make_timer() -> Timer:
+    """The clock of this machine's GPU. Raises KernelError without one."""
+    return CudaTimer()
+
+
+def decode_step() -> MakeStep:
+    """How a decode step is made."""
+    from dsv4.engine.step import DecodeStep
+
+    return DecodeStep
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r}; give whole numbers of 1 or more joined by commas", param_hint=option)
+    return numbers
+
+
+def _open(name: str, load: LoadOptions) -> tuple[Timer, Model, Stored, report.Run]:
+    """Everything is checked, and the copy measured, before the model takes the memory."""
+    timer = make_timer()
+    if isinstance(timer, CudaTimer):
+        if torch.device(load.device).type != "cuda":
+            raise RequestError(f"dsv4 bench measures the GPU, not device {load.device!r}; leave --device out")
+        torch.cuda.set_device(torch.device(load.device).index or 0)
+    copied = round(timer.copy_gb_s(), 1)
+    note(f"{timer.name()}: copies {copied:,.0f} GB/s, read and written")
+    stored = stored_bytes(name, load.weights, load.layers)
+    model = load.load(name)
+    layers = len(model.config.layers)
+    commit, typed = report.this_commit(), report.this_command()
+    return timer, model, stored, report.Run(name, layers, load.act, timer.name(), copied, commit, typed)
+
+
+def _about(run: report.Run) -> str:
+    return f"{run.model}, {run.layers} layers, act={run.act}; {run.gpu}, copy {run.copy_gb_s:,.0f} GB/s"
+
+
+def _collect(rows: Iterable[report.Row]) -> list[report.Row]:
+    """All rows, each announced as it comes."""
+    found = []
+    for row in rows:
+        found.append(row)
+        shown: dict[str, Any] = {**row.values, **row.more}
+        words = ("op", "shape", "batch", "context", "us_per_step", "gb_s", "share")
+        note("  ".join(f"{key} {report.text(key, shown[key])}" for key in words if key in shown))
+    return found
+
+
+def _print(title: str, rows: Sequence[report.Row], right: Sequence[str], left: Sequence[str] = ()) -> None:
+    report.console().print(report.table(title, [{**row.values, **row.more} for row in rows], right, left))

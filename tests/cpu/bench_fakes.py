@@ -1,0 +1,74 @@
+"""A clock, a decode step and a run for tests of dsv4 bench: nothing here needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from dsv4.bench import report
+from dsv4.bench.timing import Launch
+from dsv4.kvcache import KVCache
+from dsv4.model import Model
+
+RUN = report.Run("random:tiny", 5, "bf16", "Fake GPU", 4000.0, "abc", "dsv4 bench decode")
+
+
+class FakeTimer:
+    """Runs what it is given and says 100, 101, ... microseconds, in a shuffled order."""
+
+    capture = False
+
+    def times(self, launch: Launch, *, repeats: int, warmup: int) -> list[float]:
+        for _ in range(warmup + repeats):
+            launch()
+        return [100.0 + (7 * i) % repeats for i in range(repeats)]
+
+    def graph(self, launches: Sequence[Launch]) -> Launch:
+        return lambda: [launch() for launch in launches[:1]]
+
+    def copy_gb_s(self) -> float:
+        return 4000.0
+
+    def capturing(self) -> bool:
+        return FakeTimer.capture
+
+    def kernels_of(self, launch: Launch) -> list[tuple[str, float]]:
+        launch()
+        return [("void (anonymous namespace)::router<6>(float const*)", 2.0), ("void other<int>(int)", 5.0)] * 3
+
+    def reset_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 12345
+
+    def l2_bytes(self) -> int:
+        return 1000
+
+    def name(self) -> str:
+        return "NVIDIA Fake 80GB"
+
+
+class FakeStep:
+    """A decode step by Model.forward: what the graph of a GPU does, at the speed of a test."""
+
+    kernels = 77
+    made: ClassVar[list[tuple[int, int]]] = []
+
+    def __init__(self, model: Model, cache: KVCache, rows: int):
+        self.model, self.cache, self.rows = model, cache, rows
+        FakeStep.made.append((rows, cache.max_tokens))
+
+    def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        assert len(slots) == len(tokens) == self.rows
+        self.batch = [(slot, torch.tensor([token])) for slot, token in zip(slots, tokens, strict=True)]
+
+    def capture(self) -> None:
+        FakeTimer.capture = True
+        self.replay()
+        FakeTimer.capture = False
+
+    def replay(self) -> None:
+        assert torch.isfinite(self.model.forward(self.batch, self.cache)).all()
