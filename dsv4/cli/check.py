@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dsv4.cli.check_decode import decode
 from dsv4.cli.console import note, put, put_json
 
 check = typer.Typer(help="Compare what runs here with its definition.", no_args_is_help=True)
@@ -15,6 +16,9 @@ check = typer.Typer(help="Compare what runs here with its definition.", no_args_
 @check.callback()
 def _group() -> None:
     """Compare what runs here with its definition."""
+
+
+check.command("decode")(decode)
 
 
 @check.command("kernels")

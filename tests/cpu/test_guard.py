@@ -1,0 +1,337 @@
+"""What the guard sees, without a GPU: calls by name, arguments by layout, lines by frame, what allow covers."""
+
+import ctypes
+import functools
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from dsv4.engine.guard import allow, allowed, cupti, structs
+from dsv4.engine.guard.calls import CallLog, Sighting, judged
+from dsv4.engine.guard.copies import Operands, operands
+from dsv4.engine.guard.names import blocks, kind_of, plain
+from dsv4.engine.guard.watch import Watch, _install_hook
+from dsv4.engine.guard.where import Where, here, is_internal, places, shown_path
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+KINDS = {
+    "graph launch": ["cudaGraphLaunch_v10000", "cuGraphLaunch", "cuGraphLaunch_ptsz"],
+    "kernel": [
+        "cudaLaunchKernel_v7000", "__cudaLaunchKernel_v13000", "cudaLaunchKernelExC_v11060", "cuLaunchKernelEx",
+        "cuLaunchCooperativeKernel_ptsz", "cudaLaunchCooperativeKernel_v9000", "cuLaunchGridAsync",
+    ],
+    "host function": ["cudaLaunchHostFunc_v10000", "cuLaunchHostFunc_ptsz", "cudaStreamAddCallback_v5000"],
+    "sync": [
+        "cudaDeviceSynchronize_v3020", "cudaStreamSynchronize_ptsz_v7000", "cudaEventSynchronize_v3020",
+        "cuStreamSynchronize", "cuCtxSynchronize", "cuCtxSynchronize_v2", "cuEventSynchronize",
+    ],
+    "copy": [
+        "cudaMemcpy_v3020", "cudaMemcpyAsync_v3020", "cudaMemcpy2DAsync_v3020", "cuMemcpyHtoD_v2",
+        "cuMemcpyDtoHAsync_v2_ptsz", "cuMemcpyBatchAsync_v2", "cudaMemcpy3DPeerAsync_v4000",
+    ],
+    "memset": ["cudaMemsetAsync_v3020", "cuMemsetD8_v2", "cuMemsetD2D32Async"],
+    "alloc": [
+        "cudaMalloc_v3020", "cudaMallocAsync_v11020", "cudaHostAlloc_v3020", "cudaMallocHost_v3020", "cuMemAlloc_v2",
+        "cuMemAllocManaged", "cuMemHostAlloc", "cuMemCreate", "cuMemMap", "cudaMallocManaged_v6000",
+        "cuMemAllocFromPoolAsync", "cudaHostRegister_v4000", "cuMemHostRegister_v2", "cuMemAddressReserve",
+    ],
+    "free": [
+        "cudaFree_v3020", "cudaFreeHost_v3020", "cuMemFree_v2", "cuMemFreeHost", "cuMemRelease", "cuMemUnmap",
+        "cudaFreeAsync_v11020", "cuMemHostUnregister",
+    ],
+    "load": [
+        "cuModuleLoadData", "cuModuleLoadDataEx", "cuLibraryLoadData", "cudaLibraryLoadData_v12060", "cuLinkComplete",
+        "cuModuleUnload", "cuFuncLoad", "__cudaRegisterFatBinary_v13000",
+    ],
+    "graph change": [
+        "cudaStreamBeginCapture_v10000", "cuStreamEndCapture", "cudaGraphInstantiateWithFlags_v11040",
+        "cuGraphExecKernelNodeSetParams", "cuGraphExecUpdate", "cudaGraphAddMemcpyNode_v10000", "cuGraphDestroy",
+        "cuGraphMemsetNodeSetParams", "cuGraphNodeSetEnabled", "cuGraphUpload",
+    ],
+    "other": [
+        "cudaGetDevice_v3020", "cudaEventRecord_v3020", "cudaEventQuery_v3020", "cudaStreamWaitEvent_v3020",
+        "cuModuleGetLoadingMode", "cuModuleGetFunction", "cuPointerGetAttribute", "cudaStreamIsCapturing_v10000",
+        "cudaMemGetInfo_v3020", "cuGraphGetNodes", "cuGraphKernelNodeGetParams", "cuLibraryGetKernel", "cuMemGetInfo",
+        "cudaStreamGetCaptureInfo_v2_v11030", "cuFuncGetParamInfo", "cuLinkDestroy", "cudaGraphDebugDotPrint_v11030",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_is_known_by_its_name(kind):
+    assert {name: kind_of(name) for name in KINDS[kind]} == dict.fromkeys(KINDS[kind], kind)
+
+
+def test_versions_and_streams_are_no_part_of_a_name():
+    assert plain("cudaMemcpyAsync_ptsz_v7000") == "cudaMemcpyAsync"
+    assert plain("cuMemcpyBatchAsync_v2_ptsz") == "cuMemcpyBatchAsync"
+    assert plain("__cudaLaunchKernel_ptsz_v13000") == "cudaLaunchKernel"
+    assert plain("cuGraphExecKernelNodeSetParams_v2") == "cuGraphExecKernelNodeSetParams"
+
+
+def test_a_copy_without_async_waits():
+    assert blocks("cudaMemcpy_v3020") and blocks("cuMemcpyDtoH_v2") and blocks("cudaMemcpy2D_ptds_v7000")
+    assert not blocks("cudaMemcpyAsync_v3020") and not blocks("cuMemcpyHtoDAsync_v2_ptsz")
+    assert not blocks("cudaMalloc_v3020")
+
+
+# ----------------------------------------------------------------------------------------------------------- layouts
+
+# Offsets and sizes that gcc gives for the headers of CUDA 13.0.
+LAYOUTS = {
+    structs.CallbackData: (72, {"function_name": 8, "params": 16, "symbol_name": 32, "context_uid": 48,
+                                "correlation_data": 56, "correlation_id": 64}),
+    structs.ResourceData: (24, {"descriptor": 16}),
+    structs.GraphData: (40, {"node": 16, "original_node": 24, "node_type": 32}),
+    structs.KernelNode: (72, {"grid": 8, "block": 20, "shared_bytes": 32, "params": 40, "extra": 48, "kern": 56}),
+    structs.Memset: (40, {"value": 16, "element_size": 20, "width": 24}),
+    structs.Copy2D: (128, {"src_type": 16, "src_host": 24, "dst_type": 72, "dst_host": 80, "width": 112}),
+    structs.Copy3D: (200, {"src_type": 32, "src_host": 40, "dst_type": 120, "dst_host": 128, "dst_device": 136,
+                           "width": 176}),
+    structs.RuntimeCopy3D: (160, {"src": 32, "dst_array": 64, "dst": 96, "extent": 128, "kind": 152}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("struct", LAYOUTS, ids=lambda struct: struct.__name__)
+def test_structs_lie_as_in_the_headers(struct):
+    size, offsets = LAYOUTS[struct]
+    assert ctypes.sizeof(struct) == size
+    assert {name: getattr(struct, name).offset for name in offsets} == offsets
+
+
+def words(*values: int):
+    return (ctypes.c_uint64 * len(values))(*values)
+
+
+def test_operands_of_flat_copies():
+    flat = words(0x1000, 0x2000, 64, 1, 0)
+    at = ctypes.addressof(flat)
+    assert operands("cudaMemcpyAsync_v3020", at) == Operands((0x1000, 0x2000), 64)
+    assert operands("cuMemcpyHtoDAsync_v2_ptsz", at) == Operands((0x1000, 0x2000), 64)
+    assert operands("cudaMemcpyToSymbol_v3020", at) == Operands((0x2000,), 64)
+    assert operands("cudaMemcpyFromSymbol_v3020", at) == Operands((0x1000,), 64)
+    assert operands("cudaMemcpyPeerAsync_v4000", at) == Operands((), None)
+    assert operands("cudaMemcpyToArray_v3020", at) is None, "a layout nobody wrote down"
+    assert operands("cudaMemcpy_v3020", None) is None
+    two_d = words(0x1000, 16, 0x2000, 16, 8, 4, 2)
+    assert operands("cudaMemcpy2DAsync_v3020", ctypes.addressof(two_d)) == Operands((0x1000, 0x2000), 32)
+
+
+def test_operands_of_copies_given_as_structs():
+    copy = structs.Copy3D(
+        src_type=1, src_host=0x10, src_device=0x99, dst_type=2, dst_device=0x20, dst_host=0x99, width=8
+    )
+    at = words(ctypes.addressof(copy))
+    assert operands("cuMemcpy3DAsync_v2", ctypes.addressof(at)) == Operands((0x20, 0x10), 8)
+    plane = structs.Copy2D(src_type=4, src_device=0x10, dst_type=3, dst_array=0x99, width=8, height=3)
+    at = words(ctypes.addressof(plane))
+    assert operands("cuMemcpy2D_v2", ctypes.addressof(at)) == Operands((0x10,), 24), "an array is device memory"
+    box = structs.RuntimeCopy3D(src=0x10, dst=0x20, extent=(2, 3, 4))
+    at = words(ctypes.addressof(box))
+    assert operands("cudaMemcpy3DAsync_v3020", ctypes.addressof(at)) == Operands((0x20, 0x10), 24)
+
+
+def test_operands_of_a_batch():
+    to, source, sizes = words(1, 2), words(3, 4), words(8, 16)
+    at = words(ctypes.addressof(to), ctypes.addressof(source), ctypes.addressof(sizes), 2)
+    assert operands("cudaMemcpyBatchAsync_v13000", ctypes.addressof(at)) == Operands((1, 2, 3, 4), 24)
+
+
+# ------------------------------------------------------------------------------------------------------------- where
+
+
+def line_of(function) -> int:
+    return function.__code__.co_firstlineno
+
+
+def test_a_callback_names_the_line_behind_a_c_call():
+    seen = []
+    compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda a, b: seen.append(here()) or 0)
+
+    def calls_c():
+        ctypes.CDLL(None).qsort((ctypes.c_int * 2)(2, 1), 2, 4, compare)
+
+    calls_c()
+    stack = seen[0].stack
+    assert stack[0].endswith("<lambda>") and stack[1] == f"tests/cpu/test_guard.py:{line_of(calls_c) + 1} calls_c"
+    assert seen[0].thread == "MainThread"
+
+
+def test_a_thread_that_python_did_not_start_has_no_line():
+    libc = ctypes.CDLL(None)
+    look = functools.cache(here)  # callable from C without a Python frame of its own
+    routine = ctypes.CFUNCTYPE(None)(look)
+    thread = ctypes.c_void_p()
+    assert libc.pthread_create(ctypes.byref(thread), None, routine, None) == 0
+    assert libc.pthread_join(thread, None) == 0
+    where = look()
+    assert where.place == "no Python frame" and "not started by Python" in where.thread
+    assert "no Python frame on thread" in str(where)
+
+
+def test_internal_frames_are_passed_over():
+    assert is_internal(torch.__file__) and is_internal(threading.__file__) and is_internal("<string>")
+    assert is_internal(cupti.__file__) and not is_internal(__file__) and not is_internal(pytest.__file__)
+    frames = [(cupti.__file__, 1, "call"), (torch.__file__, 2, "item"), (__file__, 3, "step"), (__file__, 4, "main")]
+    assert places(frames) == ("tests/cpu/test_guard.py:3 step", "tests/cpu/test_guard.py:4 main")
+    assert places(frames[:2]) == (f"{shown_path(torch.__file__)}:2 item",), "the innermost line where all is internal"
+
+
+def test_paths_outside_the_repository_are_cut():
+    assert shown_path("/usr/local/lib/python3.12/dist-packages/pack/mod.py") == "dist-packages/pack/mod.py"
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+NAMES = {cupti.DRIVER: {1: "cuMemAlloc_v2", 2: "cuGraphLaunch", 3: "cuStreamSynchronize", 4: "cuMemcpyHtoDAsync_v2"},
+         cupti.RUNTIME: {1: "cudaMalloc_v3020", 2: "cudaGraphLaunch_v10000", 3: "cudaLaunchKernel_v7000",
+                         4: "cudaMemcpyAsync_v3020", 5: "cudaGetDevice_v3020"}}  # fmt: skip
+
+
+def call(log, domain, cbid, *inside, params=None, name=b""):
+    """One API call with what happens inside it, as CUPTI tells of it."""
+    for site in (0, 1):
+        if site:
+            for action in inside:
+                action()
+        data = structs.CallbackData(site=site, function_name=name, params=params)
+        log(domain, cbid, ctypes.addressof(data))
+
+
+def test_calls_inside_calls_are_told_once():
+    log = CallLog(NAMES)
+    call(log, cupti.RUNTIME, 1, lambda: call(log, cupti.DRIVER, 1))
+    call(log, cupti.DRIVER, 1)
+    assert log.calls == {"cudaMalloc": 1, "cuMemAlloc": 1}
+    assert [seen.name for seen in log.sightings] == ["cudaMalloc", "cuMemAlloc"]
+
+
+def test_graph_launches_are_counted_and_what_they_hide_is_seen():
+    log = CallLog(NAMES)
+    call(log, cupti.RUNTIME, 2, lambda: call(log, cupti.DRIVER, 2, lambda: call(log, cupti.DRIVER, 3)))
+    call(log, cupti.DRIVER, 2)
+    assert log.graph_launches == 2
+    assert [(seen.kind, seen.name) for seen in log.sightings] == [("sync", "cuStreamSynchronize")]
+
+
+def test_a_quiet_call_is_counted_only():
+    log = CallLog(NAMES)
+    call(log, cupti.RUNTIME, 5)
+    assert log.calls == {"cudaGetDevice": 1} and not log.sightings
+
+
+def test_a_call_newer_than_the_library_is_known_by_what_it_says_of_itself():
+    log = CallLog(NAMES)
+    call(log, cupti.RUNTIME, 99, name=b"cudaMallocSomewhere")
+    assert [(seen.kind, seen.name) for seen in log.sightings] == [("alloc", "cudaMallocSomewhere")]
+
+
+def test_loads_and_waits_without_a_call_of_their_own():
+    log = CallLog(NAMES)
+    call(log, cupti.RUNTIME, 2, lambda: log(cupti.RESOURCE, cupti.MODULE_LOADED, 0))
+    call(log, cupti.RUNTIME, 5, lambda: log(cupti.SYNCHRONIZE, 1, 0))
+    call(log, cupti.DRIVER, 3, lambda: log(cupti.SYNCHRONIZE, 1, 0))  # told by the call itself
+    assert [(seen.kind, seen.name) for seen in log.sightings] == [
+        ("load", "a module was loaded inside cudaGraphLaunch"),
+        ("sync", "the host waited for the device inside cudaGetDevice"),
+        ("sync", "cuStreamSynchronize"),
+    ]
+
+
+def test_an_exit_without_its_entry_is_harmless():
+    log = CallLog(NAMES)
+    data = structs.CallbackData(site=1)
+    log(cupti.RUNTIME, 1, ctypes.addressof(data))
+    call(log, cupti.RUNTIME, 5)
+    assert log.calls == {"cudaGetDevice": 1}
+
+
+def test_threads_are_told_apart():
+    log = CallLog(NAMES)
+
+    def library():
+        call(log, cupti.RUNTIME, 1)
+
+    worker = threading.Thread(target=lambda: library(), name="a library's worker")
+    call(log, cupti.RUNTIME, 2, worker.start, worker.join)  # another thread is inside a graph launch
+    (seen,) = log.sightings
+    assert (seen.kind, seen.where.thread) == ("alloc", "a library's worker")
+    assert any(place.startswith(f"tests/cpu/test_guard.py:{line_of(library) + 1} ") for place in seen.where.stack)
+
+
+def test_captured_nodes_keep_their_line():
+    log = CallLog(NAMES)
+    graph = structs.GraphData(node=0x77, node_type=0)
+    data = structs.ResourceData(descriptor=ctypes.addressof(graph))
+    log(cupti.RESOURCE, cupti.NODE_CREATED, ctypes.addressof(data))
+    where, reason = log.nodes[0x77]
+    assert where.place.startswith("tests/cpu/test_guard.py:") and reason is None
+
+
+def seen(name, copied=None, kind="copy", reason=None):
+    return Sighting(kind, name, Where(("a.py:1 f",)), reason, copied)
+
+
+def test_copies_are_judged_by_form_and_memory():
+    memory = {1: "device", 2: "pinned", 3: "pageable"}.__getitem__
+    assert judged([seen("cudaMemcpyAsync", Operands((1, 2), 8))], memory) == []
+    (pageable,) = judged([seen("cudaMemcpyAsync", Operands((1, 3), 8))], memory)
+    assert pageable.kind == "pageable copy" and "8 bytes" in pageable.what and pageable.where.place == "a.py:1"
+    (waits,) = judged([seen("cudaMemcpy", Operands((1, 2), 8))], memory)
+    assert waits.kind == "sync" and "waits" in waits.what
+    (unread,) = judged([seen("cudaMemcpyToArrayAsync")], memory)
+    assert "cannot read" in unread.what
+    (sync,) = judged([seen("cuStreamSynchronize", kind="sync", reason="the first token")], memory)
+    assert sync.kind == "sync" and sync.allowed == "the first token"
+
+
+def test_what_a_listener_raises_is_kept_not_thrown_into_c():
+    subscription = cupti.Subscription(None, lambda domain, cbid, data: 1 / 0)
+    subscription._callback(None, 1, 1, None)
+    assert [type(error) for error in subscription.errors] == [ZeroDivisionError]
+
+
+# ------------------------------------------------------------------------------------------------------------- allow
+
+
+def test_allow_gives_the_reason_to_its_own_thread():
+    other = []
+    with allow(reason="warm up"), allow(reason="inner"):
+        assert allowed.reason_here() == "inner"
+        thread = threading.Thread(target=lambda: other.append(allowed.reason_here()))
+        thread.start()
+        thread.join()
+    assert allowed.reason_here() is None and other == [None]
+
+
+def test_allow_wants_a_reason():
+    with pytest.raises(ValueError, match="allow needs a reason"):
+        allow(reason=" ")
+
+
+def test_allow_ends_when_the_code_inside_fails():
+    with pytest.raises(ZeroDivisionError), allow(reason="warm up"):
+        1 / 0  # noqa: B018
+    assert allowed.reason_here() is None
+
+
+def test_a_process_started_in_a_watched_stretch_is_found(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr(watch, "allow_begins", lambda reason: None)
+    monkeypatch.setattr(watch, "allow_ends", lambda: None)
+    _install_hook()
+    _install_hook()  # one hook, however often
+    allowed.LISTENERS.append(watch)
+    try:
+        subprocess.run(["true"], check=True)
+        with allow(reason="a tool of the test"):
+            subprocess.run(["true"], check=True)
+    finally:
+        allowed.LISTENERS.remove(watch)
+    subprocess.run(["true"], check=True)
+    first, second = [finding for finding in watch._processes if finding.kind == "process"]
+    assert first.what == "a process was started: true" and first.where.place.startswith("tests/cpu/test_guard.py:")
+    assert (first.allowed, second.allowed) == (None, "a tool of the test")
