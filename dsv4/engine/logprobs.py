@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv4.engine.output import Logprob, PositionLogprobs
 from dsv4.engine.request import Sequence
-from dsv4.kernels.sample.sample import token_logprobs
+from dsv4.kernels.token_logprobs.token_logprobs import token_logprobs
 from dsv4.text.tokenizer import Tokenizer
 
 

@@ -1,1 +1,1 @@
-"""From logits to tokens: bias, penalties, temperature, top-k, top-p, min-p, seeded draws, log-probabilities."""
+"""From logits to tokens: bias, penalties, temperature, top-k, top-p, min-p, seeded draws."""

@@ -1,4 +1,4 @@
-"""Twins of sample and token_logprobs, and the counter-based noise they are defined by."""
+"""Twin of sample, and the counter-based noise it is defined by."""
 
 from typing import NamedTuple
 
@@ -26,6 +26,15 @@ class Penalties(NamedTuple):
     """[B] f32: subtracted per generated occurrence."""
 
 
+class Forbidden(NamedTuple):
+    """Tokens that a row must not give while its counter is low: the stop ids below min_tokens."""
+
+    ids: Tensor
+    """[B, N] i64; -1 is no token."""
+    until: Tensor
+    """[B] i64: the row's ids are forbidden while counter < until."""
+
+
 def splitmix(z: Tensor) -> Tensor:
     """The output function of SplitMix64 on int64 [...]; right shifts are logical."""
     z = (z >> 30).bitwise_and_(2**34 - 1).bitwise_xor_(z).mul_(MIX1)
@@ -47,6 +56,13 @@ def penalize_ref(logits: Tensor, p: Penalties) -> Tensor:
     factor = torch.where(generated | p.in_prompt, p.repetition[:, None], 1.0)
     logits = torch.where(logits > 0, logits / factor, logits * factor)
     return logits - p.frequency[:, None] * p.counts - p.presence[:, None] * generated
+
+
+def forbid_ref(logits: Tensor, counter: Tensor, forbidden: Forbidden) -> Tensor:
+    """logits [B, V] f32 -> new logits with -inf at each early row's ids."""
+    ids = forbidden.ids.masked_fill((counter >= forbidden.until)[:, None], -1)
+    rows, places = (ids >= 0).nonzero(as_tuple=True)
+    return logits.index_put((rows, ids[rows, places]), logits.new_tensor(-torch.inf))
 
 
 def threshold_ref(scores: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
@@ -82,11 +98,15 @@ def sample_ref(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
     bias: Tensor | None = None,
+    biased: Tensor | None = None,
+    forbidden: Forbidden | None = None,
     penalties: Penalties | None = None,
 ) -> Tensor:
     finite = (logits.amax(-1) - logits.amin(-1)) < torch.inf
     if bias is not None:
-        logits = logits + bias
+        logits = logits + (bias if biased is None else bias.masked_fill(~biased[:, None], 0))
+    if forbidden is not None:
+        logits = forbid_ref(logits, counter, forbidden)
     if penalties is not None:
         logits = penalize_ref(logits, penalties)
     drawn = temperature > 0
@@ -98,10 +118,3 @@ def sample_ref(
         arrival = -torch.log1p(-uniform_ref(seed, counter, logits.shape[-1]))
         logits = torch.where(drawn[:, None], scores - arrival.log(), logits)
     return torch.where(finite, logits.argmax(-1), -1)
-
-
-def token_logprobs_ref(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[:, None])
-    values, ids = logprobs.topk(top, dim=-1)
-    return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, values, ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kernels.sample.sample import Penalties, sample, token_logprobs
+from dsv4.kernels.sample.sample import Forbidden, Penalties, sample
 from dsv4.kernels.sample.sample_ref import splitmix, threshold_ref, uniform_ref
 
 VOCABS = [1, 7, 4096, 129280]  # the last is V4's vocabulary
@@ -221,22 +221,31 @@ def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.zeros(0, 9), torch.zeros(0), empty, empty).shape == (0,)
 
 
-@pytest.mark.parametrize("top", [0, 1, 5, 30])
-def test_token_logprobs_match_float64(top: int) -> None:
-    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)) * 4
-    logits[1, 3] = logits[1, 4]
-    tokens = torch.tensor([0, 3, 4, 29])
-    logprob, rank, values, ids = token_logprobs(logits, tokens, top)
-    truth = logits.double().log_softmax(-1)
-    for i, token in enumerate(tokens.tolist()):
-        row = truth[i].tolist()
-        assert logprob[i].item() == pytest.approx(row[token], abs=1e-5)
-        assert rank[i].item() == 1 + sum(x > row[token] for x in row)
-        assert values[i].tolist() == pytest.approx(sorted(row, reverse=True)[:top], abs=1e-5)
-        assert [row[t] for t in ids[i].tolist()] == pytest.approx(values[i].tolist(), abs=1e-5)
+def test_forbidden_tokens_are_out_until_the_counter_gets_there() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(4, -1)
+    zeros = torch.zeros(4, dtype=torch.int64)
+    forbidden = Forbidden(torch.tensor([[1, -1], [1, 3], [3, 1], [-1, -1]]), torch.tensor([5, 5, 4, 9]))
+    counter = torch.full((4,), 4)
+    assert sample(logits, torch.zeros(4), zeros, counter, forbidden=forbidden).tolist() == [3, 2, 1, 1]
+    assert sample(logits, torch.zeros(4), zeros, counter + 1, forbidden=forbidden).tolist() == [1, 1, 1, 1]
+    drawn = {sample(logits, torch.full((4,), 9.0), zeros + i, zeros, forbidden=forbidden)[1].item() for i in range(99)}
+    assert drawn == {0, 2}
 
 
-def test_the_greedy_token_has_exactly_the_best_logprob() -> None:
-    logits = torch.randn(200, 1000)
-    logprob, rank, values, _ = token_logprobs(logits, logits.argmax(-1), 1)
-    assert torch.equal(logprob, values[:, 0]) and rank.eq(1).all()
+def test_a_forbidden_token_stays_out_whatever_bias_and_penalties_say() -> None:
+    logits, zeros = torch.tensor([[0.0, 3.0]]), torch.zeros(1, dtype=torch.int64)
+    counts = torch.tensor([[9, 0]], dtype=torch.int32)
+    penalties = Penalties(counts > 0, counts, torch.tensor([1.5]), torch.tensor([-2.0]), torch.tensor([-2.0]))
+    forbidden = Forbidden(torch.tensor([[0]]), torch.tensor([1]))
+    bias = torch.tensor([[99.0, 0.0]])
+    assert sample(logits, torch.zeros(1), zeros, zeros, bias=bias, penalties=penalties).item() == 0
+    assert sample(logits, torch.zeros(1), zeros, zeros, bias=bias, penalties=penalties, forbidden=forbidden).item() == 1
+
+
+def test_a_row_that_is_not_biased_does_not_see_its_bias() -> None:
+    logits, zeros = torch.tensor([[0.0, 3.0]]).expand(2, -1), torch.zeros(2, dtype=torch.int64)
+    bias = torch.tensor([[9.0, 0.0], [torch.nan, torch.nan]])
+    assert sample(logits, torch.zeros(2), zeros, zeros, bias=bias, biased=torch.tensor([True, False])).tolist() == [
+        0,
+        1,
+    ]
