@@ -1,18 +1,55 @@
 """Projections of one input: NVFP4, MXFP4, FP8 128x128 or plain weights, W4A16 or quantised activations."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from dsv4.errors import KernelError
+from dsv4.kernels.launch import result, row_stride, same_device
 from dsv4.kernels.linear.linear_ref import linear_ref
 from dsv4.kernels.linear.operand import LinearOperand
-from dsv4.kernels.op import no_kernel, op
+from dsv4.kernels.op import op
+from dsv4.kernels.quantize.quantize_act import quantize_act
 
 
 @op("linear", ref=linear_ref, shapes={"x": "* K : bf16 f32"})
-def linear(x: Tensor, operand: LinearOperand) -> list[Tensor]:
+def linear(x: Tensor, operand: LinearOperand, *, out: Tensor | Sequence[Tensor] | None = None) -> list[Tensor]:
     """x @ W_i^T for every projection of the operand.
 
     x [..., K] bf16|f32 -> [[..., N_i]] in x's dtype, or float32 where the projection says so. The input is quantised
     once per treatment (dsv4/quant/activations.py); accumulation is float32, NVFP4's global scale applies there, and
     each output is rounded once.
+
+    On a GPU x is BF16 and one launch, after those that quantise, makes all outputs of up to 64 rows; more rows take
+    several. A row has the same bits whatever rows are beside it and however many.
     """
-    raise no_kernel("linear")
+    if operand.launcher is None:
+        raise KernelError("linear: x is on a GPU and the operand's weights are not; make it of weights on that GPU")
+    columns = operand.launcher.columns
+    if x.dtype != torch.bfloat16:
+        raise KernelError(
+            f"linear: x is {x.dtype}; the kernel takes torch.bfloat16, and float32 on a GPU runs through the twin: set "
+            "DSV4_REF=linear, or DSV4_REF=all"
+        )
+    if x.shape[-1] != columns:
+        raise KernelError(f"linear: x has {x.shape[-1]} columns, the operand's weights {columns}")
+    same_device("linear", operand.launcher.device, x=x)
+    row_stride("linear", "x", x)
+    rows = x.reshape(x.numel() // columns, columns)
+    given = [None] * len(operand.projections) if out is None else [out] if isinstance(out, Tensor) else list(out)
+    outputs = [
+        result("linear", to, (*x.shape[:-1], p.weight.shape[-2]), torch.float32 if p.f32 else x.dtype, x.device)
+        for p, to in zip(operand.projections, given, strict=True)
+    ]
+    inputs: list[Tensor] = [rows] * len(outputs)
+    row_scales: list[Tensor | None] = [None] * len(outputs)
+    for part in operand.joined:
+        if part.treatment != "none":
+            values, row_scale = quantize_act(rows, part.treatment)
+            for place in part.places:
+                inputs[place], row_scales[place] = values, row_scale
+    operand.launcher(inputs, row_scales, [y.view(len(rows), y.shape[-1]) for y in outputs])
+    return outputs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
+from dsv4.kernels.linear.launch import Launcher
+from dsv4.kernels.linear.tiled import Tiled, TiledRows, tiled
 from dsv4.quant import nvfp4
 from dsv4.quant.activations import Act, Treatment, treatment
 from dsv4.quant.weights import NVFP4Weight, Weight
@@ -61,7 +64,7 @@ def _exact(weight: Weight) -> tuple[Tensor, Tensor | None]:
 class Projection:
     """One weight [N, K] of a linear op. plain: its input is never quantised. f32: its output stays float32."""
 
-    weight: Weight
+    weight: Weight | Tiled
     plain: bool = False
     f32: bool = False
 
@@ -71,17 +74,18 @@ class Joined:
     """Projections whose input is treated alike, as one matrix: `rows` of it each, `places` in the op's result."""
 
     treatment: Treatment
-    matrix: Dense
+    matrix: Dense | TiledRows
     rows: list[int]
     places: list[int]
 
 
 @dataclass(frozen=True)
 class LinearOperand:
-    """Projections of one input; what they share is computed once."""
+    """Projections of one input; what they share is computed once. On a GPU their weights are Tiled."""
 
     projections: tuple[Projection, ...]
     joined: tuple[Joined, ...]
+    launcher: Launcher | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +94,10 @@ class LinearOperand:
 
 
 def linear_operand(*projections: Projection | Weight, act: Act) -> LinearOperand:
-    """Join projections of one input; a bare Weight takes the defaults of Projection."""
+    """Join projections of one input; a bare Weight takes the defaults of Projection.
+
+    Weights on a GPU are repacked, and the operand keeps nothing of the form they came in.
+    """
     every = tuple(p if isinstance(p, Projection) else Projection(p) for p in projections)
     widths = {p.weight.shape[-1] for p in every}
     if len(widths) != 1:
@@ -98,8 +105,19 @@ def linear_operand(*projections: Projection | Weight, act: Act) -> LinearOperand
     kinds: dict[Treatment, list[int]] = {}
     for place, p in enumerate(every):
         kinds.setdefault("none" if p.plain else treatment(p.weight.format, act), []).append(place)
+    weights = [p.weight for p in every]
+    launcher = None
+    if any(isinstance(w, Weight) and w.device.type == "cuda" for w in weights):
+        weights = [tiled(w) if isinstance(w, Weight) else w for w in weights]
+        every = tuple(replace(p, weight=w) for p, w in zip(every, weights, strict=True))
+        launcher = Launcher([w for w in weights if isinstance(w, Tiled)])
     joined = tuple(
-        Joined(how, dense(*(every[i].weight for i in places)), [every[i].weight.shape[-2] for i in places], places)
+        Joined(how, _matrix([weights[i] for i in places]), [weights[i].shape[-2] for i in places], places)
         for how, places in kinds.items()
     )
-    return LinearOperand(every, joined)
+    return LinearOperand(every, joined, launcher)
+
+
+def _matrix(weights: Sequence[Weight | Tiled]) -> Dense | TiledRows:
+    packed = tuple(w for w in weights if isinstance(w, Tiled))
+    return TiledRows(packed) if packed else dense(*(w for w in weights if isinstance(w, Weight)))

@@ -1,0 +1,186 @@
+// Weights in tensor-core order (kernels/tiles.py) times up to 64 tokens: what a warp does with a slice of a tile.
+//
+// A slice is 512 columns, eight blocks. Its products are added up by the tensor cores, block after block; the slices of
+// a row are then added up in their order, in float32. Who computes which slice does not enter: a result has the same
+// bits however the work is spread and whatever tokens are beside it.
+#pragma once
+#include <dsv4/activations.cuh>
+#include <dsv4/bulk.cuh>
+#include <dsv4/launch.cuh>
+#include <dsv4/mma.cuh>
+#include <dsv4/w4.cuh>
+
+namespace dsv4::linear {
+
+constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int TILE_ROWS = 16, BLOCK_COLUMNS = 64, SLICE_BLOCKS = SLICE / BLOCK_COLUMNS;
+constexpr int CHUNK = 2304;  // bytes of a stage of a warp's ring: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
+constexpr int MAX_PARTS = 16, MAX_GRID = 256;
+
+enum Format : int { NVFP4 = 0, FP8 = 1, PLAIN = 2 };  // the codes of kernels/linear/launch.py
+
+// One projection. The mirror of its ctypes structure in kernels/linear/launch.py.
+struct Part {
+    const uint8_t* tiles;
+    const float* block_scale;  // FP8: [ceil(N / 128), scale_columns]
+    const bf16* x;             // rows x_stride apart
+    const float* row_scale;    // [T], row_scale_stride apart, or null
+    void* out;                 // [T, N] rows out_stride apart
+    int64_t x_stride, out_stride;
+    float alpha;
+    int format, rows, out_f32;
+    int first_tile;     // tiles of the parts before this one
+    int first_row;      // of block_scale: where this part begins in the matrix it was cut from
+    int scale_columns;  // ceil(K / 128)
+    int x_wide;         // x may be read 16 bytes at a time
+    int row_scale_stride, unused;
+};
+
+struct Parts {
+    Part part[MAX_PARTS];
+    int count, tiles;  // tiles: of all parts
+};
+
+__device__ __forceinline__ int block_bytes(int format) { return format == NVFP4 ? 576 : format == FP8 ? 1024 : 2048; }
+__device__ __forceinline__ int chunk_blocks(int format) { return format == NVFP4 ? 4 : format == FP8 ? 2 : 1; }
+
+// A warp's ring of stages in shared memory.
+struct Ring {
+    uint32_t data, full;  // shared addresses: [stages][CHUNK], [stages] barriers
+    const uint8_t* bytes;
+    int stages, at;
+    uint32_t parity;
+
+    __device__ __forceinline__ const uint8_t* wait() const {
+        barrier_wait(full + at * 8, parity);
+        return bytes + at * CHUNK;
+    }
+    __device__ __forceinline__ void advance() {
+        if (++at == stages) at = 0, parity ^= 1;
+    }
+};
+
+// Where a lane's columns of the staged window lie: token 8 n + g. Of a single n-tile only the tokens there are take
+// space, and the others read the last one; beyond that rows are staged by eights, and what lies in the surplus ones
+// reaches only sums that nobody takes.
+template <int NT>
+struct Rows {
+    int first, step;
+
+    __device__ __forceinline__ Rows(int tokens, int stride) : step(8 * stride) {
+        const int lane = threadIdx.x % 32, token = lane / 4;
+        first = (NT == 1 ? min(token, tokens - 1) : token) * stride + lane % 4 * 32;
+    }
+    __device__ __forceinline__ int offset(int n) const { return first + n * step; }
+};
+
+template <int NT>
+__device__ __forceinline__ void nvfp4_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+                                            const Rows<NT>& rows) {
+    const w4::Lane part = w4::load(block, threadIdx.x % 32);
+    const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
+    uint32_t scale_g, scale_g8, a[4][4];
+    w4::scales(part.scales, scale_g, scale_g8);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w4::dequantize(a[j], words[j], scale_g, scale_g8);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        uint32_t b[8];
+        load_b(b, x + rows.offset(n));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_f16(sum[n], a[j], b[2 * j], b[2 * j + 1]);
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void fp8_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+                                          const Rows<NT>& rows, float scale) {
+    const int lane = threadIdx.x % 32;
+    uint32_t a[4][4];
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+        const uint4 codes = reinterpret_cast<const uint4*>(block + piece * 512)[lane];
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            uint32_t(&to)[4] = a[2 * piece + w / 2];
+            to[2 * (w % 2)] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w]));
+            to[2 * (w % 2) + 1] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w] >> 16));
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        float part[4] = {};
+        uint32_t b[8];
+        load_b(b, x + rows.offset(n));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_f16(part, a[j], b[2 * j], b[2 * j + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[n][i] = fmaf(part[i], scale, sum[n][i]);
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void plain_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+                                            const Rows<NT>& rows) {
+    const int lane = threadIdx.x % 32;
+    uint32_t a[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const uint4 values = reinterpret_cast<const uint4*>(block + j * 512)[lane];
+        a[j][0] = values.x, a[j][1] = values.y, a[j][2] = values.z, a[j][3] = values.w;
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        uint32_t b[8];
+        load_b(b, x + rows.offset(n));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_bf16(sum[n], a[j], b[2 * j], b[2 * j + 1]);
+    }
+}
+
+// sum = a tile's slice of `blocks` blocks times the tokens. x: the slice of the staged window. The caller refills the
+// ring after each chunk through `next`.
+template <int NT, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[NT][4], const Part& part, int tile, int slice, int blocks,
+                                              const uint8_t* x, const Rows<NT>& rows, Ring& ring, Next&& next) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
+    if (part.format == NVFP4) {
+        for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
+            const uint8_t* chunk = ring.wait();
+            if (NT == 1 && blocks - done >= 4) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) nvfp4_block(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+            } else {
+#pragma unroll 1
+                for (int k = 0; k < min(blocks - done, 4); ++k)
+                    nvfp4_block(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+            }
+            next(ring);
+        }
+    } else if (part.format == FP8) {
+        const int lane = threadIdx.x % 32, column = slice * (SLICE / 128) + lane;
+        const int row = (part.first_row + tile * TILE_ROWS) / 128;
+        float scales = 0.0f;
+        if (lane < SLICE / 128 && column < part.scale_columns) scales = part.block_scale[row * part.scale_columns + column];
+#pragma unroll 1
+        for (int done = 0; done < blocks; done += 2, x += 2 * 128) {
+            const float scale = __shfl_sync(0xFFFFFFFFu, scales, done / 2);
+            const uint8_t* chunk = ring.wait();
+            for (int k = 0; k < min(blocks - done, 2); ++k) fp8_block(sum, chunk + k * 1024, x + k * 128, rows, scale);
+            next(ring);
+        }
+    } else {
+#pragma unroll 1
+        for (int done = 0; done < blocks; ++done, x += 128) {
+            const uint8_t* chunk = ring.wait();
+            plain_block(sum, chunk, x, rows);
+            next(ring);
+        }
+    }
+}
+
+}  // namespace dsv4::linear

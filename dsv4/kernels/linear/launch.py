@@ -1,0 +1,124 @@
+"""From packed projections to launches: the table of parts, counters, and where many tokens go instead."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4.errors import KernelError
+from dsv4.kernels import tiles
+from dsv4.kernels.linear.schedule import SPLIT, Plan, plan, tokens_at_once
+from dsv4.kernels.linear.tiled import Tiled
+from dsv4.kernels.loader import Kernel
+
+MAX_PARTS, MAX_GRID = 16, 256  # constants of include/dsv4/linear.cuh
+_STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
+_FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
+_KERNEL = Kernel("linear", "piipippiiiiiii")
+
+
+class _Part(ctypes.Structure):
+    """Part in include/dsv4/linear.cuh."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("block_scale", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("alpha", ctypes.c_float),
+        ("format", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("out_f32", ctypes.c_int),
+        ("first_tile", ctypes.c_int),
+        ("first_row", ctypes.c_int),
+        ("scale_columns", ctypes.c_int),
+        ("x_wide", ctypes.c_int),
+        ("row_scale_stride", ctypes.c_int),
+        ("unused", ctypes.c_int),
+    )
+
+
+class Launcher:
+    """Projections of equal K on one GPU, ready to be launched together.
+
+    inputs [T, K] BF16 and outputs [T, N_i] BF16 or float32, one of each per part, rows evenly apart, columns
+    contiguous; row_scales f32 [T] or None. Nothing is read back and nothing depends on values: a launch can
+    be captured. Launches of one launcher must not overlap (they share the counters of tiles that are split).
+    """
+
+    def __init__(self, parts: Sequence[Tiled]):
+        if not 1 <= len(parts) <= MAX_PARTS:
+            raise KernelError(f"linear: {len(parts)} projections; one launch takes 1 to {MAX_PARTS}")
+        self.device, self.columns = parts[0].tiles.device, parts[0].shape[1]
+        self.shapes = tuple((p.tiles.shape[0], p.tiles.shape[2]) for p in parts)
+        self.tiles, self.blocks = sum(count for count, _ in self.shapes), parts[0].tiles.shape[1]
+        self.counters = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
+        self.table, first = (_Part * len(parts))(), 0
+        for row, part in zip(self.table, parts, strict=True):
+            row.tiles = part.tiles.data_ptr()
+            if part.block_scale is not None:
+                row.block_scale, row.scale_columns = part.block_scale.data_ptr(), part.block_scale.shape[1]
+            row.alpha, row.format, row.rows = part.alpha, _FORMATS[part.format], part.shape[0]
+            row.first_tile, row.first_row = first, part.first_row
+            first += part.tiles.shape[0]
+
+    def __call__(
+        self, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    ) -> None:
+        processors, shared_limit = _gpu(self.device)
+        total, step = len(inputs[0]), tokens_at_once(shared_limit)
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
+            self._point(rows, inputs, row_scales, outputs)
+            self._launch(plan(self.shapes, self.blocks, rows.stop - start, processors, shared_limit), rows.stop - start)
+
+    def _point(
+        self, rows: slice, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    ) -> None:
+        for row, x, scale, out in zip(self.table, inputs, row_scales, outputs, strict=True):
+            row.x, row.x_stride = x[rows].data_ptr(), x.stride(0)
+            row.x_wide = row.x % 16 == 0 and (row.x_stride % 8 == 0 or len(x) == 1)
+            row.row_scale = None if scale is None else scale[rows].data_ptr()
+            row.row_scale_stride = 0 if scale is None else scale.stride(0)
+            row.out, row.out_stride = out[rows].data_ptr(), out.stride(0)
+            row.out_f32 = out.dtype == torch.float32
+
+    def _launch(self, how: Plan, tokens: int) -> None:
+        cuts = (ctypes.c_uint32 * len(how.cuts))(*how.cuts)
+        partials = None
+        if how.mode == SPLIT:
+            slices = -(-self.blocks // 8)
+            size = self.tiles * slices * tokens * tiles.ROWS
+            partials = torch.empty(size, dtype=torch.float32, device=self.device)
+        _KERNEL(
+            self.device,
+            ctypes.addressof(self.table),
+            len(self.table),
+            self.tiles,
+            ctypes.addressof(cuts),
+            how.grid,
+            partials,
+            self.counters,
+            tokens,
+            self.columns,
+            how.mode,
+            how.window,
+            how.batch,
+            how.stages,
+            how.shared_bytes,
+        )
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Processors (no more blocks are started), and the shared memory one block may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (torch's stub does not know it)
+    return min(properties.multi_processor_count, MAX_GRID), shared - _STATIC_BYTES

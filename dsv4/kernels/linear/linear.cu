@@ -1,0 +1,326 @@
+// linear: every projection of an input in one launch, for up to 64 tokens at a time.
+//
+// Blocks are persistent, one per SM, of 16 warps; each warp streams its own weights through a ring of bulk copies and
+// nobody waits for another warp to load. Tokens are staged once per block (or per slice, where they are many): scaled
+// FP16 for NVFP4 and FP8 weights, BF16 for BF16 weights. Three ways of spreading tiles (16 rows x K) and their slices:
+//   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers
+//   SLOT   few tiles, few tokens: a block takes whole tiles, its warps the slices; sums meet in shared memory
+//   SPLIT  few tiles: blocks take slices; sums meet in `partials`, and the block that arrives last adds them up
+#include <dsv4/linear.cuh>
+
+using namespace dsv4;
+using namespace dsv4::linear;
+
+enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2 };  // the codes of kernels/linear/schedule.py
+
+struct Task {
+    Parts parts;
+    uint32_t cuts[MAX_GRID + 1];  // block b takes the units cuts[b] .. cuts[b + 1]: tiles; SPLIT: slice * tiles + tile
+    float* partials;              // SPLIT: [tile][slice][T][16]
+    int* counters;                // SPLIT: [tile], slices that have arrived; zero between launches
+    int tokens, columns, blocks, slices;
+    int staged;  // token rows that shared memory has room for
+    int window;  // slices that are staged together: all of them, or one
+    int batch;   // tiles that a block takes at a time
+    int stages;  // of each ring
+};
+
+// Consecutive tiles of one part; SPLIT: and which slice of them.
+struct Rectangle {
+    int part, tile, tiles, slice;
+};
+
+// The rectangles of a block, in order.
+template <int MODE>
+struct Rectangles {
+    uint32_t at, end;
+    int part, slice;
+    __device__ __forceinline__ explicit Rectangles(const Task& task)
+        : at(task.cuts[blockIdx.x]), end(task.cuts[blockIdx.x + 1]), part(0), slice(-1) {}
+
+    __device__ __forceinline__ bool next(const Task& task, Rectangle& r) {
+        if (at >= end) return false;
+        uint32_t tile = at;
+        if (MODE == SPLIT) {
+            const uint32_t now = at / task.parts.tiles;
+            tile = at - now * task.parts.tiles;
+            if (static_cast<int>(now) != slice) slice = now, part = 0;
+        }
+        while (part + 1 < task.parts.count && tile >= static_cast<uint32_t>(task.parts.part[part + 1].first_tile)) ++part;
+        const int stop = part + 1 < task.parts.count ? task.parts.part[part + 1].first_tile : task.parts.tiles;
+        const int left = min(static_cast<int>(end - at), task.batch);
+        r.part = part;
+        r.tile = tile - task.parts.part[part].first_tile;
+        r.tiles = min(stop - static_cast<int>(tile), left);
+        r.slice = MODE == SPLIT ? slice : 0;
+        at += r.tiles;
+        return true;
+    }
+};
+
+// What a warp has still to ask the copy engine for. Only lane 0 keeps one.
+template <int MODE>
+struct Requests {
+    Rectangles<MODE> rest;
+    Rectangle r;
+    int item;
+    const uint8_t* from;
+    int left, chunk;
+
+    __device__ __forceinline__ explicit Requests(const Task& task) : rest(task), item(0), from(nullptr), left(0), chunk(0) {
+        r.tiles = 0;
+    }
+    // The warp's next tile, or slice of a tile.
+    __device__ __forceinline__ bool open(const Task& task, int warp) {
+        while (item >= (MODE == SLOT ? r.tiles * task.slices : r.tiles)) {
+            if (!rest.next(task, r)) return false;
+            item = warp;
+        }
+        const Part& part = task.parts.part[r.part];
+        const int bytes = block_bytes(part.format);
+        const int tile = r.tile + (MODE == SLOT ? item / task.slices : item);
+        const int slice = MODE == SLOT ? item % task.slices : r.slice;
+        const int first = slice * SLICE_BLOCKS;
+        const int count = MODE == OWN ? task.blocks : min(task.blocks - first, SLICE_BLOCKS);
+        from = part.tiles + (static_cast<int64_t>(tile) * task.blocks + first) * bytes;
+        left = count * bytes;
+        chunk = chunk_blocks(part.format) * bytes;
+        item += WARPS;
+        return true;
+    }
+    __device__ __forceinline__ void request(const Task& task, int warp, uint32_t to, uint32_t full) {
+        if (left == 0 && !open(task, warp)) return;
+        const int bytes = min(left, chunk);
+        bulk_load(to, from, bytes, full);
+        from += bytes;
+        left -= bytes;
+    }
+};
+
+// The tokens that are staged: whose, which slices, in which format.
+struct Staged {
+    const bf16* x = nullptr;
+    int slice = -1;
+    bool plain = false;
+};
+
+template <int NT>
+struct Shared {
+    uint8_t* x;   // [T][window] slices of 1 KB, and 16 bytes that keep rows off one another's banks
+    float* undo;  // [window][8 NT]
+    int stride;
+};
+
+template <int NT>
+__device__ void stage(const Shared<NT>& s, Staged& staged, const Task& task, const Part& part, int slice) {
+    const bool plain = part.format == PLAIN;
+    if (staged.x == part.x && staged.slice == slice && staged.plain == plain) return;
+    staged.x = part.x, staged.slice = slice, staged.plain = plain;
+    __syncthreads();  // nobody reads the old window any more
+    const int lane = threadIdx.x % 32, count = min(task.window, task.slices - slice) * task.tokens;
+    constexpr int AT_ONCE = NT == 1 ? 4 : NT == 2 ? 2 : 1;  // loads in flight, as registers allow
+    for (int first = threadIdx.x / 32; first < count; first += WARPS * AT_ONCE) {
+        uint32_t pairs[AT_ONCE][8];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int pair = first + i * WARPS;
+            if (pair >= count) break;
+            const int column = (slice + pair / task.tokens) * SLICE + lane * 16;
+            load_columns(pairs[i], part.x + pair % task.tokens * part.x_stride + column, task.columns - column, part.x_wide);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int pair = first + i * WARPS;
+            if (pair >= count) break;
+            const int token = pair % task.tokens, place = pair / task.tokens;
+            const float undo = plain ? 1.0f : scale_to_f16(pairs[i]);
+            uint4* to = reinterpret_cast<uint4*>(s.x + token * s.stride + place * 1024 + lane * 32);
+            to[0] = make_uint4(pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
+            to[1] = make_uint4(pairs[i][4], pairs[i][5], pairs[i][6], pairs[i][7]);
+            if (lane == 0) s.undo[place * 8 * NT + token] = undo;
+        }
+    }
+    __syncthreads();
+}
+
+// Rounds once and stores. y: the sum over all slices.
+__device__ __forceinline__ void put(const Part& part, int row, int token, float y) {
+    if (row >= part.rows) return;
+    y *= part.alpha;
+    if (part.row_scale != nullptr) y *= part.row_scale[token * part.row_scale_stride];
+    const int64_t at = token * part.out_stride + row;
+    if (part.out_f32) static_cast<float*>(part.out)[at] = y;
+    else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
+}
+
+// Slices in their order, `stride` floats apart.
+__device__ __forceinline__ float sum_slices(const float* first, int slices, int64_t stride) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < slices; ++i) sum += __ldcg(first + i * stride);
+    return sum;
+}
+
+template <int NT, int MODE>
+__global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constant__ Task task) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+    uint8_t* after = memory;  // rings | x | slots | undo | barriers
+    uint8_t* ring_bytes = after + warp * task.stages * CHUNK;
+    after += WARPS * task.stages * CHUNK;
+    Shared<NT> shared;
+    shared.x = after;
+    shared.stride = task.window * 1024 + 16;
+    after += task.staged * shared.stride;
+    float* slots = reinterpret_cast<float*>(after);  // SLOT: [tile][slice][T][16]
+    if (MODE == SLOT) after += task.batch * task.slices * task.tokens * 16 * sizeof(float);
+    shared.undo = reinterpret_cast<float*>(after);
+    after += task.window * 8 * NT * sizeof(float);
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(after) + warp * task.stages;
+
+    Ring ring = {shared_address(ring_bytes), shared_address(barriers), ring_bytes, task.stages, 0, 0};
+    Requests<MODE> requests(task);
+    if (lane == 0) {
+        for (int i = 0; i < ring.stages; ++i) barrier_init(ring.full + i * 8, 1);
+        barriers_ready();
+        for (int i = 0; i < ring.stages; ++i)
+            requests.request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
+    }
+    __syncwarp();
+    const auto refill = [&](Ring& r) {
+        __syncwarp();  // every lane has read the stage
+        if (lane == 0) requests.request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
+        r.advance();
+    };
+
+    const Rows<NT> rows(task.tokens, shared.stride);
+    Staged staged;
+    Rectangles<MODE> rest(task);
+    Rectangle r;
+    float sum[NT][4];
+
+    // sum of one slice of one tile, its scaling undone
+    const auto multiply = [&](const Part& part, int tile, int slice) {
+        const int place = slice - staged.slice, count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
+        slice_product(sum, part, tile, slice, count, shared.x + place * 1024, rows, ring, refill);
+        const float* undo = shared.undo + place * 8 * NT + 2 * t;
+        const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[n][i] *= undo[8 * n + i % 2] * scale;
+    };
+    // f(row of the tile, token, value) for the lane's values of tokens that exist
+    const auto each = [&](const float(&values)[NT][4], auto&& f) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int token = 8 * n + 2 * t + i % 2;
+                if (token < task.tokens) f(g + i / 2 * 8, token, values[n][i]);
+            }
+    };
+
+    while (rest.next(task, r)) {
+        const Part& part = task.parts.part[r.part];
+        if (MODE == OWN) {
+            float total[NT][4] = {};
+            for (int slice = 0; slice < task.slices; ++slice) {
+                if (slice % task.window == 0) stage(shared, staged, task, part, slice);
+                if (warp >= r.tiles) continue;
+                multiply(part, r.tile + warp, slice);
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) total[n][i] += sum[n][i];
+            }
+            if (warp < r.tiles)
+                each(total, [&](int row, int token, float y) { put(part, (r.tile + warp) * TILE_ROWS + row, token, y); });
+        } else if (MODE == SLOT) {
+            stage(shared, staged, task, part, 0);
+            for (int item = warp; item < r.tiles * task.slices; item += WARPS) {
+                multiply(part, r.tile + item / task.slices, item % task.slices);
+                float* slot = slots + item * task.tokens * 16;
+                each(sum, [&](int row, int token, float y) { slot[token * 16 + row] = y; });
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < r.tiles * task.tokens * 16; i += THREADS) {
+                const int row = i % 16, token = i / 16 % task.tokens, tile = i / 16 / task.tokens;
+                const float* slot = slots + (tile * task.slices * task.tokens + token) * 16 + row;
+                float y = 0.0f;
+                for (int slice = 0; slice < task.slices; ++slice) y += slot[slice * task.tokens * 16];
+                put(part, (r.tile + tile) * TILE_ROWS + row, token, y);
+            }
+            __syncthreads();  // the next batch writes over the slots
+        } else {
+            stage(shared, staged, task, part, r.slice);
+            for (int item = warp; item < r.tiles; item += WARPS) {
+                multiply(part, r.tile + item, r.slice);
+                const int64_t tile = part.first_tile + r.tile + item;
+                float* slot = task.partials + (tile * task.slices + r.slice) * task.tokens * 16;
+                each(sum, [&](int row, int token, float y) { slot[token * 16 + row] = y; });
+            }
+        }
+    }
+
+    if (MODE == SPLIT) {
+        __shared__ int complete;
+        int2* finished = reinterpret_cast<int2*>(memory);  // (part, tile of the part); the rings are drained
+        if (threadIdx.x == 0) complete = 0;
+        __threadfence();
+        __syncthreads();
+        for (Rectangles<MODE> again(task); again.next(task, r);)
+            for (int i = threadIdx.x; i < r.tiles; i += THREADS) {
+                int* counter = task.counters + task.parts.part[r.part].first_tile + r.tile + i;
+                if (atomicAdd(counter, 1) + 1 < task.slices) continue;
+                *counter = 0;
+                finished[atomicAdd(&complete, 1)] = make_int2(r.part, r.tile + i);
+            }
+        __threadfence();
+        __syncthreads();
+        const int per_tile = task.tokens * 16;
+        for (int i = threadIdx.x; i < complete * per_tile; i += THREADS) {
+            const int2 which = finished[i / per_tile];
+            const Part& part = task.parts.part[which.x];
+            const int within = i % per_tile;
+            const int64_t tile = part.first_tile + which.y;
+            const float* slot = task.partials + tile * task.slices * per_tile + within;
+            put(part, which.y * TILE_ROWS + within % 16, within / 16, sum_slices(slot, task.slices, per_tile));
+        }
+    }
+}
+
+template <int NT, int MODE>
+static cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
+    auto kernel = linear_kernel<NT, MODE>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+    return launch(kernel, grid, 1, THREADS, shared_bytes, 1, stream, task);
+}
+
+// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch.
+extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
+                           int* counters, int tokens, int columns, int mode, int window, int batch, int stages,
+                           int shared_bytes, cudaStream_t stream) {
+    if (count < 1 || count > MAX_PARTS || grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64)
+        return cudaErrorInvalidValue;
+    Task task;
+    for (int i = 0; i < count; ++i) task.parts.part[i] = parts[i];
+    task.parts.count = count, task.parts.tiles = tiles;
+    for (int i = 0; i <= grid; ++i) task.cuts[i] = cuts[i];
+    task.partials = partials, task.counters = counters;
+    task.tokens = tokens, task.columns = columns;
+    task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    task.slices = (task.blocks + SLICE_BLOCKS - 1) / SLICE_BLOCKS;
+    task.staged = tokens <= 8 ? tokens : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+    task.window = window, task.batch = batch, task.stages = stages;
+    const size_t bytes = shared_bytes;
+    if (mode == SLOT) return tokens > 8 ? cudaErrorInvalidValue : run<1, SLOT>(task, grid, bytes, stream);
+    auto go = tokens <= 8    ? (mode == OWN ? run<1, OWN> : run<1, SPLIT>)
+              : tokens <= 16 ? (mode == OWN ? run<2, OWN> : run<2, SPLIT>)
+              : tokens <= 32 ? (mode == OWN ? run<4, OWN> : run<4, SPLIT>)
+                             : (mode == OWN ? run<8, OWN> : run<8, SPLIT>);
+    return go(task, grid, bytes, stream);
+}

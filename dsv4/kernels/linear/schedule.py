@@ -1,0 +1,113 @@
+"""How a launch of linear spreads its tiles over the blocks of a GPU (the three modes of linear.cu).
+
+Every block streams weights at the same rate, so each gets the same bytes. Splitting a tile between blocks costs a trip
+through memory, about as long as reading WORTH bytes: whole tiles are given out where that leaves nobody further behind.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+
+from dsv4.errors import KernelError
+
+OWN, SLOT, SPLIT = 0, 1, 2  # Mode in linear.cu
+WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
+TOKENS = 64  #: at most, in one launch
+MAX_STAGES = 4
+WORTH = 40 << 10
+_FEW_TOKENS = 8  # one n-tile
+_SLOTS = 64  # slices whose sums wait in shared memory
+_WHOLE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """cuts: block b takes the units cuts[b] .. cuts[b + 1]; tiles, or with SPLIT slice * tiles + tile."""
+
+    mode: int
+    cuts: tuple[int, ...]
+    window: int
+    batch: int
+    stages: int
+    shared_bytes: int
+
+    @property
+    def grid(self) -> int:
+        return len(self.cuts) - 1
+
+
+@functools.cache
+def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processors: int, shared_limit: int) -> Plan:
+    """parts: (tiles, bytes of a block) of each; blocks: 64 column blocks of a tile; shared_limit: bytes per block."""
+    slices = -(-blocks // SLICE_BLOCKS)
+    tiles = sum(count for count, _ in parts)
+
+    def fitted(mode: int, cuts: tuple[int, ...], window: int, batch: int, fewest: int) -> Plan | None:
+        for stages in range(MAX_STAGES, fewest - 1, -1):
+            slots = batch * slices * tokens * 64 if mode == SLOT else 0
+            shared = _shared_bytes(tokens, window, stages) + slots
+            if shared <= shared_limit:
+                return Plan(mode, cuts, window, batch, stages, shared)
+        return None
+
+    whole, behind = _by_tiles(parts, blocks, processors)
+    found = None
+    if slices == 1 or tiles >= (WARPS - 2) * processors:
+        found = fitted(OWN, whole, slices, WARPS, 3) or fitted(OWN, whole, 1, WARPS, 2)
+    elif tokens <= _FEW_TOKENS and behind <= WORTH:
+        found = fitted(SLOT, whole, slices, max(_SLOTS // slices, 1), 2)
+    if found is None:
+        found = fitted(SPLIT, _by_slices(parts, blocks, processors), 1, _WHOLE, 2)
+    if found is None:
+        raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
+    return found
+
+
+def tokens_at_once(shared_limit: int) -> int:
+    """The most tokens one launch takes: staged by the slice, they must fit beside two stages of every ring."""
+    for tokens in (TOKENS, 32, 16, 8):
+        if _shared_bytes(tokens, 1, 2) <= shared_limit:
+            return tokens
+    raise KernelError(f"linear: the GPU has {shared_limit} bytes of shared memory per block, too few for its rings")
+
+
+def _shared_bytes(tokens: int, window: int, stages: int) -> int:
+    padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
+    staged = tokens if tokens <= _FEW_TOKENS else padded
+    rings = WARPS * stages * (CHUNK + 8)
+    return rings + staged * (window * SLICE_BYTES + 16) + window * padded * 4
+
+
+@functools.cache
+def _by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[tuple[int, ...], int]:
+    """Cuts between whole tiles that give the busiest block the fewest bytes, and how many more than a fair share."""
+    before = [0, *accumulate(block * blocks for count, block in parts for _ in range(count))]
+    fair = -(-before[-1] // processors)
+
+    def cuts(most: int) -> list[int]:
+        found = [0]
+        while found[-1] < len(before) - 1 and len(found) <= processors:
+            found.append(bisect_right(before, before[found[-1]] + most) - 1)
+        return found
+
+    low, high = max(fair, blocks * max(block for _, block in parts)), before[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if cuts(middle)[-1] == len(before) - 1:
+            high = middle
+        else:
+            low = middle + 1
+    return tuple(cuts(low)), low - fair
+
+
+@functools.cache
+def _by_slices(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[int, ...]:
+    """Cuts between slices of tiles, all tiles of a slice before the next slice, so that every block gets as much."""
+    widths = [min(SLICE_BLOCKS, blocks - first) for first in range(0, blocks, SLICE_BLOCKS)]
+    before = [0, *accumulate(width * block for width in widths for count, block in parts for _ in range(count))]
+    grid = min(processors, len(before) - 1)
+    inner = (bisect_left(before, before[-1] * b // grid) for b in range(1, grid))
+    return tuple(sorted({0, *inner, len(before) - 1}))
