@@ -1,8 +1,12 @@
-"""Manifold-constrained hyper-connections: M residual streams around every sublayer."""
+"""Manifold-constrained hyper-connections: M residual streams around every sublayer.
+
+A sublayer's way is enter, sublayer, leave; between two sublayers, leaving and entering are one op, a seam.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +15,26 @@ from dsv4.config import ModelConfig
 from dsv4.kernels.mhc_head.mhc_head import mhc_head
 from dsv4.kernels.mhc_post.mhc_post import mhc_post
 from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
+from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
 from dsv4.layers.scope import Scope
 
 
+class Streams(NamedTuple):
+    """The residual streams inside a site, between entering and leaving. There is no other residual path."""
+
+    h: Tensor  # [T, M, D] as the site before left them
+    x: Tensor  # [T, D] collapsed and normed: the sublayer's input
+    post: Tensor  # [T, M] f32: how its output goes back
+    comb: Tensor  # [T, M, M] f32: how the streams mix meanwhile
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The sublayer's output y [T, D] -> the streams [T, M, D] after its site."""
+        return mhc_post(y, self.h, self.post, self.comb)
+
+
 class Site:
-    """One sublayer with its streams: `hc_attn_*` and `attn_norm`, or `hc_ffn_*` and `ffn_norm`."""
+    """One sublayer's connection to the streams: `hc_attn_*` and `attn_norm`, or `hc_ffn_*` and `ffn_norm`."""
 
     def __init__(self, scope: Scope, name: str, config: ModelConfig):
         self.fn, self.base, scale = (scope.f32(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
@@ -27,11 +45,33 @@ class Site:
         self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
     def __call__(self, h: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """h [T, M, D] -> [T, M, D]: collapse, norm, sublayer, mix back. There is no other residual path."""
+        """h [T, M, D] -> [T, M, D]: in, sublayer, out."""
+        streams = self.enter(h)
+        return streams.leave(sublayer(streams.x))
+
+    def enter(self, h: Tensor) -> Streams:
+        """h [T, M, D] -> inside this site."""
         x, post, comb = mhc_pre(
             h, self.fn, self.base, self.scale, sinkhorn_iters=self.iters, hc_eps=self.hc_eps, norm_eps=self.eps
         )
-        return mhc_post(sublayer(rms_norm(x, self.norm, self.eps)), h, post, comb)
+        return Streams(h, rms_norm(x, self.norm, self.eps), post, comb)
+
+    def seam(self, y: Tensor, before: Streams) -> Streams:
+        """Leave the site before with its sublayer's output y [T, D] and enter this one; `.h` are the streams between."""
+        h, x, post, comb = mhc_seam(
+            y,
+            before.h,
+            before.post,
+            before.comb,
+            self.fn,
+            self.base,
+            self.scale,
+            self.norm,
+            sinkhorn_iters=self.iters,
+            hc_eps=self.hc_eps,
+            norm_eps=self.eps,
+        )
+        return Streams(h, x, post, comb)
 
 
 class StreamHead:

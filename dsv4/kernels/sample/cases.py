@@ -53,8 +53,8 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         yield case("flat top-p", logits * 0.002, ones, top_p=p * 0.001)
         yield case("ties", logits.round(), mixed, top_k=k, top_p=p)
         yield case("equal", zeros[:, None].expand(rows, vocab).contiguous(), mixed, top_k=k, top_p=p)
-        off = {"top_k": torch.zeros_like(k), "top_p": ones, "min_p": zeros}
-        rules = {
+        off: dict[str, Any] = {"top_k": torch.zeros_like(k), "top_p": ones, "min_p": zeros}
+        rules: dict[str, Any] = {
             "bias": make.normal(rows, vocab, scale=3),
             "biased": cycle([1, 0, 1], rows, long).bool(),
             "forbidden": Forbidden(make.integers(-1, vocab, rows, 5), cycle([0, 6, 9], rows, long)),

@@ -11,7 +11,7 @@ from dsv4.kernels.sample.sample_ref import Forbidden, Penalties, sample_ref
 
 __all__ = ["WIDEST", "Forbidden", "Penalties", "sample"]
 
-WIDEST = 160_000  # V: a cluster of 8 blocks holds a row in what shared memory every target has
+WIDEST = 150_000  # V: a cluster of 8 blocks holds a row in what shared memory every target has
 _KERNEL = Kernel("sample", "p" * 17 + "qqii")
 
 
