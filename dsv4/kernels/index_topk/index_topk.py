@@ -1,9 +1,18 @@
 """The lightning indexer: score every visible compressed entry and keep the best `topk`."""
 
+import torch
 from torch import Tensor
 
+from dsv4.errors import KernelError
 from dsv4.kernels.index_topk.index_topk_ref import index_topk_ref
-from dsv4.kernels.op import no_kernel, op
+from dsv4.kernels.launch import contiguous, result, same_device
+from dsv4.kernels.loader import Kernel
+from dsv4.kernels.op import op
+from dsv4.quant.kv import index_key_bytes
+
+_KERNEL = Kernel("index_topk", "ppppppppqqiiiii")
+WIDTH, PAGE, MOST_HEADS = 128, 64, 64  # index_head_dim of V4, entries of a page, index_n_heads at most
+SCORE_BYTES = 1 << 26  # of scores held at a time: a prefill of many rows is done in slices
 
 
 @op("index_topk", ref=index_topk_ref, shapes={"q": "T H N : bf16 f32", "weights": "T H : bf16 f32"})
@@ -16,6 +25,8 @@ def index_topk(
     visible: Tensor,
     topk: int,
     order: str = "entry",
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """score[t, e] = sum_h weights[t, h] * relu(q[t, h] . key[e]); the `topk` best visible entries of each row.
 
@@ -27,5 +38,41 @@ def index_topk(
     `order` of a row's result: "entry", rising entry numbers, so that with visible <= topk it is entries
     0 .. visible-1; "score", falling scores; "torch", falling scores with ties as torch.topk has them, as in DeepSeek's
     script (they may then depend on the number of entries).
+
+    On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry"; two launches (scores, then selection) per
+    slice of rows whose scores take 64 MiB. A row's result does not depend on the other rows. Rows that see no more than
+    `topk` entries are not scored.
     """
-    raise no_kernel("index_topk")
+    rows, heads, width = q.shape
+    if q.dtype != torch.bfloat16 or weights.dtype != torch.bfloat16 or order != "entry":
+        raise KernelError(
+            f"index_topk: q {q.dtype}, weights {weights.dtype}, order '{order}'; the kernel takes torch.bfloat16 and "
+            "'entry'. float32 on a GPU runs through the twins: set DSV4_REF=index_topk, or DSV4_REF=all"
+        )
+    if width != WIDTH or heads > MOST_HEADS or heads % 8:
+        raise KernelError(
+            f"index_topk: {heads} heads of {width} channels; the kernel is written for {WIDTH} channels and 8, 16, .. "
+            f"{MOST_HEADS} heads; run the twin (DSV4_REF=index_topk)"
+        )
+    packed = keys.dtype == torch.uint8
+    expected = index_key_bytes(WIDTH) if packed else WIDTH
+    if keys.dim() != 3 or keys.shape[1:] != (PAGE, expected) or keys.dtype not in (torch.uint8, torch.bfloat16):
+        raise KernelError(
+            f"index_topk: 'keys' is {list(keys.shape)} {keys.dtype}; the kernel takes [N, {PAGE}, {WIDTH}] "
+            f"torch.bfloat16 or [N, {PAGE}, {index_key_bytes(WIDTH)}] torch.uint8 packed"
+        )
+    numbers = {"pages": (pages, 2), "sequence": (sequence, 1), "visible": (visible, 1)}
+    for arg, (x, dims) in numbers.items():
+        if x.dtype != torch.int64 or x.dim() != dims or (dims == 1 and len(x) != rows):
+            raise KernelError(f"index_topk: '{arg}' is {list(x.shape)} {x.dtype} for {rows} rows; expected int64")
+    contiguous("index_topk", q=q, weights=weights, keys=keys, pages=pages, sequence=sequence, visible=visible)
+    same_device("index_topk", q.device, weights=weights, keys=keys, pages=pages, sequence=sequence, visible=visible)
+    entries = PAGE * pages.shape[1]
+    picked = min(topk, entries)
+    out = result("index_topk", out, (rows, picked), torch.int64, q.device)
+    scored = topk < entries
+    slice_rows = max(1, min(rows, SCORE_BYTES // (2 * entries))) if scored else max(1, rows)
+    scores = torch.empty((slice_rows, entries) if scored else (8,), dtype=torch.bfloat16, device=q.device)
+    sizes = heads, pages.shape[1], topk, picked, packed
+    _KERNEL(q.device, q, weights, keys, pages, sequence, visible, scores, out, rows, slice_rows, *sizes)
+    return out

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dsv4.quant.kv import unpack_index_key
+
 
 def index_scores_ref(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """sum_h w_h relu(q_h . k_e), each step rounded to q's dtype -> [T, E]."""
@@ -14,9 +16,7 @@ def _keys_of(keys: Tensor, pages: Tensor, count: int, like: Tensor) -> Tensor:
     """The first `count` keys [count, Ci] of a sequence, in the dtype of `like` [T, Hi, Ci]."""
     held = keys.index_select(0, pages[: -(-count // keys.shape[1])].clamp(min=0)).flatten(0, 1)[:count]
     if held.dtype == torch.uint8:
-        from dsv4.quant import kv
-
-        return kv.unpack_index_key(held, like.shape[-1], like.dtype)
+        return unpack_index_key(held, like.shape[-1], like.dtype)
     return held
 
 

@@ -1,12 +1,21 @@
 """Core attention: window entries and selected compressed entries under one softmax with a sink, un-rotated."""
 
+import torch
 from torch import Tensor
 
-from dsv4.kernels.op import no_kernel, op
+from dsv4.errors import KernelError
+from dsv4.kernels.launch import contiguous, result, rotations, same_device
+from dsv4.kernels.loader import Kernel
+from dsv4.kernels.op import op
 from dsv4.kernels.sparse_attention.sparse_attention_ref import sparse_attention_ref
+from dsv4.quant.kv import entry_bytes
+
+_KERNEL = Kernel("sparse_attention", "ppppppppqqqqiiiiiiif")
+HEAD_DIM, ROPE_DIMS = 512, 64  # of V4: what the kernel and its packed entries are written for
+SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, spread a row's entries over 8 blocks
 
 
-@op("sparse_attention", ref=sparse_attention_ref, shapes={"q": "T H N : bf16 f32", "local": "* N : bf16 f32"})
+@op("sparse_attention", ref=sparse_attention_ref, shapes={"q": "T H N : bf16 f32", "local": "* X : bf16 f32 u8"})
 def sparse_attention(
     q: Tensor,
     local: Tensor,
@@ -17,13 +26,81 @@ def sparse_attention(
     cis: Tensor,
     *,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """softmax over (window | compressed | sink), times the entries, then the inverse RoPE of the query's position.
 
     q [T, H, Dh]; local [..., Dh] holds the window's entries (the ring, or this chunk and what preceded it), local_rows
-    [T, W] i64 rows of it; pool [P, 64, Dh] pages of compressed entries, pool_rows [T, E] i64; -1 = nothing there. sink
-    [H] f32 is a logit that takes probability and adds nothing. scale = Dh^-0.5; cis [T, R/2] complex64, conjugated: it
-    rotates back. -> [T, H, Dh] in q's dtype. Logits and sums float32; unnormalised probabilities are rounded to q's
-    dtype before they multiply the entries, as in DeepSeek's kernel. A row with nothing visible returns zeros.
+    [T, W] i64 rows of it; pool [P, 64, Dh] pages of compressed entries, pool_rows [T, E] i64; -1 = nothing there.
+    Either may be u8 [..., X] packed entries instead (dsv4/quant/kv.py). sink [H] f32 is a logit that takes probability
+    and adds nothing. scale = Dh^-0.5; cis [T, R/2] complex64, conjugated: it rotates back. -> [T, H, Dh] in q's dtype.
+    Logits and sums float32; unnormalised probabilities are rounded to q's dtype before they multiply the entries, as in
+    DeepSeek's kernel. A row with nothing visible returns zeros.
+
+    On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit up to then instead of the row's
+    largest: the same 2^-9 of itself, another way. A row's bits depend neither on the other rows nor on how wide the row
+    lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up in different orders.
     """
-    raise no_kernel("sparse_attention")
+    rows, heads, width = q.shape
+    _supported(q, cis)
+    contiguous("sparse_attention", q=q, local=local, pool=pool, sink=sink)
+    same_device(
+        "sparse_attention",
+        q.device,
+        local=local,
+        local_rows=local_rows,
+        pool=pool,
+        pool_rows=pool_rows,
+        sink=sink,
+        cis=cis,
+    )
+    if sink.shape != (heads,) or sink.dtype != torch.float32:
+        raise KernelError(f"sparse_attention: 'sink' is {list(sink.shape)} {sink.dtype}; expected [{heads}] float32")
+    packed = _packed("local", local), pool is not None and _packed("pool", pool)
+    if any(packed) and 2 * cis.shape[1] != ROPE_DIMS:
+        raise KernelError(f"sparse_attention: packed entries turn {ROPE_DIMS} channels, 'cis' turns {2 * cis.shape[1]}")
+    local_width, local_stride = _row_list("local_rows", local_rows, rows)
+    pool_width, pool_stride = (0, 0) if pool is None or pool_rows is None else _row_list("pool_rows", pool_rows, rows)
+    cis_stride = rotations("sparse_attention", cis, rows, width)
+    out = result("sparse_attention", out, (rows, heads, width), q.dtype, q.device)
+    if pool_width == 0:
+        pool = pool_rows = None
+    strides = local_stride, pool_stride, cis_stride
+    sizes = heads, local_width, pool_width, packed[0], packed[1], 2 * cis.shape[1], rows <= SPLIT_ROWS
+    _KERNEL(q.device, q, local, local_rows, pool, pool_rows, sink, cis, out, rows, *strides, *sizes, scale)
+    return out
+
+
+def _supported(q: Tensor, cis: Tensor) -> None:
+    if q.dtype != torch.bfloat16:
+        raise KernelError(
+            f"sparse_attention: 'q' is {q.dtype} and the kernel takes torch.bfloat16; float32 on a GPU runs through "
+            "the twins: set DSV4_REF=sparse_attention, or DSV4_REF=all"
+        )
+    if q.shape[2] != HEAD_DIM:
+        raise KernelError(
+            f"sparse_attention: head_dim is {q.shape[2]} and the kernel is written for {HEAD_DIM}; run the twin "
+            "(DSV4_REF=sparse_attention)"
+        )
+
+
+def _packed(arg: str, entries: Tensor) -> bool:
+    """Whether `entries` [..., X] are packed bytes."""
+    expected = entry_bytes(HEAD_DIM, ROPE_DIMS) if entries.dtype == torch.uint8 else HEAD_DIM
+    if entries.shape[-1] != expected or entries.dtype not in (torch.uint8, torch.bfloat16):
+        raise KernelError(
+            f"sparse_attention: '{arg}' is {list(entries.shape)} {entries.dtype}; the kernel takes [..., {HEAD_DIM}] "
+            f"torch.bfloat16 or [..., {entry_bytes(HEAD_DIM, ROPE_DIMS)}] torch.uint8 packed"
+        )
+    return entries.dtype == torch.uint8
+
+
+def _row_list(arg: str, numbers: Tensor, rows: int) -> tuple[int, int]:
+    """Width and row stride of [T, n] i64."""
+    if numbers.dtype != torch.int64 or numbers.dim() != 2 or len(numbers) != rows:
+        raise KernelError(
+            f"sparse_attention: '{arg}' is {list(numbers.shape)} {numbers.dtype}; expected [{rows}, n] torch.int64"
+        )
+    if numbers.shape[1] > 1 and numbers.stride(1) != 1:
+        raise KernelError(f"sparse_attention: '{arg}' has strides {list(numbers.stride())}; pass .contiguous()")
+    return numbers.shape[1], numbers.stride(0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
+from dsv4.quant.kv import pack_entry, unpack_entry
 
 
 def case(rows, heads, width, local_n, pool_n, seed=0):
@@ -53,3 +54,13 @@ def test_nothing_visible_is_zero_and_hidden_nan_does_not_leak():
     local[0], pool.view(-1, 128)[0] = float("nan"), float("nan")  # row 0 is what a careless gather of -1 would read
     local_rows, pool_rows = torch.full_like(local_rows, -1), torch.full_like(pool_rows, -1)
     assert (sparse_attention(q, local, local_rows, pool, pool_rows, sink, cis, scale=0.1) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_entries_count_as_what_they_hold(dtype):
+    q, local, local_rows, pool, pool_rows, sink, cis = case(11, 4, 512, 24, 40)
+    packed = pack_entry(local.bfloat16(), 64), pack_entry(pool.bfloat16(), 64)
+    plain = [unpack_entry(x, 512, 64, dtype) for x in packed]
+    rest = local_rows, pool_rows, sink, cis
+    got = sparse_attention(q.to(dtype), packed[0], rest[0], packed[1], *rest[1:], scale=0.05)
+    assert torch.equal(got, sparse_attention(q.to(dtype), plain[0], rest[0], plain[1], *rest[1:], scale=0.05))

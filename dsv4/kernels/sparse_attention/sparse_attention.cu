@@ -1,0 +1,455 @@
+// sparse_attention: HG heads of a token against its entries, on tensor cores. Heads are the rows of every product.
+//
+// Positions: the window's entries take a multiple of 128 positions, the selected ones follow; a tile is 16 positions.
+// A block walks its tiles in stages of TILES: packed bytes are copied to shared memory while the stage before is worked
+// on, then decoded once to BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with
+// a running maximum that moves once per stage. A stage without entries is skipped.
+//
+// SPLIT: tile n belongs to block n % 8 of a cluster, whose partial results meet in distributed shared memory in rank
+// order. Neither order nor stages depend on the widths of the row lists, on HG, on the other rows or on how many of them
+// there are: a row's bits are the same in every call that is split, and in every call that is not.
+#include <dsv4/cluster.cuh>
+#include <dsv4/fragments.cuh>
+#include <dsv4/kv_entry.cuh>
+#include <dsv4/launch.cuh>
+#include <dsv4/mma.cuh>
+#include <dsv4/numbers.cuh>
+#include <dsv4/reduce.cuh>
+#include <dsv4/rope.cuh>
+
+using namespace dsv4;
+using kv::DH;
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int TILE = 16, SPLITS = 8, WINDOW = 128;
+constexpr int ROW = DH * 2 + 16;   // bytes between rows of queries and entries
+constexpr int OUT_ROW = DH + 8;    // floats between rows of a partial result
+constexpr float LOWEST = -1e30f;   // the maximum over nothing, as in the twin
+
+struct Source {
+    const uint8_t* data;
+    const int64_t* rows;  // [T, width]
+    int64_t row_stride;
+    int width;
+    bool packed;
+};
+
+struct Arguments {
+    const uint8_t* q;  // [T, H, 512] BF16, contiguous
+    Source local, pool;
+    const float* sink;
+    const float2* cis;
+    int64_t cis_stride;
+    bf16* out;
+    int heads, groups, rope, local_positions;
+    float scale;
+};
+
+template <int HG, int TILES>
+struct Shared {
+    static constexpr int STAGE = TILES * TILE, SCORE_ROW = STAGE + 4;  // floats; probabilities take their place as BF16
+    static constexpr int PARTS = HG == 16 ? 4 : 1;                     // partial dot products, by quarter of the channels
+    alignas(16) uint8_t entries[STAGE * ROW];                          // this and q become the partial result
+    alignas(16) uint8_t q[HG * ROW];
+    alignas(16) float scores[PARTS][HG][SCORE_ROW];
+    alignas(16) uint8_t packed[STAGE * kv::ENTRY_BYTES];
+    int rows[2][STAGE];
+    int last[WARPS];
+    float top[HG], total[HG], fade[HG];
+};
+
+// One token's tiles of one block.
+template <int HG, int TILES, bool SPLIT>
+struct Block {
+    using S = Shared<HG, TILES>;
+    static constexpr int STAGE = S::STAGE, MT = HG / 16;
+
+    const Arguments& a;
+    S& s;
+    const int64_t token;
+    const int rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int stages = 0;
+    float sums[MT][8][4] = {};  // of the warp's 64 channels
+
+    __device__ int tile_of(int stage, int tile) const {
+        const int n = stage * TILES + tile;
+        return SPLIT ? n * SPLITS + rank : n;
+    }
+    __device__ bool is_local(int stage, int tile) const { return tile_of(stage, tile) * TILE < a.local_positions; }
+    __device__ const Source& source(int stage, int tile) const { return is_local(stage, tile) ? a.local : a.pool; }
+
+    // The row number at slot 0 .. STAGE-1 of a stage, -1 for none.
+    __device__ int row_at(int stage, int slot) const {
+        int position = tile_of(stage, slot / TILE) * TILE + slot % TILE;
+        const Source& from = source(stage, slot / TILE);
+        if (position >= a.local_positions) position -= a.local_positions;
+        return position < from.width ? static_cast<int>(from.rows[token * from.row_stride + position]) : -1;
+    }
+
+    // Rows of stage 0, and how many stages there are up to the last entry.
+    __device__ void scan() {
+        const int tiles = (a.local_positions + a.pool.width + TILE - 1) / TILE;
+        const int mine = SPLIT ? (tiles - rank + SPLITS - 1) / SPLITS : tiles;
+        const int slots = max((mine + TILES - 1) / TILES, 1) * STAGE;
+        int last = -1;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < slots; i += THREADS) {
+            const int row = row_at(i / STAGE, i % STAGE);
+            if (i < STAGE) s.rows[0][i] = row;
+            if (row >= 0) last = i;
+        }
+        last = __reduce_max_sync(0xffffffffu, last);
+        if (lane == 0) s.last[warp] = last;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) last = max(last, s.last[w]);
+        stages = last < 0 ? 0 : last / STAGE + 1;
+    }
+
+    // Tiles of a stage up to the last one with an entry.
+    __device__ int used_tiles(const int* rows) const {
+        int used = 0;
+#pragma unroll
+        for (int base = 0; base < STAGE; base += 32) {
+            const int slot = base + lane;
+            const unsigned there = __ballot_sync(0xffffffffu, slot < STAGE && rows[slot] >= 0);
+            if (there) used = (base + 31 - __clz(there)) / TILE + 1;
+        }
+        return used;
+    }
+
+    __device__ void load_queries(int head) {
+        const uint8_t* from = a.q + (token * a.heads + head) * DH * 2;
+        for (int i = threadIdx.x; i < HG * 64; i += THREADS) {
+            uint8_t* to = s.q + i / 64 * ROW + i % 64 * 16;
+            if (head + i / 64 < a.heads)
+                copy_async16(to, from + static_cast<int64_t>(i) * 16);
+            else
+                *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // Starts the copies of a stage's packed entries; a warp takes an entry at a time.
+    __device__ void fetch(int stage, const int* rows) {
+        for (int slot = warp; slot < STAGE; slot += WARPS) {
+            const int row = rows[slot];
+            const Source& from = source(stage, slot / TILE);
+            if (row < 0 || !from.packed) continue;
+            const uint8_t* entry = from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES;
+            for (int i = lane; i < kv::ENTRY_BYTES / 8; i += 32)
+                copy_async8(s.packed + slot * kv::ENTRY_BYTES + 8 * i, entry + 8 * i);
+        }
+    }
+
+    // BF16 entries of a stage's used tiles, zeros where there is none: 0 x NaN must not reach a sum.
+    __device__ void decode(int stage, const int* rows, int used) {
+        for (int slot = warp; slot < used * TILE; slot += WARPS) {
+            const int row = rows[slot];
+            const Source& from = source(stage, slot / TILE);
+            uint8_t* to = s.entries + slot * ROW;
+#pragma unroll
+            for (int i = lane; i < DH / 8; i += 32) {
+                uint4* channels = reinterpret_cast<uint4*>(to) + i;
+                if (row < 0)
+                    *channels = make_uint4(0, 0, 0, 0);
+                else if (from.packed)
+                    *channels = kv::channels8(s.packed + slot * kv::ENTRY_BYTES, i);
+                else
+                    copy_async16(channels, from.data + static_cast<int64_t>(row) * (DH * 2) + 16 * i);
+            }
+        }
+    }
+
+    // dot[j] = 16 heads x 8 entries of tile 2 j + half, over the channels of one quarter.
+    __device__ void dots(float (&dot)[TILES][4], int quarter, int mt, int half, int used) const {
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) dot[j][0] = dot[j][1] = dot[j][2] = dot[j][3] = 0.0f;
+        const uint8_t* heads = s.q + (mt * 16 + lane % 16) * ROW + lane / 16 * 16 + quarter * (DH / 2);
+        const uint8_t* keys = s.entries + (half * 8 + lane % 8) * ROW + lane / 8 * 16 + quarter * (DH / 2);
+#pragma unroll
+        for (int k = 0; k < DH / 2; k += 64) {  // bytes: two products of 16 channels
+            uint32_t a0[4], a1[4];
+            load_matrices(a0, heads + k);
+            load_matrices(a1, heads + k + 32);
+#pragma unroll
+            for (int j = 0; j < TILES; ++j)
+                if (j < used) {
+                    uint32_t b[4];
+                    load_matrices(b, keys + j * (16 * ROW) + k);
+                    mma_bf16(dot[j], a0, b[0], b[1]);
+                    mma_bf16(dot[j], a1, b[2], b[3]);
+                }
+        }
+    }
+
+    __device__ void put_dots(const float (&dot)[TILES][4], int part, int mt, int half, int used) {
+        const int g = lane / 4, column = half * 8 + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < TILES; ++j)
+            if (j < used) {
+                *reinterpret_cast<float2*>(&s.scores[part][mt * 16 + g][j * 16 + column]) =
+                    make_float2(dot[j][0], dot[j][1]);
+                *reinterpret_cast<float2*>(&s.scores[part][mt * 16 + g + 8][j * 16 + column]) =
+                    make_float2(dot[j][2], dot[j][3]);
+            }
+    }
+
+    // q . entry, summed by quarters of the channels: (0 + 1) + (2 + 3).
+    __device__ void score(int used) {
+        if constexpr (HG == 16) {
+            float dot[TILES][4];
+            dots(dot, warp % 4, 0, warp / 4, used);
+            put_dots(dot, warp % 4, 0, warp / 4, used);
+        } else {
+            static_assert(HG == 64, "four warps of 16 heads, twice");
+            float sum[TILES][4], pair[TILES][4];
+#pragma unroll
+            for (int both = 0; both < 2; ++both) {
+                float dot[TILES][4];
+                dots(pair, 2 * both, warp % 4, warp / 4, used);
+                dots(dot, 2 * both + 1, warp % 4, warp / 4, used);
+#pragma unroll
+                for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        pair[j][i] += dot[j][i];
+                        sum[j][i] = both ? sum[j][i] + pair[j][i] : pair[j][i];
+                    }
+            }
+            put_dots(sum, 0, warp % 4, warp / 4, used);
+        }
+    }
+
+    __device__ float score_of(int head, int slot) const {
+        if constexpr (S::PARTS == 1) return s.scores[0][head][slot];
+        return (s.scores[0][head][slot] + s.scores[1][head][slot]) +
+               (s.scores[2 % S::PARTS][head][slot] + s.scores[3 % S::PARTS][head][slot]);
+    }
+
+    // Probabilities relative to the running maximum, rounded to BF16 over their scores; a warp per head.
+    __device__ void softmax(const int* rows, int used) {
+        constexpr int COLUMNS = (STAGE + 31) / 32;
+        for (int head = warp; head < HG; head += WARPS) {
+            float x[COLUMNS], sum = 0.0f;
+            const float before = s.top[head];
+            float top = before;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const int slot = c * 32 + lane;
+                const bool there = slot < STAGE && rows[slot] >= 0;
+                x[c] = there ? __fmul_rn(score_of(head, slot), a.scale) : -INFINITY;
+                top = fmaxf(top, x[c]);
+            }
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+            __syncwarp();
+            bf16* p = reinterpret_cast<bf16*>(s.scores[0][head]);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                const int slot = c * 32 + lane;
+                const float probability = expf(x[c] - top);
+                sum += probability;
+                if (slot < used * TILE) p[slot] = from_float<bf16>(probability);
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) {
+                const float fade = expf(before - top);
+                s.total[head] = fmaf(s.total[head], fade, sum);
+                s.top[head] = top, s.fade[head] = fade;
+            }
+        }
+    }
+
+    // sums = sums * fade + p . entries
+    __device__ void accumulate(int used) {
+        const int g = lane / 4;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            const float upper = s.fade[mt * 16 + g], lower = s.fade[mt * 16 + g + 8];
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                sums[mt][n][0] *= upper, sums[mt][n][1] *= upper;
+                sums[mt][n][2] *= lower, sums[mt][n][3] *= lower;
+            }
+        }
+        const uint8_t* values = s.entries + lane % 16 * ROW + warp * 128 + lane / 16 * 16;
+        for (int tile = 0; tile < used; ++tile) {
+            uint32_t p[MT][4];
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt)
+                load_matrices(p[mt], reinterpret_cast<const uint8_t*>(s.scores[0][mt * 16 + lane % 16]) + tile * 32 +
+                                         lane / 16 * 16);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                uint32_t b[4];
+                load_transposed(b, values + tile * (TILE * ROW) + n * 32);
+#pragma unroll
+                for (int mt = 0; mt < MT; ++mt) {
+                    mma_bf16(sums[mt][2 * n], p[mt], b[0], b[1]);
+                    mma_bf16(sums[mt][2 * n + 1], p[mt], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    __device__ void run(int head) {
+        load_queries(head);
+        for (int i = threadIdx.x; i < HG; i += THREADS) s.top[i] = LOWEST, s.total[i] = 0.0f;
+        scan();  // ends behind a barrier
+        fetch(0, s.rows[0]);
+        for (int stage = 0; stage < stages; ++stage) {
+            const int* rows = s.rows[stage % 2];
+            const int used = used_tiles(rows);
+            const bool more = stage + 1 < stages;
+            const int next = more && threadIdx.x < STAGE ? row_at(stage + 1, threadIdx.x) : -1;
+            copies_wait();
+            __syncthreads();  // packed bytes are here, and the last stage's entries are no longer read
+            decode(stage, rows, used);
+            if (more && threadIdx.x < STAGE) s.rows[(stage + 1) % 2][threadIdx.x] = next;
+            copies_wait();
+            __syncthreads();  // entries are here, and packed bytes are no longer read
+            if (more) fetch(stage + 1, s.rows[(stage + 1) % 2]);
+            if (!used) continue;
+            score(used);
+            __syncthreads();
+            softmax(rows, used);
+            __syncthreads();
+            accumulate(used);
+        }
+        copies_wait();
+        __syncthreads();
+    }
+
+    __device__ void turn(float& x, float& y, int channel) const {
+        x = rounded<bf16>(x), y = rounded<bf16>(y);
+        const int first = DH - a.rope;
+        if (channel >= first) rotate(x, y, a.cis[token * a.cis_stride + (channel - first) / 2]);
+    }
+
+    // Writes the result of a block that saw all entries.
+    __device__ void finish(int head) {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int lower = 0; lower < 2; ++lower) {
+                const int row = mt * 16 + lower * 8 + g;
+                if (head + row >= a.heads) continue;
+                const float total = s.total[row] + expf(a.sink[head + row] - s.top[row]);
+                bf16* to = a.out + (token * a.heads + head + row) * DH;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const int channel = warp * 64 + n * 8 + 2 * t;
+                    float x = sums[mt][n][2 * lower] / total, y = sums[mt][n][2 * lower + 1] / total;
+                    turn(x, y, channel);
+                    *reinterpret_cast<uint32_t*>(to + channel) = bf16x2(x, y);
+                }
+            }
+    }
+
+    // Each block of the cluster adds up the partial results of HG / 8 heads and writes them.
+    __device__ void combine(int head) {
+        float* partial = reinterpret_cast<float*>(s.entries);
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                float* to = partial + (mt * 16 + g) * OUT_ROW + warp * 64 + n * 8 + 2 * t;
+                *reinterpret_cast<float2*>(to) = make_float2(sums[mt][n][0], sums[mt][n][1]);
+                *reinterpret_cast<float2*>(to + 8 * OUT_ROW) = make_float2(sums[mt][n][2], sums[mt][n][3]);
+            }
+        cluster_barrier();
+        constexpr int MINE = HG / SPLITS;
+        for (int i = threadIdx.x; i < MINE * (DH / 4); i += THREADS) {
+            const int row = rank * MINE + i / (DH / 4), channel = i % (DH / 4) * 4;
+            if (head + row >= a.heads) continue;
+            float tops[SPLITS], totals[SPLITS];
+            float4 parts[SPLITS];
+            float top = LOWEST;
+#pragma unroll
+            for (int r = 0; r < SPLITS; ++r) {
+                tops[r] = peer_value(&s.top[row], r);
+                totals[r] = peer_value(&s.total[row], r);
+                parts[r] = peer_value4(partial + row * OUT_ROW + channel, r);
+                top = fmaxf(top, tops[r]);
+            }
+            float total = 0.0f;
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int r = 0; r < SPLITS; ++r) {
+                const float weight = expf(tops[r] - top);
+                total = fmaf(totals[r], weight, total);
+                sum.x = fmaf(parts[r].x, weight, sum.x), sum.y = fmaf(parts[r].y, weight, sum.y);
+                sum.z = fmaf(parts[r].z, weight, sum.z), sum.w = fmaf(parts[r].w, weight, sum.w);
+            }
+            total += expf(a.sink[head + row] - top);
+            float x = sum.x / total, y = sum.y / total, z = sum.z / total, w = sum.w / total;
+            turn(x, y, channel);
+            turn(z, w, channel + 2);
+            *reinterpret_cast<uint2*>(a.out + (token * a.heads + head + row) * DH + channel) =
+                make_uint2(bf16x2(x, y), bf16x2(z, w));
+        }
+        cluster_barrier();  // nobody leaves while its shared memory is read
+    }
+};
+
+template <int HG, int TILES, bool SPLIT>
+__global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(16) uint8_t memory[];
+    using S = Shared<HG, TILES>;
+    static_assert(HG * OUT_ROW * 4 <= (TILES * TILE + HG) * ROW, "a partial result fits where entries and queries were");
+    const int64_t unit = SPLIT ? blockIdx.x / SPLITS : blockIdx.x;
+    const int head = static_cast<int>(unit % a.groups) * HG;
+    Block<HG, TILES, SPLIT> block{a, *reinterpret_cast<S*>(memory), unit / a.groups, SPLIT ? cluster_rank() : 0};
+    block.run(head);
+    if constexpr (SPLIT)
+        block.combine(head);
+    else
+        block.finish(head);
+}
+
+template <int HG, int TILES, bool SPLIT>
+static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
+    constexpr int bytes = sizeof(Shared<HG, TILES>);
+    const auto kernel = sparse_attention<HG, TILES, SPLIT>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error) return error;
+    a.groups = (a.heads + HG - 1) / HG;
+    const int blocks = SPLIT ? SPLITS : 1;
+    return launch(kernel, rows * a.groups * blocks, 1, THREADS, bytes, blocks, stream, a);
+}
+
+template <int HG, int TILES>
+static cudaError_t run(const Arguments& a, int64_t rows, bool split, cudaStream_t stream) {
+    return split ? run<HG, TILES, true>(a, rows, stream) : run<HG, TILES, false>(a, rows, stream);
+}
+
+extern "C" int dsv4_sparse_attention(const void* q, const void* local, const void* local_rows, const void* pool,
+                                     const void* pool_rows, const void* sink, const void* cis, void* out, int64_t rows,
+                                     int64_t local_stride, int64_t pool_stride, int64_t cis_stride, int heads,
+                                     int local_width, int pool_width, int local_packed, int pool_packed, int rope,
+                                     int split, float scale, cudaStream_t stream) {
+    if (rows == 0 || heads == 0) return cudaSuccess;
+    if (!aligned16(q) || !aligned16(local) || !aligned16(pool) || !aligned16(out)) return cudaErrorMisalignedAddress;
+    Arguments a = {};
+    a.q = static_cast<const uint8_t*>(q);
+    a.local = {static_cast<const uint8_t*>(local), static_cast<const int64_t*>(local_rows), local_stride, local_width,
+               local_packed != 0};
+    a.pool = {static_cast<const uint8_t*>(pool), static_cast<const int64_t*>(pool_rows), pool_stride, pool_width,
+              pool_packed != 0};
+    a.sink = static_cast<const float*>(sink);
+    a.cis = static_cast<const float2*>(cis);
+    a.cis_stride = cis_stride;
+    a.out = static_cast<bf16*>(out);
+    a.heads = heads, a.rope = rope, a.scale = scale;
+    a.local_positions = max((local_width + WINDOW - 1) / WINDOW, 1) * WINDOW;
+    int device = 0, shared = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return error;
+    if (shared < static_cast<int>(sizeof(Shared<64, 5>))) return run<16, 2>(a, rows, split, stream);
+    const bool few = rows * ((heads + 15) / 16) * SPLITS <= 128;  // one block on each multiprocessor
+    if (heads % 64 || (split && few)) return run<16, 5>(a, rows, split, stream);
+    return run<64, 5>(a, rows, split, stream);
+}
