@@ -72,9 +72,9 @@ def scores_of(args: Sequence[Any]) -> Callable[[list[Tensor]], list[Tensor]]:
 
 
 def two_scores_off(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
-    """Dot products of E2M1 numbers are exact; the heads' shares are added in another order, then rounded: a score of the
-    kernel and of the twin are one unit in the last place apart, the k-th best of either at most two. Where shares cancel,
-    their sum is off by H times F32_ULP of what they add up to without signs, taken as H times the best score.
+    """Dot products of E2M1 numbers are exact; the heads' shares are added in another order, then rounded: a score of
+    the kernel and of the twin are one unit in the last place apart, the k-th best of either at most two. Where shares
+    cancel, their sum is off by H times F32_ULP of what they add up to without signs, taken as H times the best score.
     """
     y, heads = expected[0].double().abs(), args[0].shape[1]
     return [2 * BF16_ULP * y + heads * heads * F32_ULP * y.amax(-1, keepdim=True)]
