@@ -57,7 +57,7 @@ class Site:
         return Streams(h, rms_norm(x, self.norm, self.eps), post, comb)
 
     def seam(self, y: Tensor, before: Streams) -> Streams:
-        """Leave the site before with its sublayer's output y [T, D] and enter this one; `.h` are the streams between."""
+        """Leave the site before, with its sublayer's output y [T, D], and enter this one; `.h` lie between."""
         h, x, post, comb = mhc_seam(
             y,
             before.h,
