@@ -113,7 +113,12 @@ def show(report: Report, inventory: bool) -> None:
         for line in part.notes:
             console.print(f"batch {part.rows}: note: {line}", markup=False)
         if inventory:
-            for title, counts in (("calls", part.calls), ("kernel", part.kernels), ("line", part.lines)):
+            for title, counts in (
+                ("stage", part.stage_calls),
+                ("call", part.calls),
+                ("kernel", part.kernels),
+                ("line", part.lines),
+            ):
                 for name, count in counts.items():
                     console.print(f"batch {part.rows}: {title} {count:6d}  {name}", markup=False)
 

@@ -262,6 +262,19 @@ def test_threads_are_told_apart():
     assert any(place.startswith(f"tests/cpu/test_guard.py:{line_of(library) + 1} ") for place in seen.where.stack)
 
 
+def test_what_a_capture_records_is_kept_in_order():
+    log = CallLog(
+        {cupti.RUNTIME: {**NAMES[cupti.RUNTIME], 6: "cudaStreamBeginCapture_v10000", 7: "cudaMallocAsync_v11020"}}
+    )
+    for cbid in (3, 6, 3, 1, 5, 7, 4):
+        call(log, cupti.RUNTIME, cbid)
+    assert [(made.kind, made.name) for made in log.captured] == [
+        ("kernel", "cudaLaunchKernel"),
+        ("alloc", "cudaMallocAsync"),
+        ("copy", "cudaMemcpyAsync"),
+    ]
+
+
 def test_captured_nodes_keep_their_line():
     log = CallLog(NAMES)
     graph = structs.GraphData(node=0x77, node_type=0)

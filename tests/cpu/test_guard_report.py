@@ -10,7 +10,7 @@ import torch
 from dsv4 import cli
 from dsv4.cli import check_decode
 from dsv4.engine.guard import census, cupti, driver, scalars, structs
-from dsv4.engine.guard.calls import CallLog
+from dsv4.engine.guard.calls import CallLog, Sighting
 from dsv4.engine.guard.certificate import groups, spread
 from dsv4.engine.guard.findings import BatchReport, Finding, Report, merged
 from dsv4.engine.guard.where import Where
@@ -177,12 +177,14 @@ def test_loud_nodes_are_findings():
 
 
 def test_nodes_get_lines_by_handle_or_by_order():
-    a, b = Where(("a.py:1 f",)), Where(("b.py:2 g",))
+    a, b, c = (Where((f"{name}.py:1 f",)) for name in "abc")
     found = [(1, kernel("x")), (2, census.Node("memset")), (3, kernel("y"))]
     log = CallLog({})
-    log.launches = [a, b]
-    assert [node.where for node in census.located(found, log)] == [a, None, b]
-    log.launches = [a]  # not one launch per kernel: no guess
+    log.captured = [
+        Sighting(kind, "call", where, None) for kind, where in (("kernel", a), ("memset", b), ("kernel", c))
+    ]
+    assert [node.where for node in census.located(found, log)] == [a, b, c]
+    log.captured.pop()  # not one call per node: no guess
     assert [node.where for node in census.located(found, log)] == [None, None, None]
     log.nodes = {1: (b, None), 2: (a, "why")}
     assert [(node.where, node.allowed) for node in census.located(found, log)] == [(b, None), (a, "why"), (None, None)]

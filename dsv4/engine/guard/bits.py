@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,31 +14,36 @@ from dsv4.engine.guard.findings import Finding
 from dsv4.engine.guard.step import Step, Subject
 
 POISON = 0xFF  # everywhere: NaN in BF16, float32 and E4M3 and as a scale, -1 as an integer
+_CHAIN = 2  # steps that follow one another without a stage between
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Bits = dict[str, Tensor]
 
 
 def compare(step: Step, subject: Subject, slots: Sequence[int], tokens: Sequence[int], label: str) -> list[Finding]:
-    """The same step eagerly and by replay, from the same memory: outputs of the live rows and all memory must agree.
+    """The same steps eagerly and by replay, from the same memory: outputs of the live rows and all memory must agree.
     The graph's private pool is poisoned first, so a replay that relies on what an earlier one left there is found.
     """
-    live, memory = len(slots), subject.memory()
-    before = copied(memory)
-    eager = _run(step, slots, tokens, step.body)
+    memory, state = subject.memory(), own_tensors(step)
+    before, state_before = copied(memory), copied(state)
+
+    def run(how: Callable[[], None]) -> Bits:
+        restore(memory, before)
+        restore(state, state_before)
+        return _run(step, slots, tokens, how, _CHAIN)
+
+    eager = run(step.body)
     eager_memory = copied(memory)
-    restore(memory, before)
     poison_pool(step)
-    replayed = _run(step, slots, tokens, step.replay)
+    replayed = run(step.replay)
     found = [
-        *_not_finite(replayed, live, label),
-        *_differences(_live(eager, live), _live(replayed, live), ("eager", "replay"), label),
+        *_not_finite(replayed, label),
+        *_differences(eager, replayed, ("eager", "replay"), label),
         *_differences(eager_memory, memory, ("eager", "replay"), label),
     ]
     if found:
-        restore(memory, before)
-        again = _run(step, slots, tokens, step.body)
-        found += _differences(_live(eager, live), _live(again, live), ("eager", "eager once more"), label)
+        found += _differences(eager, run(step.body), ("eager", "eager once more"), label)
     restore(memory, before)
+    restore(state, state_before)
     return found
 
 
@@ -44,11 +51,12 @@ def poisoned(step: Step, subject: Subject, slots: Sequence[int], tokens: Sequenc
     """Replay with poison in all memory that holds the past of none of `slots` (other slots, free pages, rows not yet
     written). The live rows' outputs must not change, and no row of memory but each sequence's next may be written.
     """
-    live, memory = len(slots), subject.memory()
-    before = copied(memory)
+    memory, state = subject.memory(), own_tensors(step)
+    before, state_before = copied(memory), copied(state)
     clean = _run(step, slots, tokens, step.replay)
     clean_memory = copied(memory)
     restore(memory, before)
+    restore(state, state_before)
     writes = {name: _wide(mask, memory[name]) for name, mask in subject.writes(slots).items()}
     for name, mask in subject.unread(slots).items():
         raw(memory[name])[_wide(mask, memory[name])] = POISON
@@ -56,7 +64,7 @@ def poisoned(step: Step, subject: Subject, slots: Sequence[int], tokens: Sequenc
         name: torch.where(writes[name].unsqueeze(-1), raw(clean_memory[name]), raw(x)) for name, x in memory.items()
     }
     result = _run(step, slots, tokens, step.replay)
-    found = _differences(_live(clean, live), _live(result, live), ("clean", "poisoned"), label)
+    found = _differences(clean, result, ("clean", "poisoned"), label)
     for name, x in memory.items():
         changed = (raw(clean_memory[name]) != raw(before[name])).any(-1)
         wrong = (raw(x) != expected[name]).any(-1)
@@ -64,6 +72,7 @@ def poisoned(step: Step, subject: Subject, slots: Sequence[int], tokens: Sequenc
         found += _poison(f"{name}: %d rows were written that are no sequence's next", stray, label)
         found += _poison(f"{name}: %d rows depend on what no sequence of the step owns", wrong & writes[name], label)
     restore(memory, before)
+    restore(state, state_before)
     return found
 
 
@@ -98,16 +107,37 @@ def raw(x: Tensor) -> Tensor:
     return x.view(torch.uint8)
 
 
-def _run(step: Step, slots: Sequence[int], tokens: Sequence[int], how: Callable[[], None]) -> Bits:
+def own_tensors(step: Step) -> Bits:
+    """The step's own buffers (its attributes, those in a container or a dataclass among them), so that two runs of it
+    start alike whatever `stage` leaves as it was.
+    """
+    found: Bits = {}
+    for name, value in vars(step).items():
+        if isinstance(value, Tensor):
+            found[name] = value
+            continue
+        inner: dict[Any, Any] = {}
+        if isinstance(value, Mapping):
+            inner = dict(value)
+        elif isinstance(value, list | tuple):
+            inner = dict(enumerate(value))
+        elif is_dataclass(value):
+            inner = {field.name: getattr(value, field.name) for field in fields(value)}
+        found |= {f"{name}.{key}": x for key, x in inner.items() if isinstance(x, Tensor)}
+    return found
+
+
+def _run(step: Step, slots: Sequence[int], tokens: Sequence[int], how: Callable[[], None], steps: int = 1) -> Bits:
+    """Outputs of the live rows, of each of the steps that follow one stage."""
     step.stage(slots, tokens)
-    how()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copied(step.outputs())
-
-
-def _live(outputs: Bits, rows: int) -> Bits:
-    return {name: x[:rows] for name, x in outputs.items()}
+    outputs: Bits = {}
+    for i in range(steps):
+        how()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        step_name = f" of step {i + 1}" if i else ""
+        outputs |= {f"{name}{step_name}": x[: len(slots)].clone() for name, x in step.outputs().items()}
+    return outputs
 
 
 def _wide(mask: Tensor, x: Tensor) -> Tensor:
@@ -116,14 +146,14 @@ def _wide(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (len(lead) - mask.dim())).expand(lead)
 
 
-def _not_finite(outputs: Bits, live: int, label: str) -> list[Finding]:
+def _not_finite(outputs: Bits, label: str) -> list[Finding]:
     """NaN equals NaN bit for bit, so agreement alone would not show it."""
     return [
         Finding(
             "bits", "not finite", f"{name} of a live row holds NaN or infinity, first at {list(_first(bad))} ({label})"
         )
         for name, x in outputs.items()
-        if x.is_floating_point() and bool((bad := ~x[:live].isfinite()).any())
+        if x.is_floating_point() and bool((bad := ~x.isfinite()).any())
     ]
 
 

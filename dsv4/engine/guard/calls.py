@@ -15,6 +15,8 @@ from dsv4.engine.guard.names import LOUD, Kind, blocks, kind_of, plain
 from dsv4.engine.guard.structs import CallbackData, GraphData, ResourceData
 from dsv4.engine.guard.where import Where, here
 
+_NODES: frozenset[Kind] = frozenset(("kernel", "copy", "memset", "host function"))  # one graph node each
+
 
 @dataclass(frozen=True)
 class Sighting:
@@ -45,7 +47,7 @@ class CallLog:
         self.graph_launches = 0
         self.sightings: list[Sighting] = []
         self.nodes: dict[int, tuple[Where, str | None]] = {}  # graph node -> where it was captured
-        self.launches: list[Where] = []  # kernel launches in order, for graphs whose nodes were not announced
+        self.captured: list[Sighting] = []  # since a capture began, what makes nodes, in order
 
     def __call__(self, domain: int, cbid: int, address: int) -> None:
         stack = self._open.setdefault(threading.get_ident(), [])
@@ -77,12 +79,14 @@ class CallLog:
             self.graph_launches += 1
         if any(other in LOUD or other == "copy" for other in outer):
             return  # told already, by the call around it
+        if "BeginCapture" in name:
+            self.captured.clear()
         if kind == "copy":
             self._see(kind, name, operands(name, data.params))
         elif kind in LOUD:
             self._see(kind, name)
-            if kind == "kernel":
-                self.launches.append(self.sightings[-1].where)
+        if kind in _NODES or (kind in ("alloc", "free") and name.endswith("Async")):
+            self.captured.append(self.sightings[-1])
 
     def _implied(self, kind: Kind, what: str, stack: list[tuple[str, Kind]]) -> None:
         """What CUPTI tells of without a call of that kind: lazy loading at a first launch, a wait inside a copy."""

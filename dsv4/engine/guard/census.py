@@ -29,6 +29,11 @@ _LOUD = {
     "mem free": ("free", "a memory free node"),
     "conditional": ("graph", "a conditional node, whose body the census does not read"),
 }
+# Node type -> kind of the call that makes it when it is captured
+_CALLS = {
+    "kernel": "kernel", "memcpy": "copy", "memset": "memset", "host": "host function", "mem alloc": "alloc",
+    "mem free": "free",
+}  # fmt: skip
 _POINTER, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
 _MOST_PARAMETERS = 4096
 
@@ -63,16 +68,17 @@ def read(graph: torch.cuda.CUDAGraph, log: CallLog | None = None) -> list[Node]:
 
 
 def located(found: list[tuple[int, Node]], log: CallLog) -> list[Node]:
-    """(handle, node) with lines: by handle where CUPTI announced the nodes, else kernels by the order of launches."""
+    """(handle, node) with lines: by handle where CUPTI announced the nodes, else by the order of the calls that were
+    captured, if that gives the very same kinds; no guess otherwise.
+    """
+    nodes = [node for _, node in found]
     if any(handle in log.nodes for handle, _ in found):
         places = [log.nodes.get(handle, (None, None)) for handle, _ in found]
-        return [
-            replace(node, where=where, allowed=allowed)
-            for (_, node), (where, allowed) in zip(found, places, strict=True)
-        ]
-    kernels = sum(node.type == "kernel" for _, node in found)
-    lines = iter(log.launches if len(log.launches) == kernels else [])
-    return [replace(node, where=next(lines, None)) if node.type == "kernel" else node for _, node in found]
+    elif [_CALLS.get(node.type) for node in nodes] == [call.kind for call in log.captured]:
+        places = [(call.where, call.allowed) for call in log.captured]
+    else:
+        return nodes
+    return [replace(node, where=where, allowed=why) for node, (where, why) in zip(nodes, places, strict=True)]
 
 
 def findings(nodes: list[Node]) -> list[Finding]:

@@ -19,6 +19,8 @@ from dsv4.engine.guard.where import Where, places
 from dsv4.errors import KernelError
 
 _STEPS = 3  # recorded
+_WORK = ("kernel", "memset")  # what an eager body or a stage may do
+_CAPTURING = (*_WORK, "graph change", "tensor")
 _CAPTURES = 2  # per length of the baked-scalar test
 SHORT, LONG = 5, 300  # tokens: within a window and an HCA entry, and beyond both
 Say = Callable[[str], None]
@@ -81,7 +83,7 @@ def _captured(step: Step, slots: list[int], tokens: list[int], report: BatchRepo
     """Capture the step as production does and read its graph; None, with findings, where capturing failed."""
     step.stage(slots, tokens)
     torch.cuda.synchronize()
-    watch = Watch(kernels=False)
+    watch = Watch(ignore=_CAPTURING)
     try:
         with watch:
             step.capture()
@@ -113,10 +115,10 @@ def _eager_calls(step: Step, slots: list[int], tokens: list[int]) -> list[Findin
     """What in the body forbids a capture, by running it eagerly: its kernels, and tensors it makes, do not."""
     step.stage(slots, tokens)
     torch.cuda.synchronize()
-    with Watch(kernels=False) as seen:
+    with Watch(ignore=_CAPTURING) as seen:
         step.body()
     torch.cuda.synchronize()
-    return [finding for finding in seen.findings if finding.kind != "tensor"]
+    return seen.findings
 
 
 def _describe(nodes: list[census.Node], report: BatchReport) -> None:
@@ -130,26 +132,34 @@ def _describe(nodes: list[census.Node], report: BatchReport) -> None:
 
 
 def _record(step: Step, slots: list[int], tokens: list[int], report: BatchReport) -> None:
+    """Replays that follow one another must be one graph launch each and nothing else; the stage before them may copy
+    from pinned memory and launch kernels, but not wait, allocate, load or copy from pageable memory.
+    """
     for _ in range(2):  # the first replay instantiates and uploads
         step.stage(slots, tokens)
         step.replay()
         torch.cuda.synchronize()
     gc.collect()  # so that no tensor of an earlier step dies during a recorded one
+    with Watch(ignore=_WORK) as stage:
+        step.stage(slots, tokens)
+    report.stage_calls, seen = stage.calls, [stage]
+    for _ in range(_STEPS):
+        with Watch() as replay:
+            step.replay()
+        seen.append(replay)
+        if replay.graph_launches != 1:
+            what = f"{replay.graph_launches} graph launches in one step; a quiet step is one"
+            report.findings.append(Finding("calls", "graph launches", what))
+    torch.cuda.synchronize()
     calls: Counter[str] = Counter()
     allocator: Counter[str] = Counter()
-    for _ in range(_STEPS):
-        with Watch() as seen:
-            step.stage(slots, tokens)
-            step.replay()
-        torch.cuda.synchronize()
-        report.findings += seen.findings
-        report.allowed += [f"{reason} (at {where})" for reason, where in seen.allows]
-        report.graph_launches.append(seen.graph_launches)
-        calls.update(seen.calls)
-        allocator.update(seen.allocator)
-        if seen.graph_launches != 1:
-            what = f"{seen.graph_launches} graph launches in one step; a quiet step is one"
-            report.findings.append(Finding("calls", "graph launches", what))
+    for watch in seen:
+        report.findings += watch.findings
+        report.allowed += [f"{reason} (at {where})" for reason, where in watch.allows]
+        allocator.update(watch.allocator)
+    for watch in seen[1:]:
+        report.graph_launches.append(watch.graph_launches)
+        calls.update(watch.calls)
     report.calls, report.allocator = dict(sorted(calls.items())), dict(allocator)
 
 
@@ -187,7 +197,7 @@ def _baked(step: Step, subject: Subject, tokens: list[int], report: BatchReport)
 
 def _capture_body(step: Step, pool: Any) -> tuple[torch.cuda.CUDAGraph, CallLog]:
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with Watch(kernels=False) as seen, torch.cuda.graph(graph, pool=pool):
+    with Watch(ignore=_CAPTURING) as seen, torch.cuda.graph(graph, pool=pool):
         step.body()
     return graph, seen.log
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.engine.guard.certificate import LONG, SHORT, spread
-from dsv4.engine.guard.step import Step
+from dsv4.engine.guard.step import ROOM, Step
 from dsv4.kvcache import KVCache
 from dsv4.kvcache.layout import PAGE_ENTRIES, entries
 from dsv4.model import Model
@@ -34,7 +34,7 @@ def edge_lengths(config: ModelConfig, limit: int = LIMIT) -> list[int]:
             edges.add(top)
             around.add(top + spec.ratio - 1)  # completes the first entry that top-k leaves out
     around |= {edge + i for edge in edges for i in (-2, -1, 0, 1)}
-    return sorted(n for n in around if 0 <= n < min(limit, config.max_position_embeddings))
+    return sorted(n for n in around if 0 <= n <= min(limit, config.max_position_embeddings - ROOM))
 
 
 class Decode:
@@ -46,7 +46,7 @@ class Decode:
         self.model, self._make, self._lengths = model, make, edge_lengths(model.config)
         longest = self._lengths[-1]
         room = max(sum(spread(self._lengths, most_rows)), longest + most_rows * min(LONG, longest))
-        self.cache = model.new_cache(most_rows, max(room, longest) + most_rows)
+        self.cache = model.new_cache(most_rows, max(room, longest) + most_rows * ROOM)
         self._slots: list[int] = []
         self._fill()
 
@@ -65,7 +65,7 @@ class Decode:
             self.cache.release(slot)
         self._slots = [self.cache.acquire() for _ in lengths]
         wanted = dict(zip(self._slots, lengths, strict=True))
-        self.cache.reserve([(slot, n + 1) for slot, n in wanted.items()])
+        self.cache.reserve([(slot, n + ROOM) for slot, n in wanted.items()])
         for slot, n in wanted.items():
             self.cache.advance(slot, n)
         return self._slots

@@ -48,7 +48,8 @@ class BatchReport:
     findings: list[Finding] = field(default_factory=list)
     graph_launches: list[int] = field(default_factory=list)  # per recorded step
     calls: dict[str, int] = field(default_factory=dict)  # API calls of the recorded steps together, outermost ones
-    allocator: dict[str, int] = field(default_factory=dict)  # deltas of torch's counters over the recorded steps
+    stage_calls: dict[str, int] = field(default_factory=dict)  # of the stage before them
+    allocator: dict[str, int] = field(default_factory=dict)  # deltas of torch's counters over both
     nodes: dict[str, int] = field(default_factory=dict)  # graph nodes by type
     kernels: dict[str, int] = field(default_factory=dict)  # kernel nodes by name
     lines: dict[str, int] = field(default_factory=dict)  # graph nodes by the Python line that made them

@@ -8,21 +8,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+ROOM = 4  # tokens that a placed sequence can still take
+
 
 class Step(Protocol):
-    """One decode step of a batch bucket. `stage` and `replay` together are what happens per token in production."""
+    """The decode step of a batch bucket. In production `replay` is what happens per token; `stage` comes before the
+    first one and when other sequences take the rows.
+    """
 
     rows: int  # sequences the bucket holds
     graph: torch.cuda.CUDAGraph | None  # after capture(); made with keep_graph=True, so that its nodes can be read
 
     def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Write the inputs of the next step: len(slots) <= rows sequences with one token each; other rows are padding.
-
-        Changes no sequence's length: the same stage twice is the same step twice.
+        """Set the inputs of the next step: len(slots) <= rows sequences with one token each; other rows are padding.
+        Positions are those of the cache's lengths, which change no more than its pages: the same stage twice is the
+        same step twice.
         """
 
     def body(self) -> None:
-        """All that the graph holds, run eagerly on the current stream: from the staged inputs to the outputs."""
+        """All that the graph holds, run eagerly on the current stream: from the inputs to the outputs. It may leave the
+        inputs of the step after it, so that bodies follow one another.
+        """
 
     def capture(self) -> None:
         """Capture the body into `graph`. The body has run before."""
@@ -43,7 +49,7 @@ class Subject(Protocol):
         """Lengths (tokens before the step) at which something changes: edges of windows, entries, pages, top-k."""
 
     def place(self, lengths: Sequence[int]) -> list[int]:
-        """Make the memory hold sequences of these lengths and nothing else, with room for one token more each; their
+        """Make the memory hold sequences of these lengths and nothing else, with room for ROOM tokens more each; their
         slots.
         """
 
@@ -57,4 +63,4 @@ class Subject(Protocol):
         """Per name of `memory`, a bool mask over leading dimensions: True where the past of none of `slots` lies."""
 
     def writes(self, slots: Sequence[int]) -> Mapping[str, Tensor]:
-        """Per name of `memory`, a bool mask over leading dimensions: True where a step of `slots` may write."""
+        """Per name of `memory`, a bool mask over leading dimensions: True where one step of `slots` may write."""

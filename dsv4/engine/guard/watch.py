@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
@@ -31,16 +31,16 @@ _hook_installed = False
 
 class Watch:
     """`with Watch() as seen: step()`; afterwards `seen.findings`, `seen.graph_launches`, `seen.calls`,
-    `seen.allocator`. With `kernels=False` kernel launches, memsets and changes of graphs are no findings (a first,
-    eager or capturing run). One at a time, as CUPTI has one subscriber. The watch itself waits for nothing.
+    `seen.allocator`. Findings of the kinds in `ignore` are left out (the kernels of an eager run). One at a time, as
+    CUPTI has one subscriber. The watch itself waits for nothing.
     """
 
-    def __init__(self, *, kernels: bool = True):
+    def __init__(self, *, ignore: Collection[str] = ()):
         self.findings: list[Finding] = []
         self.calls: dict[str, int] = {}
         self.allocator: dict[str, int] = {}
         self.allows: list[tuple[str, Where]] = []  # uses of `allow`: reason and place
-        self._kernels = kernels
+        self._ignore = ignore
         self._processes: list[Finding] = []
         self._spans: list[tuple[str, int, int]] = []  # reason, torch allocations before and after
         self._open_spans: list[tuple[str, int]] = []
@@ -74,9 +74,9 @@ class Watch:
             failure = self._subscription.errors[0]
             raise KernelError(f"the recorder failed inside a CUDA call: {failure!r}") from failure
         self.calls = dict(sorted(self.log.calls.items()))
-        quiet = () if self._kernels else ("kernel", "memset", "graph change")
-        found = [f for f in judged(self.log.sightings, driver().memory) if f.kind not in quiet]
-        self.findings = merged([*found, *self._processes, *self._allocations(events)])
+        calls = judged(self.log.sightings, driver().memory)
+        found = [*calls, *self._processes, *self._allocations(events)]
+        self.findings = merged(finding for finding in found if finding.kind not in self._ignore)
 
     @property
     def graph_launches(self) -> int:
