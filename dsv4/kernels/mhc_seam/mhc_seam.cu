@@ -8,6 +8,8 @@
 
 using namespace dsv4;
 
+namespace {  // one library holds many ops
+
 constexpr int M = 4, W = 4;                         // streams; columns per thread while the sums are made
 constexpr int ROWS = (2 + M) * M, SUMS = ROWS + 1;  // pre | post | comb, and the sum of squares
 constexpr int COLUMNS = 64, PLACES = M * COLUMNS / W;
@@ -16,7 +18,7 @@ constexpr int TEAM = WORKERS / PLACES, SHARE = ROWS / TEAM;  // 8 teams of 64 th
 constexpr int FEW = 4;                                       // tokens that one launch finishes
 static_assert(PLACES == 64 && SHARE == 3 && SHARE * TEAM == ROWS, "two warps hold a team's places");
 
-static __device__ unsigned arrived[FEW];  // always 0 between launches, which must follow one another
+__device__ unsigned arrived[FEW];  // always 0 between launches, which must follow one another
 
 __device__ __forceinline__ void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
 
@@ -261,7 +263,7 @@ __global__ void __launch_bounds__(THREADS, 2) mhc_enter(Args<T> a, int slices) {
 }
 
 template <typename T>
-static cudaError_t run(const void* y, const void* h, const float* post, const float* comb, const float* fn,
+cudaError_t run(const void* y, const void* h, const float* post, const float* comb, const float* fn,
                        const float* base, const float* scale, const float* weight, void* h_out, void* x_out,
                        float* post_out, float* comb_out, float* shares, int64_t tokens, int D, int64_t y_stride, int iters,
                        float hc_eps, float norm_eps, cudaStream_t stream) {
@@ -279,6 +281,8 @@ static cudaError_t run(const void* y, const void* h, const float* post, const fl
                                      (tokens + together - 1) / together, WORKERS, 0, 1, stream, args);
     return error == cudaSuccess ? launch(mhc_enter<T>, tokens, 1, THREADS, 0, 1, stream, args, slices) : error;
 }
+
+}  // namespace
 
 extern "C" int dsv4_mhc_seam(const void* y, const void* h, const float* post, const float* comb, const float* fn,
                              const float* base, const float* scale, const float* weight, void* h_out, void* x_out,

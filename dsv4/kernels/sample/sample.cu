@@ -6,6 +6,8 @@
 using namespace dsv4;
 using namespace dsv4::select;
 
+namespace {  // one library holds many ops
+
 constexpr int W = 4, BATCH = 4, WARPS = THREADS / 32;
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 constexpr float LEAST_NOISE = -2.82f, MOST_NOISE = 22.9f;  // -log E for E in [2^-33, 24 ln 2]
@@ -216,6 +218,8 @@ __global__ void __launch_bounds__(THREADS, 2) sample(Args a) {
     }
     if (cluster_rank() == 0 && threadIdx.x == 0) a.tokens[row] = token;
 }
+
+}  // namespace
 
 extern "C" int dsv4_sample(const float* logits, const float* temperature, const int64_t* seed, const int64_t* counter,
                            const int64_t* top_k, const float* top_p, const float* min_p, const float* bias,

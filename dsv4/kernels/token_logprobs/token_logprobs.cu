@@ -7,6 +7,8 @@
 using namespace dsv4;
 using namespace dsv4::select;
 
+namespace {  // one library holds many ops
+
 constexpr int W = 4, WARPS = THREADS / 32;
 constexpr int MOST = 1024;  // of `top`: what one block sorts
 constexpr uint32_t ANY = 0x7fffffffu;
@@ -191,6 +193,8 @@ __global__ void __launch_bounds__(THREADS, 2) token_logprobs(const float* logits
     }
     cluster_barrier();
 }
+
+}  // namespace
 
 extern "C" int dsv4_token_logprobs(const float* logits, const int64_t* tokens, float* logprob, int64_t* rank,
                                    float* values, int64_t* ids, int64_t rows, int64_t stride, int vocab, int top,
