@@ -65,9 +65,7 @@ def decode(
 
 def open_subject(most_rows: int, model: str, **settings: Any) -> Subject:
     """The model's decode step on this GPU."""
-    from dsv4.engine.step import DecodeStep
-
-    return Decode(load(model, device="cuda", **settings), most_rows, DecodeStep)
+    return Decode(load(model, device="cuda", **settings), most_rows)
 
 
 def parse_batches(text: str) -> list[int]:
@@ -98,7 +96,7 @@ def shown_command(arguments: list[str]) -> str:
 def show(report: Report, inventory: bool) -> None:
     """A line per batch bucket, then every finding with its line of Python."""
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("batch", "graph launches", "other calls", "graph nodes", "kernels", "lengths", box=SIMPLE_HEAD)
+    table = Table("batch", "graph launches", "calls", "graph nodes", "kernels", "lengths", box=SIMPLE_HEAD)
     table.add_column("compared", justify="right")
     table.add_column("findings", justify="right")
     for part in report.batches:
@@ -124,12 +122,11 @@ def show(report: Report, inventory: bool) -> None:
 
 
 def summary(part: BatchReport) -> list[str]:
-    launches = {name: count for name, count in part.calls.items() if name.endswith("GraphLaunch")}
     steps = len(part.graph_launches)
     return [
         str(part.rows),
         f"{sum(part.graph_launches)} in {steps} steps" if steps else "-",
-        str(sum(part.calls.values()) - sum(launches.values())),
+        ", ".join(f"{count} {name}" for name, count in part.calls.items()) or "-",
         ", ".join(f"{count} {name}" for name, count in part.nodes.items()) or "-",
         str(sum(part.kernels.values())),
         str(len(part.scalars) + 1 if part.scalars else 0),

@@ -5,14 +5,15 @@ import torch
 
 from dsv4.config import ModelConfig
 from dsv4.engine.guard import bits
-from dsv4.engine.guard.decode import Decode, edge_lengths, tile
+from dsv4.engine.guard.decode import Decode, edge_lengths, make_step, tile
+from dsv4.engine.step import DecodeStep
 from dsv4.model import load
 
 
 class ForwardStep:
     """A decode step made of Model.forward: what DecodeStep does, without a graph."""
 
-    def __init__(self, model, cache, rows):
+    def __init__(self, model, cache, rows, longest=None):
         self.model, self.cache, self.rows, self.graph = model, cache, rows, None
         self.logits = torch.zeros(rows, model.config.vocab_size)
 
@@ -89,6 +90,36 @@ def test_the_model_reads_its_past_and_writes_its_next_rows_only(subject):
     lengths = subject.lengths()
     for start in range(0, len(lengths), 4):
         assert findings(subject, (lengths + lengths)[start : start + 4], 2) == []
+
+
+class BodyStep(DecodeStep):
+    """The real step where there are no graphs."""
+
+    def replay(self):
+        self.body()
+
+
+def body_step(model, cache, rows, longest):
+    return BodyStep(model, cache, rows, max_length=longest)
+
+
+def test_the_real_step_repeats_itself_and_minds_its_rows(nano):
+    real = Decode(nano, 4, body_step)
+    lengths = real.lengths()
+    step = real.step(4)
+    for start in range(0, len(lengths), 4):
+        chosen = (lengths + lengths)[start : start + 4]
+        slots, tokens = real.place(chosen), real.tokens(4)
+        assert bits.compare(step, real, slots, tokens, "all live") == []
+        for live in (1, 3):
+            assert bits.poisoned(step, real, slots[:live], tokens[:live], "padded") == []
+
+
+def test_the_steps_own_buffers_are_found(nano):
+    step = make_step(nano, nano.new_cache(2, 512), 2, 512)
+    own = bits.own_tensors(step)
+    assert {"logits", "tokens", "static.positions", "static.slots", "static.tokens", "sampler.counts"} <= own.keys()
+    assert not any(name.startswith(("model", "cache")) for name in own)
 
 
 def test_a_step_that_reads_a_free_row_is_found(subject):

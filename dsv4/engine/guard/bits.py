@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from dsv4.engine.guard.driver import driver
 from dsv4.engine.guard.findings import Finding
 from dsv4.engine.guard.step import Step, Subject
+from dsv4.kvcache import KVCache
+from dsv4.model import Model
 
 POISON = 0xFF  # everywhere: NaN in BF16, float32 and E4M3 and as a scale, -1 as an integer
 _CHAIN = 2  # steps that follow one another without a stage between
@@ -108,8 +109,8 @@ def raw(x: Tensor) -> Tensor:
 
 
 def own_tensors(step: Step) -> Bits:
-    """The step's own buffers (its attributes, those in a container or a dataclass among them), so that two runs of it
-    start alike whatever `stage` leaves as it was.
+    """The step's own buffers: its attributes, and those of dsv4's objects and containers among them. Two runs then
+    start alike, whatever `stage` leaves as it was. The model and the cache are no part of the step.
     """
     found: Bits = {}
     for name, value in vars(step).items():
@@ -121,8 +122,8 @@ def own_tensors(step: Step) -> Bits:
             inner = dict(value)
         elif isinstance(value, list | tuple):
             inner = dict(enumerate(value))
-        elif is_dataclass(value):
-            inner = {field.name: getattr(value, field.name) for field in fields(value)}
+        elif type(value).__module__.startswith("dsv4.") and not isinstance(value, Model | KVCache):
+            inner = vars(value)
         found |= {f"{name}.{key}": x for key, x in inner.items() if isinstance(x, Tensor)}
     return found
 

@@ -132,23 +132,27 @@ def _describe(nodes: list[census.Node], report: BatchReport) -> None:
 
 
 def _record(step: Step, slots: list[int], tokens: list[int], report: BatchReport) -> None:
-    """Replays that follow one another must be one graph launch each and nothing else; the stage before them may copy
-    from pinned memory and launch kernels, but not wait, allocate, load or copy from pageable memory.
+    """Runs that follow one another, each until the host has its tokens, must be one graph launch each and nothing else.
+    The stage before them may copy from pinned memory and launch kernels, but not wait, allocate, load or copy from
+    pageable memory.
     """
-    for _ in range(2):  # the first replay instantiates and uploads
+    for _ in range(2):  # the first launch uploads the graph
         step.stage(slots, tokens)
-        step.replay()
-        torch.cuda.synchronize()
+        step.run()
+        step.wait()
+    torch.cuda.synchronize()
     gc.collect()  # so that no tensor of an earlier step dies during a recorded one
     with Watch(ignore=_WORK) as stage:
         step.stage(slots, tokens)
+    torch.cuda.synchronize()
     report.stage_calls, seen = stage.calls, [stage]
     for _ in range(_STEPS):
-        with Watch() as replay:
-            step.replay()
-        seen.append(replay)
-        if replay.graph_launches != 1:
-            what = f"{replay.graph_launches} graph launches in one step; a quiet step is one"
+        with Watch() as run:
+            step.run()
+            step.wait()
+        seen.append(run)
+        if run.graph_launches != 1:
+            what = f"{run.graph_launches} graph launches in one step; a quiet step is one"
             report.findings.append(Finding("calls", "graph launches", what))
     torch.cuda.synchronize()
     calls: Counter[str] = Counter()

@@ -10,6 +10,8 @@ from torch import Tensor
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.engine.guard.certificate import LONG, SHORT, spread
 from dsv4.engine.guard.step import ROOM, Step
+from dsv4.engine.params import SamplingParams
+from dsv4.engine.step import DecodeStep
 from dsv4.kvcache import KVCache
 from dsv4.kvcache.layout import PAGE_ENTRIES, entries
 from dsv4.model import Model
@@ -37,12 +39,24 @@ def edge_lengths(config: ModelConfig, limit: int = LIMIT) -> list[int]:
     return sorted(n for n in around if 0 <= n <= min(limit, config.max_position_embeddings - ROOM))
 
 
+MakeStep = Callable[[Model, KVCache, int, int], Step]
+
+
+def make_step(model: Model, cache: KVCache, rows: int, longest: int) -> Step:
+    """A DecodeStep whose odd rows are sampled and whose even rows are greedy."""
+    step = DecodeStep(model, cache, rows, max_length=longest)
+    for row in range(1, rows, 2):
+        params = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, presence_penalty=0.5)
+        step.sampler.set(row, params, seed=row)
+    return step
+
+
 class Decode:
-    """A subject of `certify`. One cache for all batch sizes up to `most_rows`, with room for every case; `make` makes
-    the step of a bucket, as DecodeStep(model, cache, rows) does.
+    """A subject of `certify`. One cache for all batch sizes up to `most_rows`, with room for every case; `make`
+    (model, cache, rows, longest length) makes the step of a bucket.
     """
 
-    def __init__(self, model: Model, most_rows: int, make: Callable[[Model, KVCache, int], Step]):
+    def __init__(self, model: Model, most_rows: int, make: MakeStep = make_step):
         self.model, self._make, self._lengths = model, make, edge_lengths(model.config)
         longest = self._lengths[-1]
         room = max(sum(spread(self._lengths, most_rows)), longest + most_rows * min(LONG, longest))
@@ -51,7 +65,7 @@ class Decode:
         self._fill()
 
     def step(self, rows: int) -> Step:
-        return self._make(self.model, self.cache, rows)
+        return self._make(self.model, self.cache, rows, self._lengths[-1] + ROOM)
 
     def lengths(self) -> list[int]:
         return self._lengths

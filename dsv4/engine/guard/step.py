@@ -12,14 +12,14 @@ ROOM = 4  # tokens that a placed sequence can still take
 
 
 class Step(Protocol):
-    """The decode step of a batch bucket. In production `replay` is what happens per token; `stage` comes before the
-    first one and when other sequences take the rows.
+    """The decode step of a batch bucket. In production `run` and `wait` happen per token; `stage` comes before
+    the first one and when other sequences take the rows.
     """
 
     rows: int  # sequences the bucket holds
     graph: torch.cuda.CUDAGraph | None  # after capture(); made with keep_graph=True, so that its nodes can be read
 
-    def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> object:
         """Set the inputs of the next step: len(slots) <= rows sequences with one token each; other rows are padding.
         Positions are those of the cache's lengths, which change no more than its pages: the same stage twice is the
         same step twice.
@@ -35,6 +35,12 @@ class Step(Protocol):
 
     def replay(self) -> None:
         """Launch the graph on the current stream. Waits for nothing."""
+
+    def run(self) -> object:
+        """One step of production: the replay, and what tells when it is done."""
+
+    def wait(self) -> object:
+        """Until the tokens of the last run are on the host."""
 
     def outputs(self) -> Mapping[str, Tensor]:
         """Static tensors [rows, ...] that the body writes, such as logits and tokens; padding rows hold anything."""
