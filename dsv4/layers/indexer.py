@@ -41,8 +41,6 @@ class Indexer:
             return rows.all_rows
         (q,) = linear(qr, self.wq_b)
         q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
-        weights = head_weights * self.scale
-        picked = index_topk(
-            q, weights, cache.index_pool, rows.pages, rows.sequence, rows.visible, self.topk, self.order
-        )
+        keys, numbers = cache.index_pool, (rows.pages, rows.sequence, rows.visible)
+        picked = index_topk(q, head_weights, keys, *numbers, self.topk, self.order, self.scale)
         return picked[:, : rows.most_visible] if self.keep_order else picked  # no sums over what is not there

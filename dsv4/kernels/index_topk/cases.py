@@ -43,7 +43,7 @@ def inputs(
                 for i in range(0, sum(held) + 1, 4096)
             ]
         )
-        weights = make.normal(rows, heads, dtype="bf16", scale=heads**-0.5 / 11)
+        weights = make.normal(rows, heads + 7, scale=heads**-0.5)[:, 3 : 3 + heads]  # as a projection's slice comes
     keys[0] = float("nan")
     for b in range(count):
         most = max((v for v, s in zip(visible, sequence, strict=True) if s == b), default=0)
@@ -65,7 +65,7 @@ def scores_of(args: Sequence[Any]) -> Callable[[list[Tensor]], list[Tensor]]:
         for t in range(len(picked)):
             chosen = keys.view(-1, keys.shape[-1])[picked[t].clamp(min=0)]
             chosen = unpack_index_key(chosen, WIDTH) if chosen.dtype == torch.uint8 else chosen
-            scores[t] = index_scores_ref(q[t : t + 1], weights[t : t + 1], chosen)[0].float()
+            scores[t] = index_scores_ref(q[t : t + 1], weights[t : t + 1].bfloat16() * WIDTH**-0.5, chosen)[0].float()
         return [scores.masked_fill(picked < 0, 0).sort(dim=-1, descending=True).values]
 
     return view
@@ -89,7 +89,7 @@ def made(name: str, args: list[Any], topk: int, *, exact: bool) -> Case:
         "bf16",
         index_topk,
         index_topk_ref,
-        (*args, topk),
+        (*args, topk, "entry", 1.0 if exact else WIDTH**-0.5),
         bits if exact else two_scores_off,
         view=None if exact else scores_of(args),
         moved=read + nbytes(args[0], args[1]) + 8 * width * len(args[0]),

@@ -21,19 +21,31 @@ constexpr int TILE_ROWS = 16, DECODE_ROWS = 64, BLOCKS = 528;  // four blocks fo
 
 struct Arguments {
     const uint8_t* q;  // [T, Hi, 128] BF16
-    const uint8_t *weights, *keys;
+    const void* weights;  // [T, Hi] BF16 or float32
+    int64_t weight_stride;
+    const uint8_t* keys;
     const int64_t *pages, *sequence, *visible;
     uint16_t* scores;  // [slice, 64 P]
     int64_t* out;      // [T, width]
     int64_t rows, first;  // of all, and the first of this slice
     int heads, n_pages, topk, width, tile_rows;
-    bool packed;
+    float weight_scale;
+    bool packed, f32_weights;
 };
 
 // Entries that row t has to choose from; 0: it takes all it sees, or is a padding row.
 __device__ __forceinline__ int to_score(const Arguments& a, int64_t t) {
     const int64_t visible = a.sequence[t] < 0 ? 0 : min(a.visible[t], static_cast<int64_t>(a.n_pages) * PAGE);
     return visible > a.topk ? static_cast<int>(visible) : 0;
+}
+
+// A head's weight, rounded to BF16 before it is scaled.
+__device__ __forceinline__ float weight_of(const Arguments& a, int64_t t, int head) {
+    if (head >= a.heads) return 0.0f;
+    const int64_t at = t * a.weight_stride + head;
+    const float w = a.f32_weights ? rounded<bf16>(static_cast<const float*>(a.weights)[at])
+                                  : to_float(static_cast<const bf16*>(a.weights)[at]);
+    return __fmul_rn(w, a.weight_scale);
 }
 
 // BF16 bits to a key that sorts like the value: -0 as 0, NaN above all.
@@ -49,7 +61,7 @@ struct Queries {
     // Rows of 16 chunks of 16 bytes. Lane (g, t) reads chunk 4 t + i of row g: where a chunk lies keeps the eight lanes
     // that are served together in different banks.
     alignas(16) uint8_t heads[2][MT * 16][WIDTH * 2];
-    alignas(16) uint16_t weights[2][MT * 16];
+    bf16 weights[2][MT * 16];
     int seen[TILE_ROWS], sequence[TILE_ROWS];
 
     __device__ uint8_t* chunk(int buffer, int row, int c) {
@@ -68,10 +80,8 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         s.sequence[threadIdx.x] = static_cast<int>(a.sequence[first + threadIdx.x]);
     }
     for (int i = a.heads * (WIDTH / 8) + threadIdx.x; i < MT * 16 * (WIDTH / 8); i += THREADS)
-        for (int buffer = 0; buffer < 2; ++buffer) {  // heads that are not there
+        for (int buffer = 0; buffer < 2; ++buffer)  // heads that are not there
             *reinterpret_cast<uint4*>(s.chunk(buffer, i / 16, i % 16)) = make_uint4(0, 0, 0, 0);
-            if (i % 16 == 0) s.weights[buffer][i / 16] = 0;
-        }
     __syncthreads();
     int most = 0;
     for (int r = 0; r < rows; ++r) most = max(most, s.seen[r]);
@@ -80,12 +90,11 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         const uint8_t* from = a.q + (first + r) * a.heads * (WIDTH * 2);
         for (int i = threadIdx.x; i < a.heads * (WIDTH / 8); i += THREADS)
             copy_async16(s.chunk(buffer, i / 16, i % 16), from + 16 * i);
-        if (threadIdx.x < a.heads / 8)
-            copy_async16(&s.weights[buffer][8 * threadIdx.x],
-                         a.weights + (first + r) * a.heads * 2 + 16 * threadIdx.x);
+        return weight_of(a, first + r, threadIdx.x);  // of this thread's head, stored when it is needed
     };
     const int swap = (4 * t) >> 3 & 1 ^ (g & 1) << 1;
     bool fetched = false;  // the queries of a block's only row stay
+    float weight = 0.0f, next_weight = 0.0f;
 
     for (int entry = blockIdx.x * (WARPS * NT * 8); entry < most; entry += gridDim.x * (WARPS * NT * 8)) {
         const auto next_row = [&](int r) {
@@ -96,12 +105,12 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         const int mine = entry + warp * (NT * 8);
         uint32_t b[NT][16];
         int held = -1, buffer = 0, r = next_row(-1);
-        if (!fetched) fetch(r, 0);
+        if (!fetched) weight = fetch(r, 0);
         fetched = rows == 1;
         copies_commit();
         while (r < rows) {
             const int next = next_row(r);
-            if (next < rows) fetch(next, buffer ^ 1);
+            if (next < rows) next_weight = fetch(next, buffer ^ 1);
             copies_commit();
             if (s.sequence[r] != held) {
                 held = s.sequence[r];
@@ -118,6 +127,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
                         index::load_plain(b[n], a.keys + row * index::PLAIN_BYTES, t);
                 }
             }
+            if (threadIdx.x < MT * 16) s.weights[buffer][threadIdx.x] = from_float<bf16>(weight);
             copies_wait_but<1>();
             __syncthreads();
             const uint8_t* queries = s.heads[buffer][g] + t * 64;
@@ -142,8 +152,8 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const uint32_t weight = s.weights[buffer][mt * 16 + h * 8 + g] * 0x10001u;
-                        const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), weight);
+                        const uint32_t share = s.weights[buffer][mt * 16 + h * 8 + g].bits * 0x10001u;  // twice
+                        const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), share);
                         sum[n][0] += __uint_as_float(both << 16);
                         sum[n][1] += __uint_as_float(both & 0xFFFF0000u);
                     }
@@ -162,6 +172,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
             }
             __syncthreads();  // nobody reads the buffer any more
             r = next, buffer ^= 1;
+            if (r < rows) weight = next_weight;
         }
     }
 }
@@ -300,12 +311,13 @@ static cudaError_t score(const Arguments& a, int64_t rows, cudaStream_t stream) 
 
 extern "C" int dsv4_index_topk(const void* q, const void* weights, const void* keys, const void* pages,
                                const void* sequence, const void* visible, void* scores, void* out, int64_t rows,
-                               int64_t slice, int heads, int n_pages, int topk, int width, int packed,
-                               cudaStream_t stream) {
+                               int64_t weight_stride, int64_t slice, int heads, int n_pages, int topk, int width,
+                               int packed, int weight_dtype, float weight_scale, cudaStream_t stream) {
     if (rows == 0 || width == 0) return cudaSuccess;
-    if (!aligned16(q) || !aligned16(weights) || !aligned16(keys) || !aligned16(scores)) return cudaErrorMisalignedAddress;
+    if (!aligned16(q) || !aligned16(keys) || !aligned16(scores)) return cudaErrorMisalignedAddress;
     Arguments a = {};
-    a.q = static_cast<const uint8_t*>(q), a.weights = static_cast<const uint8_t*>(weights);
+    a.q = static_cast<const uint8_t*>(q), a.weights = weights, a.weight_stride = weight_stride;
+    a.f32_weights = weight_dtype == F32, a.weight_scale = weight_scale;
     a.keys = static_cast<const uint8_t*>(keys);
     a.pages = static_cast<const int64_t*>(pages), a.sequence = static_cast<const int64_t*>(sequence);
     a.visible = static_cast<const int64_t*>(visible), a.scores = static_cast<uint16_t*>(scores);

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.index_topk.index_topk_ref import index_topk_ref
-from dsv4.kernels.launch import contiguous, result, same_device
+from dsv4.kernels.launch import contiguous, dtype_code, result, row_stride, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.quant.kv import index_key_bytes
 
-_KERNEL = Kernel("index_topk", "ppppppppqqiiiii")
+_KERNEL = Kernel("index_topk", "ppppppppqqqiiiiiif")
 WIDTH, PAGE, MOST_HEADS = 128, 64, 64  # index_head_dim of V4, entries of a page, index_n_heads at most
 SCORE_BYTES = 1 << 26  # of scores held at a time: a prefill of many rows is done in slices
 
@@ -25,16 +25,18 @@ def index_topk(
     visible: Tensor,
     topk: int,
     order: str = "entry",
+    weight_scale: float = 1.0,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """score[t, e] = sum_h weights[t, h] * relu(q[t, h] . key[e]); the `topk` best visible entries of each row.
+    """score[t, e] = sum_h w[t, h] * relu(q[t, h] . key[e]); the `topk` best visible entries of each row.
 
-    q [T, Hi, Ci], weights [T, Hi] (already scaled), keys [N, 64, Ci] pages in q's dtype, or u8 [N, 64, X] packed FP4;
-    pages [B, P] i64: each sequence's pages in order, -1 = none; sequence [T] i64: the sequence of each row, rising, -1:
-    a padding row, which selects nothing; visible [T] i64: row t sees entries 0 .. visible-1, entry e being pool row
-    pages[b, e // 64] * 64 + e % 64. -> [T, min(topk, 64 * P)] i64 pool rows, -1 behind them where fewer entries are
-    visible. Scores are held in q's dtype (BF16 in the trained model); of equal scores the lower entry number wins.
+    q [T, Hi, Ci]; weights [T, Hi], rounded to q's dtype, times weight_scale and rounded again, are w; keys [N, 64, Ci]
+    pages in q's dtype, or u8 [N, 64, X] packed FP4; pages [B, P] i64: each sequence's pages in order, -1 = none;
+    sequence [T] i64: the sequence of each row, rising, -1: a padding row, which selects nothing; visible [T] i64: row t
+    sees entries 0 .. visible-1, entry e being pool row pages[b, e // 64] * 64 + e % 64. -> [T, min(topk, 64 * P)] i64
+    pool rows, -1 behind them where fewer entries are visible. Scores are held in q's dtype (BF16 in the trained model);
+    of equal scores the lower entry number wins.
     `order` of a row's result: "entry", rising entry numbers, so that with visible <= topk it is entries
     0 .. visible-1; "score", falling scores; "torch", falling scores with ties as torch.topk has them, as in DeepSeek's
     script (they may then depend on the number of entries).
@@ -44,10 +46,10 @@ def index_topk(
     `topk` entries are not scored.
     """
     rows, heads, width = q.shape
-    if q.dtype != torch.bfloat16 or weights.dtype != torch.bfloat16 or order != "entry":
+    if q.dtype != torch.bfloat16 or order != "entry":
         raise KernelError(
-            f"index_topk: q {q.dtype}, weights {weights.dtype}, order '{order}'; the kernel takes torch.bfloat16 and "
-            "'entry'. float32 on a GPU runs through the twins: set DSV4_REF=index_topk, or DSV4_REF=all"
+            f"index_topk: q {q.dtype}, order '{order}'; the kernel takes torch.bfloat16 and 'entry'. float32 on a GPU "
+            "runs through the twins: set DSV4_REF=index_topk, or DSV4_REF=all"
         )
     if width != WIDTH or heads > MOST_HEADS or heads % 8:
         raise KernelError(
@@ -65,7 +67,7 @@ def index_topk(
     for arg, (x, dims) in numbers.items():
         if x.dtype != torch.int64 or x.dim() != dims or (dims == 1 and len(x) != rows):
             raise KernelError(f"index_topk: '{arg}' is {list(x.shape)} {x.dtype} for {rows} rows; expected int64")
-    contiguous("index_topk", q=q, weights=weights, keys=keys, pages=pages, sequence=sequence, visible=visible)
+    contiguous("index_topk", q=q, keys=keys, pages=pages, sequence=sequence, visible=visible)
     same_device("index_topk", q.device, weights=weights, keys=keys, pages=pages, sequence=sequence, visible=visible)
     entries = PAGE * pages.shape[1]
     picked = min(topk, entries)
@@ -73,6 +75,7 @@ def index_topk(
     scored = topk < entries
     slice_rows = max(1, min(rows, SCORE_BYTES // (2 * entries))) if scored else max(1, rows)
     scores = torch.empty((slice_rows, entries) if scored else (8,), dtype=torch.bfloat16, device=q.device)
-    sizes = heads, pages.shape[1], topk, picked, packed
-    _KERNEL(q.device, q, weights, keys, pages, sequence, visible, scores, out, rows, slice_rows, *sizes)
+    strides = row_stride("index_topk", "weights", weights), slice_rows
+    sizes = heads, pages.shape[1], topk, picked, packed, dtype_code("index_topk", "weights", weights)
+    _KERNEL(q.device, q, weights, keys, pages, sequence, visible, scores, out, rows, *strides, *sizes, weight_scale)
     return out

@@ -36,7 +36,9 @@ def index_topk_ref(
     visible: Tensor,
     topk: int,
     order: str = "entry",
+    weight_scale: float = 1.0,
 ) -> Tensor:
+    weights = weights.to(q.dtype) * weight_scale
     page = keys.shape[1]
     out = torch.full((len(q), min(topk, page * pages.shape[1])), -1, device=q.device)
     runs, lengths = sequence.unique_consecutive(return_counts=True)

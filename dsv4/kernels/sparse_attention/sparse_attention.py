@@ -38,7 +38,7 @@ def sparse_attention(
     DeepSeek's kernel. A row with nothing visible returns zeros.
 
     On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit up to then instead of the row's
-    largest: the same 2^-9 of itself, another way. A row's bits depend neither on the other rows nor on how wide the row
+    largest: the same 2^-8 of itself at most, another way. A row's bits depend neither on the other rows nor on how wide the row
     lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up in different orders.
     """
     rows, heads, width = q.shape

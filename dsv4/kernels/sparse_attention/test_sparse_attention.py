@@ -45,7 +45,7 @@ def test_bfloat16_rounds_only_probabilities_and_result():
     args = (q.bfloat16(), local.bfloat16(), local_rows, pool.bfloat16(), pool_rows, sink, cis)
     got = sparse_attention(*args, scale=512**-0.5)
     true = truth(*args, 512**-0.5)
-    # 2^-9 relative on each probability and on the result, on values bounded by the largest entry.
+    # 2^-8 relative on each probability and on the result, on values bounded by the largest entry.
     assert (got.double() - true).abs().max() < 2 * 2**-8 * local.abs().max()
 
 
