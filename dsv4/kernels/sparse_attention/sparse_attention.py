@@ -37,9 +37,10 @@ def sparse_attention(
     Logits and sums float32; unnormalised probabilities are rounded to q's dtype before they multiply the entries, as in
     DeepSeek's kernel. A row with nothing visible returns zeros.
 
-    On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit up to then instead of the row's
-    largest: the same 2^-8 of itself at most, another way. A row's bits depend neither on the other rows nor on how wide the row
-    lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up in different orders.
+    On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit up to then, in the twin relative to
+    the row's largest: either way by at most 2^-8 of itself. A row's bits depend neither on the other rows nor on how
+    wide the row lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up in different
+    orders.
     """
     rows, heads, width = q.shape
     _supported(q, cis)
