@@ -11,11 +11,13 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels import tiles
-from dsv4.kernels.linear.schedule import SPLIT, Plan, plan, tokens_at_once
+from dsv4.kernels.linear.schedule import DENSE, SPLIT, Plan, plan, tokens_at_once
 from dsv4.kernels.linear.tiled import Tiled
 from dsv4.kernels.loader import Kernel
 
 MAX_PARTS, MAX_GRID = 16, 256  # constants of include/dsv4/linear.cuh
+_MANY_TOKENS = 256  # from here on cuBLAS on unpacked slices of the weight is faster
+_SLICE_VALUES = 1 << 25  # of such a slice, and of float32 results on their way
 _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
 _KERNEL = Kernel("linear", "piipippiiiiiii")
@@ -56,6 +58,7 @@ class Launcher:
     def __init__(self, parts: Sequence[Tiled]):
         if not 1 <= len(parts) <= MAX_PARTS:
             raise KernelError(f"linear: {len(parts)} projections; one launch takes 1 to {MAX_PARTS}")
+        self.parts = tuple(parts)
         self.device, self.columns = parts[0].tiles.device, parts[0].shape[1]
         self.shapes = tuple((p.tiles.shape[0], p.tiles.shape[2]) for p in parts)
         self.tiles, self.blocks = sum(count for count, _ in self.shapes), parts[0].tiles.shape[1]
@@ -72,12 +75,34 @@ class Launcher:
     def __call__(
         self, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
     ) -> None:
+        total = len(inputs[0])
+        if total > _MANY_TOKENS and all(part.exact for part in self.parts):
+            for row, part, x, scale, out in zip(self.table, self.parts, inputs, row_scales, outputs, strict=True):
+                self._multiply(row, part, x, scale, out)
+            return
         processors, shared_limit = _gpu(self.device)
-        total, step = len(inputs[0]), tokens_at_once(shared_limit)
+        step = tokens_at_once(shared_limit)
         for start in range(0, total, step):
             rows = slice(start, min(start + step, total))
             self._point(rows, inputs, row_scales, outputs)
             self._launch(plan(self.shapes, self.blocks, rows.stop - start, processors, shared_limit), rows.stop - start)
+
+    def _multiply(self, row: _Part, part: Tiled, x: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+        """Many tokens: slices of the weight unpacked to BF16, the product by cuBLAS, float32 until its one rounding."""
+        one = _Part.from_buffer_copy(row)
+        step = max(_SLICE_VALUES // max(self.columns, len(x)) // tiles.ROWS, 1) * tiles.ROWS
+        for start in range(0, part.shape[0], step):
+            count = min(step, part.shape[0] - start)
+            values = torch.empty(count, self.columns, dtype=torch.bfloat16, device=self.device)
+            block = part.tiles[start // tiles.ROWS :]
+            one.tiles, one.first_row, one.rows = block.data_ptr(), part.first_row + start, count
+            one.out, one.out_stride = values.data_ptr(), self.columns
+            table = ctypes.addressof(one)
+            _KERNEL(
+                self.device, table, 1, -(-count // tiles.ROWS), None, 0, None, None, 0, self.columns, DENSE, 0, 0, 0, 0
+            )
+            y = torch.mm(x, values.T, out_dtype=torch.float32).mul_(part.alpha)
+            out[:, start : start + count] = y if row_scale is None else y.mul_(row_scale.unsqueeze(1))
 
     def _point(
         self, rows: slice, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]

@@ -11,7 +11,7 @@
 using namespace dsv4;
 using namespace dsv4::linear;
 
-enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2 };  // the codes of kernels/linear/schedule.py
+enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3 };  // the codes of kernels/linear/schedule.py
 
 struct Task {
     Parts parts;
@@ -300,10 +300,52 @@ static cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStre
     return launch(kernel, grid, 1, THREADS, shared_bytes, 1, stream, task);
 }
 
-// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch.
+// DENSE, for cuBLAS: a part's values as BF16 [N, K], its scale left out. One warp per block of 16 x 64.
+__global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part part, int tiles, int blocks, int columns) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (at >= static_cast<int64_t>(tiles) * blocks) return;
+    const int lane = threadIdx.x % 32, tile = at / blocks, column = at % blocks * BLOCK_COLUMNS + lane % 4 * 16;
+    const uint8_t* block = part.tiles + at * block_bytes(part.format);
+    float scale = w4::UNDO;
+    if (part.format == FP8)
+        scale = part.block_scale[(part.first_row + tile * TILE_ROWS) / 128 * part.scale_columns + column / 128];
+    uint32_t a[4][4];
+    if (part.format == NVFP4) nvfp4_operands(a, block);
+    else if (part.format == FP8) fp8_operands(a, block);
+    else plain_operands(a, block);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = tile * TILE_ROWS + lane / 4 + half * 8;
+        uint32_t pairs[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            pairs[i] = a[i / 2][i % 2 * 2 + half];
+            if (part.format != PLAIN) pairs[i] = f16x2_to_bf16x2(pairs[i], scale);
+        }
+        bf16* to = static_cast<bf16*>(part.out) + row * part.out_stride + column;
+        if (row >= part.rows) continue;
+        if (columns % 16 == 0) {
+            if (column >= columns) continue;
+            reinterpret_cast<uint4*>(to)[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            reinterpret_cast<uint4*>(to)[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+                if (column + i < columns) to[i].bits = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
+        }
+    }
+}
+
+// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch. DENSE takes the
+// first part alone, `tiles` of it.
 extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
                            int* counters, int tokens, int columns, int mode, int window, int batch, int stages,
                            int shared_bytes, cudaStream_t stream) {
+    if (mode == DENSE) {
+        const int blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+        const int64_t warps = static_cast<int64_t>(tiles) * blocks;
+        return launch(dense_kernel, (warps + 7) / 8, 1, 256, 0, 1, stream, parts[0], tiles, blocks, columns);
+    }
     if (count < 1 || count > MAX_PARTS || grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64)
         return cudaErrorInvalidValue;
     Task task;

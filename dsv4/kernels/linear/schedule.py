@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from dsv4.errors import KernelError
 
-OWN, SLOT, SPLIT = 0, 1, 2  # Mode in linear.cu
+OWN, SLOT, SPLIT, DENSE = 0, 1, 2, 3  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
 TOKENS = 64  #: at most, in one launch
 MAX_STAGES = 4

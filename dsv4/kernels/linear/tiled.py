@@ -22,6 +22,7 @@ class Tiled:
     tiles        u8 [ceil(N/16), ceil(K/64), bytes of a block]
     block_scale  "fp8": f32 [rows of scales, ceil(K/128)]; the matrix begins at row `first_row` of what they scale
     alpha        NVFP4's global
+    exact        the values, without alpha, are BF16 numbers (FP8 with scales that are not powers of two: they are not)
     nbytes       of the weight as stored
     """
 
@@ -31,6 +32,7 @@ class Tiled:
     block_scale: Tensor | None
     first_row: int
     alpha: float
+    exact: bool
     nbytes: int
 
     def values(self) -> Tensor:
@@ -67,7 +69,7 @@ def tiled_groups(weight: Weight, groups: int) -> list[Tiled]:
     """Rows of weight [N, K] in equal groups, each packed by itself."""
     rows, columns = weight.shape[-2] // groups, weight.shape[-1]
     stored = weight.nbytes // groups
-    alpha, scale = 1.0, None
+    alpha, exact, scale = 1.0, True, None
     if isinstance(weight, MXFP4Weight):
         weight = _nvfp4_of(weight)
     if isinstance(weight, FP8Weight) and rows % tiles.ROWS and groups > 1:
@@ -79,11 +81,12 @@ def tiled_groups(weight: Weight, groups: int) -> list[Tiled]:
     elif isinstance(weight, FP8Weight):
         format = "fp8"
         scale = weight.scale if weight.scale.dtype == torch.float32 else e8m0_decode(weight.scale)
+        exact = bool((torch.frexp(scale)[0] == 0.5).all())
         packed = tiles.pack_fp8(weight.data.unflatten(0, (groups, rows)))
     else:
         format, plain = "bf16", _plain_of(weight)
         packed = tiles.pack_bf16(plain.data.unflatten(0, (groups, rows)))
-    return [Tiled(format, (rows, columns), packed[g], scale, g * rows, alpha, stored) for g in range(groups)]
+    return [Tiled(format, (rows, columns), packed[g], scale, g * rows, alpha, exact, stored) for g in range(groups)]
 
 
 def _nvfp4_of(weight: MXFP4Weight) -> NVFP4Weight:

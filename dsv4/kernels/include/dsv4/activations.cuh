@@ -1,7 +1,7 @@
 // BF16 activations as the B side of FP16 products. FP16 has more mantissa and less range, so a slice of a row is scaled
 // by the power of two that brings its largest magnitude to 2^15 .. 2^16. That is exact for every value down to 2^-32 of
 // that largest; what lies below keeps an absolute error of at most 2^-40 of it. The factor is taken back from the
-// slice's float32 sum, exactly. A slice with NaN or Inf is not scaled, so that they arrive and spread as they should.
+// slice's float32 sum, exactly. NaN and Inf arrive as such and spread as they should.
 #pragma once
 #include <dsv4/numbers.cuh>
 
@@ -30,8 +30,8 @@ __device__ __forceinline__ float scale_to_f16(uint32_t (&pairs)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = __vmaxu2(most, pairs[i] & 0x7FFF7FFFu);
     const uint32_t largest = __reduce_max_sync(0xFFFFFFFFu, max(most & 0xFFFFu, most >> 16));
-    const int exponent = largest >> 7;
-    const int shift = exponent == 255 ? 0 : min(127 + 15 - exponent, 126);
+    const int exponent = min(largest >> 7, 254u);  // beside NaN or Inf, the largest finite value fits
+    const int shift = min(127 + 15 - exponent, 126);
     const float factor = __int_as_float((127 + shift) << 23);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -40,6 +40,15 @@ __device__ __forceinline__ float scale_to_f16(uint32_t (&pairs)[8]) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(high), "f"(low));
     }
     return __int_as_float((127 - shift) << 23);
+}
+
+// Two FP16 values times `factor`, as BF16.
+__device__ __forceinline__ uint32_t f16x2_to_bf16x2(uint32_t halves, float factor) {
+    float low, high;
+    uint32_t pair;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(halves));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * factor), "f"(low * factor));
+    return pair;
 }
 
 }  // namespace dsv4

@@ -36,6 +36,8 @@ struct Part {
     int row_scale_stride, unused;
 };
 
+static_assert(sizeof(Part) == 96, "kernels/linear/launch.py lays it out");
+
 struct Parts {
     Part part[MAX_PARTS];
     int count, tiles;  // tiles: of all parts
@@ -74,15 +76,43 @@ struct Rows {
     __device__ __forceinline__ int offset(int n) const { return first + n * step; }
 };
 
-template <int NT>
-__device__ __forceinline__ void nvfp4_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
-                                            const Rows<NT>& rows) {
+// A of a block's four products. NVFP4: x 2^-14; FP8: before its block scale.
+__device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_t* block) {
     const w4::Lane part = w4::load(block, threadIdx.x % 32);
     const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
-    uint32_t scale_g, scale_g8, a[4][4];
+    uint32_t scale_g, scale_g8;
     w4::scales(part.scales, scale_g, scale_g8);
 #pragma unroll
     for (int j = 0; j < 4; ++j) w4::dequantize(a[j], words[j], scale_g, scale_g8);
+}
+
+__device__ __forceinline__ void fp8_operands(uint32_t (&a)[4][4], const uint8_t* block) {
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+        const uint4 codes = reinterpret_cast<const uint4*>(block + piece * 512)[threadIdx.x % 32];
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            uint32_t(&to)[4] = a[2 * piece + w / 2];
+            to[2 * (w % 2)] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w]));
+            to[2 * (w % 2) + 1] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w] >> 16));
+        }
+    }
+}
+
+__device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_t* block) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const uint4 values = reinterpret_cast<const uint4*>(block + j * 512)[threadIdx.x % 32];
+        a[j][0] = values.x, a[j][1] = values.y, a[j][2] = values.z, a[j][3] = values.w;
+    }
+}
+
+template <int NT>
+__device__ __forceinline__ void nvfp4_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+                                            const Rows<NT>& rows) {
+    uint32_t a[4][4];
+    nvfp4_operands(a, block);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[8];
@@ -95,19 +125,8 @@ __device__ __forceinline__ void nvfp4_block(float (&sum)[NT][4], const uint8_t* 
 template <int NT>
 __device__ __forceinline__ void fp8_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
                                           const Rows<NT>& rows, float scale) {
-    const int lane = threadIdx.x % 32;
     uint32_t a[4][4];
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
-        const uint4 codes = reinterpret_cast<const uint4*>(block + piece * 512)[lane];
-        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            uint32_t(&to)[4] = a[2 * piece + w / 2];
-            to[2 * (w % 2)] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w]));
-            to[2 * (w % 2) + 1] = w4::e4m3x2_to_f16x2(static_cast<uint16_t>(words[w] >> 16));
-        }
-    }
+    fp8_operands(a, block);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         float part[4] = {};
@@ -123,13 +142,8 @@ __device__ __forceinline__ void fp8_block(float (&sum)[NT][4], const uint8_t* bl
 template <int NT>
 __device__ __forceinline__ void plain_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
                                             const Rows<NT>& rows) {
-    const int lane = threadIdx.x % 32;
     uint32_t a[4][4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const uint4 values = reinterpret_cast<const uint4*>(block + j * 512)[lane];
-        a[j][0] = values.x, a[j][1] = values.y, a[j][2] = values.z, a[j][3] = values.w;
-    }
+    plain_operands(a, block);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[8];

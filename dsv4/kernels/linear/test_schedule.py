@@ -1,0 +1,100 @@
+"""How a launch is spread over a GPU: everything once, nobody overloaded, within shared memory; and the packed form."""
+
+import ctypes
+
+import pytest
+import torch
+
+from dsv4.errors import KernelError
+from dsv4.kernels.linear.launch import _Part
+from dsv4.kernels.linear.schedule import OWN, SLOT, SPLIT, plan, tokens_at_once
+from dsv4.kernels.linear.test_linear import weights_of
+from dsv4.kernels.linear.tiled import TiledRows, tiled, tiled_groups
+from dsv4.quant.weights import FP8Weight, MXFP4Weight, PlainWeight
+
+H200, RTX = (132, 231424), (188, 100352)  # processors, bytes of shared memory for a block
+OPERANDS = {
+    "in_proj": (((64, 576), (32, 576), (128, 576), (32, 576), (4, 2048)), 64),
+    "native": (((64, 1024), (32, 1024), (128, 2048), (4, 2048)), 64),
+    "wq_b": (((2048, 576),), 16),
+    "head": (((8080, 576),), 64),
+    "wo_b": (((256, 576),), 128),
+    "gate": (((16, 2048),), 64),
+    "tiny": (((1, 576), (3, 1024), (1, 2048)), 3),
+    "wo_a": (((64, 576),) * 8, 64),
+    "ragged": (((9, 576),), 35),
+}
+
+
+@pytest.mark.parametrize("gpu", [H200, RTX, (3, 231424)], ids=str)
+@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 64])
+def test_every_unit_goes_to_one_block(name, tokens, gpu):
+    parts, blocks = OPERANDS[name]
+    tokens = min(tokens, tokens_at_once(gpu[1]))
+    how = plan(parts, blocks, tokens, *gpu)
+    tiles = sum(count for count, _ in parts)
+    units = tiles * -(-blocks // 8) if how.mode == SPLIT else tiles
+    assert how.cuts[0] == 0 and how.cuts[-1] == units and list(how.cuts) == sorted(set(how.cuts))
+    assert how.grid <= gpu[0] and how.shared_bytes <= gpu[1] and how.stages >= 2
+    assert how.mode != SLOT or tokens <= 8
+
+
+def test_blocks_get_equal_shares():
+    for name, share in (("in_proj", 1.2), ("wq_b", 1.05), ("head", 1.02), ("wo_b", 1.04), ("native", 1.2)):
+        parts, blocks = OPERANDS[name]
+        for tokens in (1, 64):
+            how = plan(parts, blocks, tokens, *H200)
+            size = [block * blocks for count, block in parts for _ in range(count)]
+            if how.mode == SPLIT:
+                size = [block * 8 for _ in range(blocks // 8) for count, block in parts for _ in range(count)]
+            busiest = max(sum(size[a:b]) for a, b in zip(how.cuts, how.cuts[1:], strict=False))
+            assert busiest <= share * sum(size) / H200[0]
+
+
+def test_large_matrices_stay_whole_and_few_tokens_meet_in_shared_memory():
+    modes = {name: [plan(*OPERANDS[name], tokens, *H200).mode for tokens in (1, 64)] for name in OPERANDS}
+    assert modes["wq_b"] == modes["head"] == [OWN, OWN]
+    assert modes["wo_a"] == modes["wo_b"] == [SLOT, SPLIT]
+    assert modes["gate"] == modes["native"] == [SPLIT, SPLIT]
+
+
+def test_a_gpu_without_room_is_refused():
+    with pytest.raises(KernelError, match="49152 bytes of shared memory per block, too few"):
+        tokens_at_once(49152)
+
+
+def test_the_structure_is_that_of_the_header():
+    assert ctypes.sizeof(_Part) == 96
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 96), (256, 320)])
+def test_packed_weights_hold_the_values(n, k):
+    x = torch.randn(3, k)
+    for format, weight in weights_of(n, k).items():
+        if format == "f32":
+            with pytest.raises(KernelError, match="holds values that BF16 does not"):
+                tiled(weight)
+            continue
+        packed = tiled(weight)
+        assert packed.nbytes == weight.nbytes and packed.exact
+        assert torch.equal((packed.values() * packed.alpha).double(), weight.dequantize().double())
+        assert torch.allclose(TiledRows((packed, packed)).matmul(x)[:, n:], x @ weight.dequantize().T, atol=1e-5)
+
+
+def test_groups_keep_their_rows_of_fp8_scales():
+    whole = FP8Weight.quantize(torch.randn(512, 256) * torch.logspace(-3, 3, 512).unsqueeze(1))
+    for groups in (2, 8, 64):  # 64 groups of 8 rows: tiles would straddle rows of scales
+        parts = tiled_groups(whole, groups)
+        assert torch.equal(torch.cat([p.values() for p in parts]), whole.dequantize())
+        assert {p.format for p in parts} == {"bf16" if groups == 64 else "fp8"}
+    odd = FP8Weight(whole.data, torch.rand(4, 2))
+    assert not tiled(odd).exact
+
+
+def test_what_nvfp4_cannot_hold_is_refused():
+    codes = torch.full((2, 32), 0x77, dtype=torch.uint8)
+    far = MXFP4Weight(codes, torch.tensor([[127, 100], [127, 127]], dtype=torch.uint8))
+    with pytest.raises(KernelError, match="more than 17 octaves apart"):
+        tiled(far)
+    assert tiled(PlainWeight(torch.ones(2, 32))).format == "bf16"
