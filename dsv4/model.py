@@ -11,12 +11,13 @@ from torch import Tensor
 from dsv4.checkpoint.load import Policy, load_model_weights
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.errors import RequestError
+from dsv4.kernels.embed.embed import embed
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kvcache import KVCache, make_plan
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.attention import Attention
-from dsv4.layers.mhc import Site, StreamHead
+from dsv4.layers.mhc import Site, StreamHead, Streams
 from dsv4.layers.moe import MoE
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings, check_device
@@ -34,14 +35,16 @@ class Block:
         self.attn = Attention(scope.at("attn"), config, spec, settings)
         self.ffn = MoE(scope.at("ffn"), config, spec, settings)
 
-    def __call__(self, h: Tensor, cache: LayerCache, step: Step) -> tuple[Tensor, Tensor]:
-        """h [T, M, D] -> the streams after the attention site and after the FFN site."""
-        mid = self.attn_site(h, lambda x: self.attn(x, cache, step))
-        return mid, self.ffn_site(mid, lambda x: self.ffn(x, step))
+    def __call__(self, streams: Streams, cache: LayerCache, step: Step) -> tuple[Streams, Tensor]:
+        """The streams inside the attention site -> inside the FFN site, and the FFN's output y [T, D]."""
+        mid = self.ffn_site.seam(self.attn(streams.x, cache, step), streams)
+        return mid, self.ffn(mid.x, step)
 
 
 class Model:
-    """Embedding, layers, head. `path` is the checkpoint folder, None for a model made from a seed."""
+    """Embedding, layers, head. `weights` is emptied as the layers are made. `path` is the checkpoint folder, None for a
+    model made from a seed.
+    """
 
     def __init__(
         self,
@@ -110,17 +113,23 @@ class Model:
 
         Everything that depends on a length is in `step`, so on a plan of fixed shapes this is fixed work.
         """
-        h = self.embed[step.plan.tokens].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        h = embed(step.plan.tokens, self.embed, self.config.hc_mult)
+        streams = self.blocks[0].attn_site.enter(h)
         for i, block in enumerate(self.blocks):
-            mid, h = block(h, cache.layers[i], step)
+            mid, y = block(streams, cache.layers[i], step)
+            if i + 1 < len(self.blocks):  # out of this layer and into the next
+                streams = self.blocks[i + 1].attn_site.seam(y, mid)
+                h = streams.h
+            else:
+                h = mid.leave(y)
             if observe is not None:
-                observe(f"layers.{i}.attn", mid)
+                observe(f"layers.{i}.attn", mid.h)
                 observe(f"layers.{i}.ffn", h)
         return h
 
-    def head(self, h: Tensor) -> Tensor:
+    def head(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """h [T, M, D] -> logits [T, V] f32."""
-        (logits,) = linear(self.stream_head(h), self.lm_head)
+        (logits,) = linear(self.stream_head(h), self.lm_head, out=None if out is None else (out,))
         return logits
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dsv4.engine.decoder import Decoder
 from dsv4.engine.logprobs import LogprobReader
 from dsv4.engine.metrics import RunMetrics
 from dsv4.engine.output import RequestOutput
@@ -17,6 +18,7 @@ from dsv4.engine.sampler import Sampler
 from dsv4.engine.scheduler import Chunk, Limits, Scheduler
 from dsv4.engine.text import AnswerText
 from dsv4.errors import KernelError, RequestError
+from dsv4.kernels.op import twins_on_cuda
 from dsv4.model import Model
 from dsv4.text.tokenizer import Tokenizer
 
@@ -44,6 +46,7 @@ class Engine:
         self.cache = model.new_cache(limits.max_num_seqs, limits.max_total_tokens)
         self.scheduler = Scheduler(limits, self.cache)
         self.sampler = Sampler(model.config.vocab_size)
+        self.decoder = Decoder(model, self.cache, limits) if _captured(model) else None
         self.logprobs = LogprobReader(tokenizer)
         self.metrics = RunMetrics()
         self.requests: dict[str, Request] = {}
@@ -169,15 +172,21 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> list[Sequence]:
         start = time.perf_counter()
-        logits = self.model.forward([s.decode_entry() for s in sequences], self.cache)
-        moved = self._sample(sequences, logits)
+        if self.decoder is None:
+            logits = self.model.forward([s.decode_entry() for s in sequences], self.cache)
+            moved = self._sample(sequences, logits)
+        else:
+            moved = self._accept(sequences, *self.decoder(sequences))
         self.metrics.decode_steps += 1
         self.metrics.decode_tokens += len(sequences)
         self.metrics.decode_seconds += time.perf_counter() - start
         return moved
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
-        tokens = self.sampler(sequences, logits)
+        return self._accept(sequences, self.sampler(sequences, logits).cpu(), logits)
+
+    def _accept(self, sequences: list[Sequence], tokens: Tensor, logits: Tensor) -> list[Sequence]:
+        """Give each sequence its token, ids [B] i64 on the CPU; logits [B, V] are what they were sampled from."""
         self.logprobs.record(sequences, logits, tokens)
         for sequence, token, last in zip(sequences, tokens.tolist(), tokens.split(1), strict=True):
             if token < 0:
@@ -199,6 +208,11 @@ class Engine:
             request.finished_time = time.monotonic()
             self.metrics.failed_requests += request.error is not None
             self.sampler.forget()
+
+
+def _captured(model: Model) -> bool:
+    """Whether decode steps are graphs: on a GPU, unless twins take the kernels' place, which wait for the host."""
+    return model.device != "cpu" and not twins_on_cuda()
 
 
 def _not_finite(sequence: Sequence, logits: Tensor) -> KernelError:

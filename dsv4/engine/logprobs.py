@@ -19,7 +19,7 @@ class LogprobReader:
 
     def read(self, logits: Tensor, tokens: Tensor, tops: list[int]) -> list[PositionLogprobs]:
         """logits [T, V] f32, tokens [T] i64, alternatives each row wants -> per row the token, then the best."""
-        chosen, rank, values, ids = (t.tolist() for t in token_logprobs(logits, tokens, max(tops)))
+        chosen, rank, values, ids = (t.tolist() for t in token_logprobs(logits, tokens.to(logits.device), max(tops)))
         positions = []
         for row, (token, top) in enumerate(zip(tokens.tolist(), tops, strict=True)):
             candidates = {token: Logprob(chosen[row], rank[row], self._text(token))}

@@ -90,5 +90,5 @@ class StaticPlan:
 def _kind(kind: CompressedKind, max_length: int, place: int, topk: int) -> Kind:
     """Selected entries are those of CSA once a sequence may have more than `topk`; else every row names all it sees."""
     name, ratio = kind
-    most, held = entries(max_length, ratio), pages(max_length, ratio)
+    most, held = entries(max_length, ratio), max(1, pages(max_length, ratio))
     return Kind(ratio, name == "csa", place, held, 0 if name == "csa" and most > topk else held * PAGE_ENTRIES)

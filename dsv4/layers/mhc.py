@@ -5,7 +5,6 @@ A sublayer's way is enter, sublayer, leave; between two sublayers, leaving and e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,11 +42,6 @@ class Site:
         self.scale = scale.repeat_interleave(rows)  # one factor per row of fn: pre, post, comb
         self.norm = scope.f32(f"{name}_norm.weight")
         self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
-
-    def __call__(self, h: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """h [T, M, D] -> [T, M, D]: in, sublayer, out."""
-        streams = self.enter(h)
-        return streams.leave(sublayer(streams.x))
 
     def enter(self, h: Tensor) -> Streams:
         """h [T, M, D] -> inside this site."""

@@ -12,7 +12,11 @@ from dsv4.quant.weights import Weight
 
 @dataclass(frozen=True)
 class Scope:
-    """`weights[prefix + name]`: a linear's Weight by module path, any other tensor by its full name."""
+    """`weights[prefix + name]`: a linear's Weight by module path, any other tensor by its full name.
+
+    What is taken leaves `weights`: once a layer has put it into the form it computes with, the stored form may go, so
+    that a model needs its own size and a layer's while it is made, not twice its size.
+    """
 
     weights: dict[str, Weight | Tensor]
     prefix: str = ""
@@ -41,6 +45,6 @@ class Scope:
 
     def _get(self, name: str) -> Weight | Tensor:
         try:
-            return self.weights[self.prefix + name]
+            return self.weights.pop(self.prefix + name)
         except KeyError:
             raise CheckpointError(f"the checkpoint has no '{self.prefix}{name}', which this layer needs") from None

@@ -54,6 +54,7 @@ class FakeModel:
     """
 
     path = None
+    device = "cpu"
 
     def __init__(self, vocab_size: int = 50, script: dict[tuple[int, ...], Sequence[int]] | None = None):
         self.config = SimpleNamespace(

@@ -36,6 +36,12 @@ def test_compiles_for_every_target_and_exports_its_launcher(op, tmp_path):
 
 
 @pytest.mark.parametrize("op", compiler.ops_with_kernels())
+def test_what_a_source_defines_is_its_own(op):
+    """A pack links all ops: two kernels or structs of one name would silently become one."""
+    assert "\nnamespace {\n" in compiler.source_of(op).read_text()
+
+
+@pytest.mark.parametrize("op", compiler.ops_with_kernels())
 def test_a_twin_agrees_with_itself(op):
     """On a CPU tensor the op is its twin: the checker itself must find nothing, empty inputs included."""
     rows = [check.check_case(case, timed=False) for case in cases.cases(CPU, [op], quick=True)]

@@ -1,6 +1,8 @@
 // advance: one block, a thread per row.
 #include <dsv4/launch.cuh>
 
+namespace {
+
 __global__ void advance(const int64_t* tokens, const int64_t* slots, int64_t* inputs, int64_t* positions,
                         int64_t* counters, int* counts, int64_t* ring, int64_t* step, int rows, int columns,
                         int64_t vocab, int64_t length) {
@@ -17,6 +19,8 @@ __global__ void advance(const int64_t* tokens, const int64_t* slots, int64_t* in
     inputs[row] = token;
     if (counts != nullptr) counts[row * vocab + token] += 1;
 }
+
+}  // namespace
 
 extern "C" int dsv4_advance(const int64_t* tokens, const int64_t* slots, int64_t* inputs, int64_t* positions,
                             int64_t* counters, int* counts, int64_t* ring, int64_t* step, int rows, int columns,

@@ -1,6 +1,8 @@
 // embed: one block per row copies it to every stream.
 #include <dsv4/launch.cuh>
 
+namespace {
+
 template <typename C>
 __global__ void embed(const int64_t* tokens, const C* table, C* h, int64_t vocab, int n, int streams) {
     const int64_t row = blockIdx.x, token = tokens[row];
@@ -20,6 +22,8 @@ static cudaError_t run(const int64_t* tokens, const void* table, void* h, int64_
     return dsv4::launch(embed<C>, rows, (n + 255) / 256, 256, 0, 1, stream, tokens, static_cast<const C*>(table),
                         static_cast<C*>(h), vocab, n, streams);
 }
+
+}  // namespace
 
 extern "C" int dsv4_embed(const int64_t* tokens, const void* table, void* h, int64_t rows, int64_t vocab, int row_bytes,
                           int streams, cudaStream_t stream) {

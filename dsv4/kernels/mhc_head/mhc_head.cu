@@ -5,6 +5,8 @@
 using namespace dsv4;
 using namespace dsv4::mhc;
 
+namespace {
+
 template <typename T>
 __global__ void __launch_bounds__(THREADS) mhc_head(const T* h, const float* fn, const float* base, const float* scale,
                                                     T* x, int64_t tokens, int D, float hc_eps, float norm_eps,
@@ -28,6 +30,8 @@ static cudaError_t run(const void* h, const float* fn, const float* base, const 
     return launch(mhc_head<T>, tokens * CLUSTER, 1, THREADS, 0, CLUSTER, stream, static_cast<const T*>(h), fn, base,
                   scale, static_cast<T*>(x), tokens, D, hc_eps, norm_eps, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_mhc_head(const void* h, const float* fn, const float* base, const float* scale, void* x,
                              int64_t tokens, int D, float hc_eps, float norm_eps, int dtype, cudaStream_t stream) {

@@ -4,6 +4,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int M = 4;  // hc_mult of Flash and Pro
 
 template <typename T>
@@ -43,6 +45,8 @@ static cudaError_t run(const void* y, const void* h, const float* post, const fl
                   static_cast<const T*>(y), static_cast<const T*>(h), post, comb, static_cast<T*>(out), D, y_stride,
                   wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_mhc_post(const void* y, const void* h, const float* post, const float* comb, void* out,
                              int64_t tokens, int D, int64_t y_stride, int dtype, cudaStream_t stream) {

@@ -5,6 +5,8 @@
 using namespace dsv4;
 using namespace dsv4::mhc;
 
+namespace {
+
 constexpr int ROWS = (2 + M) * M;  // pre | post | comb
 
 // Lane 4 r + c of a half warp holds entry (r, c): rows are summed over lanes 1 and 2 apart, columns over 4 and 8.
@@ -61,6 +63,8 @@ static cudaError_t run(const void* h, const float* fn, const float* base, const 
                   static_cast<const T*>(h), fn, base, scale, static_cast<T*>(x), post, comb, tokens, D, iters, hc_eps,
                   norm_eps, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_mhc_pre(const void* h, const float* fn, const float* base, const float* scale, void* x, float* post,
                             float* comb, int64_t tokens, int D, int iters, float hc_eps, float norm_eps, int dtype,

@@ -6,6 +6,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int WARPS = 4;
 
 template <typename T>
@@ -46,6 +48,8 @@ static cudaError_t run(const void* q, const void* cis, void* out, int64_t rows, 
                   static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows, heads, n, dims,
                   row_stride, head_stride, cis_stride, eps, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_q_norm_rope(const void* q, const void* cis, void* out, int64_t rows, int heads, int n, int dims,
                                 int64_t row_stride, int64_t head_stride, int64_t cis_stride, float eps, int dtype,

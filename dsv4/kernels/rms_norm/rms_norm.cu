@@ -5,6 +5,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 template <typename T>
 __global__ void rms_norm(const T* x, const float* weight, T* out, int64_t stride, int n, float eps, bool wide) {
     constexpr int W = wide_elements<T>;
@@ -34,6 +36,8 @@ static cudaError_t run(const void* x, const float* weight, void* out, int64_t ro
     return launch(rms_norm<T>, rows, 1, threads, 0, 1, stream, static_cast<const T*>(x), weight,
                   static_cast<T*>(out), stride, n, eps, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_rms_norm(const void* x, const float* weight, void* out, int64_t rows, int64_t stride, int n,
                              float eps, int dtype, cudaStream_t stream) {

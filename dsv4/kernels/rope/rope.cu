@@ -5,6 +5,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 template <typename T>
 __global__ void rope(T* tail, const float2* cis, int64_t rows, int heads, int dims, int64_t row_stride,
                      int64_t head_stride, int64_t cis_stride, bool wide) {
@@ -34,6 +36,8 @@ static cudaError_t run(void* x, const void* cis, int64_t rows, int heads, int n,
     return launch(rope<T>, (threads + 127) / 128, 1, 128, 0, 1, stream, tail, static_cast<const float2*>(cis), rows,
                   heads, dims, row_stride, head_stride, cis_stride, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_rope(void* x, const void* cis, int64_t rows, int heads, int n, int dims, int64_t row_stride,
                          int64_t head_stride, int64_t cis_stride, int dtype, cudaStream_t stream) {

@@ -4,6 +4,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int WARPS = 4;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -57,6 +59,8 @@ __global__ void router(const float* logits, const float* bias, const int64_t* ti
         weights[row * topk + lane] = picked / sum * route_scale;
     }
 }
+
+}  // namespace
 
 extern "C" int dsv4_router(const float* logits, const float* bias, const int64_t* tid2eid, const int64_t* tokens,
                            int64_t* ids, float* weights, int64_t rows, int experts, int64_t stride, int topk,

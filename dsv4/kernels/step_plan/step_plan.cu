@@ -4,6 +4,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int THREADS = 256, PAGE = 64, MAX_KINDS = 2;
 
 struct Kind {
@@ -92,6 +94,8 @@ __global__ void __launch_bounds__(THREADS) step_plan(const __grid_constant__ Ste
 #define FIELDS(k)                                                                                                   \
     {table##k, phase##k, write_to##k, items##k, entry_positions##k, entry_to##k, visible##k, pages##k, all_rows##k, \
      cis##k, ratio##k, n##k, place##k, P##k, E##k, table_stride##k, slots##k}
+
+}  // namespace
 
 extern "C" int dsv4_step_plan(const int64_t* slots, const int64_t* positions, const float* freqs, int B, int W,
                               int places, int half, int64_t* window_rows, int64_t* window_to, int64_t* sequence,

@@ -4,6 +4,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 template <typename T>
 __global__ void swiglu(const T* gate, const T* up, float* out, int n, int64_t gate_stride, int64_t up_stride,
                        float limit, bool wide) {
@@ -33,6 +35,8 @@ static cudaError_t run(const void* gate, const void* up, float* out, int64_t row
     return launch(swiglu<T>, rows, ((n + W - 1) / W + 127) / 128, 128, 0, 1, stream, static_cast<const T*>(gate),
                   static_cast<const T*>(up), out, n, gate_stride, up_stride, limit, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_swiglu(const void* gate, const void* up, float* out, int64_t rows, int n, int64_t gate_stride,
                            int64_t up_stride, float limit, int dtype, cudaStream_t stream) {

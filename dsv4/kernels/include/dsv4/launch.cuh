@@ -10,8 +10,9 @@ enum Dtype : int { BF16 = 0, F32 = 1 };  // the codes of dsv4/kernels/launch.py
 // 16-byte accesses need every pointer and every row to start at a multiple of 16 bytes.
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+// Static: were it weak, a pack would keep one copy for all ops, and their arguments may be other types of one name.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), int64_t blocks_x, int blocks_y, int threads,
+static cudaError_t launch(void (*kernel)(Params...), int64_t blocks_x, int blocks_y, int threads,
                    size_t shared_bytes, int cluster, cudaStream_t stream, Args... args) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;

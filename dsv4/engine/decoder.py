@@ -1,0 +1,68 @@
+"""Decode steps of whatever batch is running: one DecodeStep per batch bucket, captured before the first request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.engine.request import Sequence
+from dsv4.engine.sampler import SamplerBuffers
+from dsv4.engine.scheduler import Limits
+from dsv4.engine.step import DecodeStep
+from dsv4.kvcache import KVCache
+from dsv4.model import Model
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes to make steps for, so that up to `most` sequences fit: each at most twice the one before."""
+    sizes = [n for n in BUCKETS if n < most]
+    while not sizes or sizes[-1] < most:
+        sizes.append(BUCKETS[len(sizes)] if len(sizes) < len(BUCKETS) else 2 * sizes[-1])
+    return sizes
+
+
+class Decoder:
+    """Runs the decode steps of an engine on static buffers; on a GPU each is one launch of a graph.
+
+    As long as the batch stays the same nothing is sent to the device: tokens, positions and counters move on there.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, limits: Limits):
+        self.cache = cache
+        sizes = buckets(limits.max_num_seqs)
+        self._sampler = SamplerBuffers(sizes[-1], model.config.vocab_size, model.device)
+        longest = min(limits.max_model_len, cache.max_tokens)
+        pool = torch.cuda.graph_pool_handle() if self._sampler.device.type == "cuda" else None
+        self._steps: list[DecodeStep] = []
+        for rows in reversed(sizes):  # the largest first: the others' graphs reuse its memory
+            step = DecodeStep(model, cache, rows, max_length=longest, sampler=self._sampler, pool=pool)
+            if pool is not None:
+                step.capture()
+            self._steps.insert(0, step)
+        self._staged: tuple[DecodeStep, list[Sequence]] | None = None
+
+    def __call__(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+        """One token more for each: its ids [B] i64 on the CPU, -1 where logits are not finite, and logits [B, V]."""
+        step = next(step for step in self._steps if step.rows >= len(sequences))
+        if self._staged is None or self._staged[0] is not step or self._staged[1] != sequences:
+            self._stage(step, sequences)
+        step.run()
+        for sequence in sequences:
+            assert sequence.slot is not None
+            self.cache.advance(sequence.slot, 1)
+        tokens = torch.tensor(step.wait()[: len(sequences)])
+        return tokens, step.logits[: len(sequences)]
+
+    def _stage(self, step: DecodeStep, sequences: list[Sequence]) -> None:
+        """Pages for all that the sequences may still say are taken here, so that none is missing between two steps."""
+        slots = [s.slot for s in sequences if s.slot is not None]
+        needs = zip(slots, sequences, strict=True)
+        self.cache.reserve([(slot, s.reserved_tokens - self.cache.length(slot)) for slot, s in needs])
+        for row, sequence in enumerate(sequences):
+            self._sampler.take(row, sequence)
+        for row in range(len(sequences), step.rows):
+            self._sampler.clear(row)
+        step.stage(slots, [s.token_ids[-1] for s in sequences])
+        self._staged = step, list(sequences)
