@@ -4,31 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4.errors import KernelError
 from dsv4.kernels.linear.operand import Dense, dense
+from dsv4.kernels.moe.tiled import TiledExperts, tiled_experts
 from dsv4.quant.activations import Act, Treatment, treatment
 from dsv4.quant.weights import Weight
 
 
 @dataclass(frozen=True)
 class ExpertsOperand:
-    """w1 (gate), w3 (up) [E, F, D] and w2 (down) [E, D, F]; `w13` [E, 2F, D] and `down` are what the CPU multiplies
-    with.
+    """w1 (gate) and w3 (up) [E, F, D] as one `w13` [E, 2F, D], w2 as `down` [E, D, F]: dense on a CPU, tiled on a GPU,
+    where nothing is kept of the weights as stored; `nbytes` is what those take.
     """
 
-    w1: Weight
-    w2: Weight
-    w3: Weight
+    stored: tuple[Weight, Weight, Weight] | None
     in_treatment: Treatment
     mid_treatment: Treatment
-    w13: Dense
-    down: Dense
+    w13: Dense | TiledExperts
+    down: Dense | TiledExperts
+    nbytes: int
 
     @property
-    def nbytes(self) -> int:
-        return self.w1.nbytes + self.w2.nbytes + self.w3.nbytes
+    def w1(self) -> Weight:
+        return self._stored(0)
+
+    @property
+    def w2(self) -> Weight:
+        return self._stored(1)
+
+    @property
+    def w3(self) -> Weight:
+        return self._stored(2)
+
+    def _stored(self, index: int) -> Weight:
+        if self.stored is None:
+            raise KernelError("experts on a GPU are held in tiles only; their stored form was not kept")
+        return self.stored[index]
 
 
 def experts_operand(w1: Weight, w2: Weight, w3: Weight, *, act: Act) -> ExpertsOperand:
-    """Join the projections of E experts."""
+    """Join the projections of E experts. On a GPU they are repacked: NVFP4, and MXFP4 where the cast is exact."""
     treatments = treatment(w1.format, act), treatment(w2.format, act)
-    return ExpertsOperand(w1, w2, w3, *treatments, dense(w1, w3), dense(w2))
+    nbytes = w1.nbytes + w2.nbytes + w3.nbytes
+    if w1.device.type == "cuda":
+        return ExpertsOperand(None, *treatments, tiled_experts(w1=w1, w3=w3), tiled_experts(w2=w2), nbytes)
+    return ExpertsOperand((w1, w2, w3), *treatments, dense(w1, w3), dense(w2), nbytes)

@@ -1,0 +1,113 @@
+// moe: align, first projection with SwiGLU, second projection, weighted sum. Which kernels multiply depends on the
+// number of tokens alone; how much each has to do is known on the device only.
+#include <dsv4/moe_align.cuh>
+#include <dsv4/moe_stream.cuh>
+#include <dsv4/moe_tiles.cuh>
+
+using namespace dsv4;
+using namespace dsv4::moe;
+
+enum Phase : int { ALIGN = 1, GATE_UP = 2, DOWN = 4 };  // the codes of dsv4/kernels/moe/launch.py
+
+// out = (sum over the token's places, rising) + shared, rounded once; a thread has 8 columns of a token.
+__global__ void __launch_bounds__(128) moe_combine(const bf16* down, const int* places, const bf16* shared,
+                                                   int64_t shared_row, bf16* out, int topk, int width, bool wide) {
+    wait_for_previous();
+    const int64_t token = blockIdx.x;
+    const int column = (blockIdx.y * 128 + threadIdx.x) * 8;
+    if (column >= width) return;
+    float sum[8] = {}, one[8];
+    for (int k = 0; k < topk; ++k) {
+        const int64_t place = places[token * topk + k];
+        if (place < 0) break;
+        load<8>(down + place * width + column, one, width - column, wide);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] += one[i];
+    }
+    load<8>(shared + token * shared_row + column, one, width - column, wide);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] += one[i];
+    store<8>(out + token * width + column, sum, width - column, wide);
+}
+
+struct Device {
+    int processors, shared_per_processor, shared_per_block;
+};
+
+static cudaError_t describe(Device& device) {
+    int index;
+    if (auto e = cudaGetDevice(&index)) return e;
+    if (auto e = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index)) return e;
+    const auto per_processor = cudaDevAttrMaxSharedMemoryPerMultiprocessor;
+    if (auto e = cudaDeviceGetAttribute(&device.shared_per_processor, per_processor, index)) return e;
+    return cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+}
+
+template <bool FIRST, int SLICES, int BLOCKS>
+static cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
+    constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * SLICES * 512 + SLICES * MAX_STAGES * 8 + 1024;
+    Device device;
+    if (auto e = describe(device)) return e;
+    const auto kernel = stream<FIRST, SLICES, BLOCKS>;
+    const int stage = SLICES * ((job.blocks + SLICES - 1) / SLICES) * w4::BLOCK_BYTES;
+    const int room = min(device.shared_per_processor / PER_PROCESSOR, device.shared_per_block + 1024) - OWN;
+    const int stages = min(room / stage, MAX_STAGES);
+    if (stages < 1) return cudaErrorInvalidConfiguration;
+    const int bytes = stages * stage;
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100)) return e;
+    const int64_t blocks = min(pairs * job.rows, static_cast<int64_t>(device.processors) * PER_PROCESSOR);
+    return launch_dependent(kernel, blocks, 1, SLICES * 32, bytes, stream_, job, stages);
+}
+
+template <bool FIRST>
+static cudaError_t choose_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
+    if (job.blocks <= 32) return run_stream<FIRST, 8, 4>(job, pairs, stream_);
+    if (job.blocks <= 64) return run_stream<FIRST, 8, 8>(job, pairs, stream_);
+    return run_stream<FIRST, 16, 8>(job, pairs, stream_);
+}
+
+template <bool FIRST>
+static cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint16_t* half, float* scale,
+                             cudaStream_t stream_) {
+    const int across = (job.rows + BLOCK_TILES - 1) / BLOCK_TILES;
+    auto e = launch(to_half, rows, 1, 256, 0, 1, stream_, job.x, job.x_row, job.row_scale, job.columns, job.blocks,
+                    half, scale);
+    if (e != cudaSuccess) return e;
+    return launch(tiles<FIRST>, groups * across, 1, TILE_WARPS * 32, 0, 1, stream_, job, half, scale);
+}
+
+// plan: [4 groups] then [T K] pairs, [T K] places, [1] count. tiles, alpha, rows, columns: of the projection that
+// `phases` names. GATE_UP takes x by token and writes `to` by place, DOWN takes x by place and writes `to`, then `out`.
+// half, scale: scratch of the wide form (group > 8), for every row of x, the padded columns of it.
+extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk, int experts, int group,
+                        int64_t groups, const bf16* x, const float* row_scale, int64_t x_row, int columns,
+                        const uint8_t* tiles, const float* alpha, int rows, const float* weights, float limit, bf16* to,
+                        uint16_t* half, float* scale, const bf16* shared, int64_t shared_row, bf16* out, int phases,
+                        cudaStream_t stream_) {
+    const int64_t pairs = tokens * topk;
+    if (pairs == 0 || rows == 0) return cudaSuccess;
+    int* places = lists + 4 * groups;
+    const Plan plan = {places, places + pairs, reinterpret_cast<Group*>(lists), places + 2 * pairs};
+    const Job job = {tiles, alpha, x, x_row, row_scale, weights, to, plan, topk, rows, (columns + 63) / 64, columns, limit};
+    const bool wide = group > TOKENS;
+    cudaError_t e = cudaSuccess;
+    if (phases & ALIGN) {
+        const size_t bytes = (2 + ALIGN_WARPS / 2) * experts * sizeof(int);
+        e = cudaFuncSetAttribute(align, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        const int64_t blocks = (pairs + ALIGN_THREADS - 1) / ALIGN_THREADS;
+        if (e == cudaSuccess)
+            e = launch(align, blocks, 1, ALIGN_THREADS, bytes, 1, stream_, ids, pairs, topk, experts, group, plan);
+    }
+    if (e == cudaSuccess && phases & GATE_UP)
+        e = wide ? run_tiles<true>(job, tokens, groups, half, scale, stream_) : choose_stream<true>(job, pairs, stream_);
+    if (e == cudaSuccess && phases & DOWN) {
+        e = wide ? run_tiles<false>(job, pairs, groups, half, scale, stream_) : choose_stream<false>(job, pairs, stream_);
+        const int width = 16 * rows;
+        const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
+        if (e == cudaSuccess)
+            e = launch_dependent(moe_combine, tokens, (width + 1023) / 1024, 128, 0, stream_, to, plan.places, shared,
+                                 shared_row, out, topk, width, whole);
+    }
+    return e;
+}
