@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.case import Case, nbytes
-from dsv4.kernels.cases import cases
-from dsv4.kernels.compiler import ops_with_kernels
+from dsv4.kernels.cases import cases, ops_with_cases
 
 GUARD_BYTES = 256
 _GUARD, _POISON = 0xA5, 0xFF  # 0xFF everywhere is NaN in BF16 and float32 and -1 in int64
@@ -60,7 +59,7 @@ def check_kernels(ops: Sequence[str] = (), *, quick: bool = False, timed: bool =
     """Run the cases of `ops` (all when empty) on the current GPU."""
     if not torch.cuda.is_available():
         raise KernelError("checking kernels needs a CUDA GPU, and torch sees none; on a CPU every op is its twin")
-    known = ops_with_kernels()
+    known = ops_with_cases()
     unknown = sorted(set(ops) - set(known))
     if unknown:
         raise KernelError(f"no kernel to check: {', '.join(unknown)}; ops with kernels: {', '.join(known)}")

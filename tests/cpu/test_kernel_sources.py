@@ -41,7 +41,11 @@ def test_what_a_source_defines_is_its_own(op):
     assert "\nnamespace {\n" in compiler.source_of(op).read_text()
 
 
-@pytest.mark.parametrize("op", compiler.ops_with_kernels())
+def test_every_source_has_cases():
+    assert set(compiler.ops_with_kernels()) <= set(cases.ops_with_cases())
+
+
+@pytest.mark.parametrize("op", cases.ops_with_cases())
 def test_a_twin_agrees_with_itself(op):
     """On a CPU tensor the op is its twin: the checker itself must find nothing, empty inputs included."""
     rows = [check.check_case(case, timed=False) for case in cases.cases(CPU, [op], quick=True)]

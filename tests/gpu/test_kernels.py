@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dsv4.errors import KernelError
+from dsv4.kernels.cases import ops_with_cases
 from dsv4.kernels.check import check_kernels
-from dsv4.kernels.compiler import ops_with_kernels
 from dsv4.kernels.loader import Kernel, arch_of
 from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
@@ -22,7 +22,7 @@ def site(tokens, width=4096):
     return h, fn, torch.randn(24, device=CUDA), torch.ones(24, device=CUDA)
 
 
-@pytest.mark.parametrize("op", ops_with_kernels())
+@pytest.mark.parametrize("op", ops_with_cases())
 def test_every_case_agrees_with_the_twin(op):
     rows = list(check_kernels([op], quick=True))
     assert rows and not [row for row in rows if not row.ok]

@@ -6,6 +6,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int WIDTH = 128, EACH = WIDTH / 32, WARPS = 4, GROUP_LANES = 32 / EACH;
 
 __device__ __forceinline__ void butterfly(float& a, float& b) {
@@ -81,6 +83,8 @@ static cudaError_t run(const void* q, const void* cis, void* out, int64_t rows, 
                   static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows, heads, dims,
                   row_stride, head_stride, cis_stride, quantize, wide);
 }
+
+}  // namespace
 
 extern "C" int dsv4_index_query(const void* q, const void* cis, void* out, int64_t rows, int heads, int dims,
                                 int64_t row_stride, int64_t head_stride, int64_t cis_stride, int quantize, int dtype,

@@ -13,6 +13,9 @@
 #include <dsv4/numbers.cuh>
 
 using namespace dsv4;
+
+namespace {
+
 using dsv4::index::PAGE;
 using dsv4::index::WIDTH;
 
@@ -308,6 +311,8 @@ template <int NT>
 static cudaError_t score(const Arguments& a, int64_t rows, cudaStream_t stream) {
     return a.heads <= 16 ? score<1, NT>(a, rows, stream) : score<4, NT>(a, rows, stream);
 }
+
+}  // namespace
 
 extern "C" int dsv4_index_topk(const void* q, const void* weights, const void* keys, const void* pages,
                                const void* sequence, const void* visible, void* scores, void* out, int64_t rows,

@@ -42,7 +42,7 @@ FULL = (
 
 
 def tiled(make: Maker, experts: int, rows: int, columns: int, parts: int, *, every_scale: bool) -> TiledExperts:
-    """Random bytes: all codes, and scales of 0.5 to 2, or all of E4M3 from 0 to 448. Columns past the last are zeros."""
+    """Random bytes: all codes, and scales of 0.5 to 2, or all of E4M3 from 0 to 448. Beyond the columns: zeros."""
     shape = experts, *tiles_shape(rows * parts, columns, NVFP4_BYTES)
     tiles = torch.empty(shape, dtype=torch.uint8, device=make.device).random_(0, 256, generator=make.generator)
     low, high = (0, 0x7F) if every_scale else (0x30, 0x40)

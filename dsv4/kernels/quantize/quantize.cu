@@ -7,6 +7,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 enum How : int { NONE = 0, FP8 = 1, NVFP4 = 2 };  // the codes of dsv4/kernels/quantize/kernel.py
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int HALF = GROUP / 2;
@@ -136,6 +138,8 @@ static cudaError_t choose(int how, const Source& from, const Result& to, int64_t
     if (how == FP8) return run<T, SWIGLU, FP8>(from, to, rows, k, wide, stream);
     return run<T, SWIGLU, NONE>(from, to, rows, k, wide, stream);
 }
+
+}  // namespace
 
 extern "C" int dsv4_quantize(const void* x, const void* up, const float* weight, bf16* values, uint8_t* codes,
                              uint8_t* scales, float* globals, int64_t rows, int k, int64_t x_row, int x_column,

@@ -18,6 +18,9 @@
 #include <dsv4/rope.cuh>
 
 using namespace dsv4;
+
+namespace {
+
 using kv::DH;
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
@@ -424,6 +427,8 @@ template <int HG, int TILES>
 static cudaError_t run(const Arguments& a, int64_t rows, bool split, cudaStream_t stream) {
     return split ? run<HG, TILES, true>(a, rows, stream) : run<HG, TILES, false>(a, rows, stream);
 }
+
+}  // namespace
 
 extern "C" int dsv4_sparse_attention(const void* q, const void* local, const void* local_rows, const void* pool,
                                      const void* pool_rows, const void* sink, const void* cis, void* out, int64_t rows,
