@@ -1,19 +1,18 @@
-"""Cases of linear and grouped_linear: projections of Flash and Pro, every format, ragged and odd sizes, extremes."""
+"""Cases of linear: projections of Flash and Pro, every format, ragged and odd sizes, extremes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.kernels.case import FLASH, PRO, Case, Maker, Tolerances, nbytes, rounding
-from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
-from dsv4.kernels.grouped_linear.grouped_linear_ref import grouped_linear_ref
-from dsv4.kernels.grouped_linear.operand import grouped_operand
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.linear_ref import linear_ref
 from dsv4.kernels.linear.operand import Projection, linear_operand
+from dsv4.kernels.linear.tiled import Tiled
 from dsv4.quant.activations import Act, treat
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight, Weight
 
@@ -34,7 +33,6 @@ SHAPES: dict[int, list[Shape]] = {
     1536: [("Pro wq_b", (65536,), 0)],
     16384: [("Pro wo_b", (7168,), 0)],
 }
-GROUPED: list[tuple[str, Act]] = [("nvfp4", "bf16"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("bf16", "bf16")]
 ROWS = (1, 2, 3, 8, 9, 16, 33, 64, 65, 300, 4096)
 
 
@@ -65,28 +63,19 @@ def accumulation(k: int, exact: Tensor, magnitudes: Tensor) -> Tensor:
     return rounding(exact) + magnitudes.double() * (4 * k**0.5 + 16) * 2.0**-24 + 1e-30
 
 
-def tolerance(args: tuple[object, ...], expected: list[Tensor]) -> Tolerances:
+def values(weight: Weight | Tiled) -> Tensor:
+    return weight.values() * weight.alpha if isinstance(weight, Tiled) else weight.dequantize()
+
+
+def tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
     x, operand = args
-    assert isinstance(x, Tensor)
     bounds: list[Tensor | None] = [None] * len(expected)
-    for part in operand.joined:  # type: ignore[attr-defined]
+    for part in operand.joined:
         seen = treat(x, part.treatment).abs()
         for place in part.places:
-            packed = operand.projections[place].weight  # type: ignore[attr-defined]
-            magnitudes = torch.nn.functional.linear(seen, packed.values().abs()) * packed.alpha
+            magnitudes = torch.nn.functional.linear(seen, values(operand.projections[place].weight).abs())
             bounds[place] = accumulation(x.shape[-1], expected[place], magnitudes)
     return bounds
-
-
-def grouped_tolerance(args: tuple[object, ...], expected: list[Tensor]) -> Tolerances:
-    o, operand = args
-    assert isinstance(o, Tensor)
-    rows = treat(o.unflatten(-1, (len(operand.tiled), -1)), operand.treatment).abs()  # type: ignore[attr-defined]
-    parts = [
-        torch.nn.functional.linear(rows[:, g], part.values().abs()) * part.alpha
-        for g, part in enumerate(operand.tiled)  # type: ignore[attr-defined]
-    ]
-    return [accumulation(rows.shape[-1], expected[0], torch.cat(parts, dim=-1))]
 
 
 def activations(make: Maker, rows: int, k: int) -> Tensor:
@@ -121,8 +110,8 @@ def small(make: Maker) -> Iterator[Case]:
         for formats in (four, ("fp8", "fp8"), plain, ("mxfp4", "mxfp4")):
             if formats[0] != "mxfp4" or k % 32 == 0:
                 yield joined(make, "odd", 5, k, (n,), 0, formats, "bf16")
-    yield joined(make, "tall", 2, 1024, (40000,), 0, four, "bf16")
-    yield joined(make, "tall", 20, 64, (40000,), 0, four, "bf16")
+    for rows in (2, 9, 40):
+        yield joined(make, "tall", rows, 592, (30000,), 0, four, "bf16")
     acts: tuple[Act, ...] = ("fp8", "nvfp4")
     for act in acts:
         yield joined(make, "treated", 7, 256, (64, 48), 1, four, act)
@@ -159,22 +148,7 @@ def large(make: Maker) -> Iterator[Case]:
     yield joined(make, "wq_b", 4096, 1024, (32768,), 0, four, "bf16")
 
 
-def groups(make: Maker, quick: bool) -> Iterator[Case]:
-    sizes = [(1, 4, 64, 256), (5, 2, 24, 208), (9, 3, 40, 128), (70, 4, 64, 1024)]
-    if not quick:
-        sizes += [(rows, 8, 1024, 4096) for rows in (1, 2, 8, 9, 64, 300)] + [(rows, 16, 1024, 4096) for rows in (1, 8)]
-    for rows, count, rank, k in sizes:
-        for format, act in GROUPED:
-            operand = grouped_operand(weight(make, format, count * rank, k), count, act=act)
-            o = activations(make, rows, count * k)
-            moved = operand.nbytes + nbytes(o) + rows * count * rank * 2
-            name = f"{format} act={act} [{rows}, {count} x {k}] -> {count} x {rank}"
-            args, twin = (o, operand), grouped_linear_ref
-            yield Case("grouped_linear", name, "bf16", grouped_linear, twin, args, grouped_tolerance, moved=moved)
-
-
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
     yield from small(make)
-    yield from groups(make, quick)
     if not quick:
         yield from large(make)

@@ -1,15 +1,19 @@
 // linear: every projection of an input in one launch, for up to 64 tokens at a time.
 //
 // Blocks are persistent, one per SM, of 16 warps; each warp streams its own weights through a ring of bulk copies and
-// nobody waits for another warp to load. Tokens are staged once per block (or per slice, where they are many): scaled
-// FP16 for NVFP4 and FP8 weights, BF16 for BF16 weights. Three ways of spreading tiles (16 rows x K) and their slices:
+// nobody waits for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens
+// are staged once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16
+// weights. Three ways of spreading tiles (16 rows x K) and their slices:
 //   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers
 //   SLOT   few tiles, few tokens: a block takes whole tiles, its warps the slices; sums meet in shared memory
 //   SPLIT  few tiles: blocks take slices; sums meet in `partials`, and the block that arrives last adds them up
+#include <dsv4/dependent.cuh>
 #include <dsv4/linear.cuh>
 
 using namespace dsv4;
 using namespace dsv4::linear;
+
+namespace {
 
 enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3 };  // the codes of kernels/linear/schedule.py
 
@@ -188,6 +192,8 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constan
             requests.request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
     }
     __syncwarp();
+    wait_for_previous();
+    let_next_start();
     const auto refill = [&](Ring& r) {
         __syncwarp();  // every lane has read the stage
         if (lane == 0) requests.request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
@@ -292,12 +298,12 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constan
 }
 
 template <int NT, int MODE>
-static cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
+cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
     auto kernel = linear_kernel<NT, MODE>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
-    return launch(kernel, grid, 1, THREADS, shared_bytes, 1, stream, task);
+    return launch_dependent(kernel, grid, 1, THREADS, shared_bytes, stream, task);
 }
 
 // DENSE, for cuBLAS: a part's values as BF16 [N, K], its scale left out. One warp per block of 16 x 64.
@@ -335,6 +341,8 @@ __global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part
         }
     }
 }
+
+}  // namespace
 
 // parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch. DENSE takes the
 // first part alone, `tiles` of it.
