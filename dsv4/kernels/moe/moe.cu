@@ -7,6 +7,8 @@
 using namespace dsv4;
 using namespace dsv4::moe;
 
+namespace {
+
 enum Phase : int { ALIGN = 1, GATE_UP = 2, DOWN = 4 };  // the codes of dsv4/kernels/moe/launch.py
 
 // out = (sum over the token's places, rising) + shared, rounded once; a thread has 8 columns of a token.
@@ -34,7 +36,7 @@ struct Device {
     int processors, shared_per_processor, shared_per_block;
 };
 
-static cudaError_t describe(Device& device) {
+cudaError_t describe(Device& device) {
     int index;
     if (auto e = cudaGetDevice(&index)) return e;
     if (auto e = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index)) return e;
@@ -44,7 +46,7 @@ static cudaError_t describe(Device& device) {
 }
 
 template <bool FIRST, int SLICES, int BLOCKS>
-static cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
+cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
     constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * SLICES * 512 + SLICES * MAX_STAGES * 8 + 1024;
     Device device;
     if (auto e = describe(device)) return e;
@@ -61,14 +63,14 @@ static cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream
 }
 
 template <bool FIRST>
-static cudaError_t choose_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
+cudaError_t choose_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
     if (job.blocks <= 32) return run_stream<FIRST, 8, 4>(job, pairs, stream_);
     if (job.blocks <= 64) return run_stream<FIRST, 8, 8>(job, pairs, stream_);
     return run_stream<FIRST, 16, 8>(job, pairs, stream_);
 }
 
 template <bool FIRST>
-static cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint16_t* half, float* scale,
+cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint16_t* half, float* scale,
                              cudaStream_t stream_) {
     const int across = (job.rows + BLOCK_TILES - 1) / BLOCK_TILES;
     auto e = launch(to_half, rows, 1, 256, 0, 1, stream_, job.x, job.x_row, job.row_scale, job.columns, job.blocks,
@@ -76,6 +78,8 @@ static cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint1
     if (e != cudaSuccess) return e;
     return launch(tiles<FIRST>, groups * across, 1, TILE_WARPS * 32, 0, 1, stream_, job, half, scale);
 }
+
+}  // namespace
 
 // plan: [4 groups] then [T K] pairs, [T K] places, [1] count. tiles, alpha, rows, columns: of the projection that
 // `phases` names. GATE_UP takes x by token and writes `to` by place, DOWN takes x by place and writes `to`, then `out`.
