@@ -6,6 +6,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 constexpr int MAX_THREADS = 512, W = 4, AT_ONCE = 8;  // channels per thread; items in flight
 
 struct Arguments {
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(256) keep(const __grid_constant__ Arguments a)
 }
 
 template <typename T, int ITER, bool INDEX, bool PACKED>
-static cudaError_t run(const Arguments& a, cudaStream_t stream) {
+cudaError_t run(const Arguments& a, cudaStream_t stream) {
     const int lanes = (a.width + W - 1) / W;
     const int groups = max(1, min((a.n + AT_ONCE - 1) / AT_ONCE, MAX_THREADS / lanes));
     const int threads = (groups * lanes + 31) / 32 * 32;
@@ -203,7 +205,7 @@ static cudaError_t run(const Arguments& a, cudaStream_t stream) {
 }
 
 template <typename T, bool INDEX, bool PACKED>
-static cudaError_t sized(const Arguments& a, cudaStream_t stream) {
+cudaError_t sized(const Arguments& a, cudaStream_t stream) {
     if constexpr (INDEX) {
         return run<T, 1, true, PACKED>(a, stream);
     } else {
@@ -211,6 +213,8 @@ static cudaError_t sized(const Arguments& a, cudaStream_t stream) {
         return a.width <= 512 ? run<T, 2, false, PACKED>(a, stream) : run<T, 4, false, PACKED>(a, stream);
     }
 }
+
+}  // namespace
 
 extern "C" int dsv4_compress(const float* u, const float* g, const float* ape, const float* weight, float* state,
                              void* pool, const float2* cis, const int64_t* phase, const int64_t* write_rows,

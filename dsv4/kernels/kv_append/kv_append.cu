@@ -4,6 +4,8 @@
 
 using namespace dsv4;
 
+namespace {
+
 struct Arguments {
     const void* kv;
     const float* weight;
@@ -54,11 +56,13 @@ __global__ void kv_append(const __grid_constant__ Arguments a) {
 }
 
 template <typename T, bool PACKED>
-static cudaError_t run(const Arguments& a, cudaStream_t stream) {
+cudaError_t run(const Arguments& a, cudaStream_t stream) {
     const int warps = a.rows < 512 ? 1 : 4;  // few rows: one to an SM
     auto kernel = a.n <= 256 ? kv_append<T, 1, PACKED> : a.n <= 512 ? kv_append<T, 2, PACKED> : kv_append<T, 4, PACKED>;
     return launch(kernel, (a.rows + warps - 1) / warps, 1, warps * 32, 0, 1, stream, a);
 }
+
+}  // namespace
 
 extern "C" int dsv4_kv_append(const void* kv, const float* weight, const float2* cis, void* ring,
                               const int64_t* write_rows, const int64_t* write_to, void* out, int64_t rows,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv4.kernels.kv_append.kv_append import kv_append
+from dsv4.quant import kv as formats
 
 
 def e4m3_values():
@@ -54,3 +55,21 @@ def test_bfloat16_entries_are_exact_e4m3_values():
     ratio = entry[:, :64].double() / scale
     assert torch.equal(ratio.to(torch.float8_e4m3fn).double(), ratio)
     assert torch.equal(ring[0, :3], entry)
+
+
+def test_a_packed_ring_takes_the_same_values_and_row_minus_one_writes_nothing():
+    kv, weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(4)).bfloat16(), torch.ones(192)
+    cis = torch.polar(torch.ones(4, 32), torch.randn(4, 32, generator=torch.Generator().manual_seed(5)))
+    rows, to = torch.arange(4), torch.tensor([5, -1, 0, -1])
+    plain = torch.full((2, 8, 192), 7.0).bfloat16()
+    packed = torch.full((2, 8, formats.entry_bytes(192, 64)), 99, dtype=torch.uint8)
+    entry = kv_append(kv, weight, cis, plain, rows, to, eps=1e-6, quantize=True)
+    held = kv_append(kv, weight, cis, packed, rows, to, eps=1e-6, quantize=True)
+    assert torch.equal(formats.unpack_entry(held, 192, 64), entry)
+    flat, bytes_ = plain.view(16, 192), packed.view(16, -1)
+    for row in range(16):
+        written = {5: 0, 0: 2}.get(row)
+        if written is None:
+            assert (flat[row] == 7).all() and (bytes_[row] == 99).all()
+        else:
+            assert torch.equal(flat[row], entry[written]) and torch.equal(bytes_[row], held[written])
