@@ -1,7 +1,8 @@
 """How a launch of linear spreads its tiles over the blocks of a GPU (the three modes of linear.cu).
 
 Every block streams weights at the same rate, so each gets the same bytes. Splitting a tile between blocks costs a trip
-through memory, about as long as reading WORTH bytes: whole tiles are given out where that leaves nobody further behind.
+through memory, about as long as one block reads WORTH bytes: whole tiles are given out where that leaves nobody further
+behind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ OWN, SLOT, SPLIT, DENSE = 0, 1, 2, 3  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
 TOKENS = 64  #: at most, in one launch
 MAX_STAGES = 4
-WORTH = 40 << 10
+WORTH = 56 << 10
 _FEW_TOKENS = 8  # one n-tile
 _SLOTS = 64  # slices whose sums wait in shared memory
 _WHOLE = 1 << 30
