@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsv4.kernels.compress.rows import CompressRows
 from dsv4.kernels.index_query.index_query_ref import index_rounding_ref
-from dsv4.kernels.kv_append.kv_append_ref import kv_entry_ref, write_ref
+from dsv4.kernels.kv_append.kv_append_ref import kv_entry_ref, some_nowhere, write_ref
 from dsv4.kernels.rms_norm.rms_norm_ref import rms_norm_ref
 from dsv4.kernels.rope.rope_ref import rope_ref
 from dsv4.quant import kv
@@ -49,8 +49,8 @@ def compress_ref(
     source = flat if rows.from_state else torch.cat([flat[rows.history], fresh])
     write_ref(flat, rows.write_to, fresh if len(rows.write_rows) == len(fresh) else fresh[rows.write_rows])
     items, to = rows.items, rows.entry_to
-    done = to >= 0
-    if not bool(done.all()):
+    if some_nowhere(to):
+        done = to >= 0
         items, to, cis = items[done], to[done], cis[done]
     if not len(to):
         return

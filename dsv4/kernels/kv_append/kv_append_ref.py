@@ -19,10 +19,15 @@ def kv_entry_ref(x: Tensor, weight: Tensor, cis: Tensor, eps: float, quantize: b
     return entry
 
 
+def some_nowhere(to: Tensor) -> bool:
+    """Whether a row number of to [n] is -1. A list is the fastest way to know it of a few."""
+    return min(to.tolist(), default=0) < 0
+
+
 def write_ref(buffer: Tensor, to: Tensor, rows: Tensor) -> None:
     """buffer [..., X][to [n]] = rows [n, X]; -1 writes nothing."""
-    written = to >= 0
-    if not bool(written.all()):
+    if some_nowhere(to):
+        written = to >= 0
         to, rows = to[written], rows[written]
     buffer.view(-1, buffer.shape[-1])[to] = rows
 
