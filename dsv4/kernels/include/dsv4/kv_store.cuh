@@ -154,11 +154,16 @@ __device__ void store_entry(const Row<ITER>& row, uint8_t* to, int n, int dims, 
     for (int i = scales + plain / 64 + threadIdx.x % 32; i < bytes; i += 32) to[i] = 0;
 }
 
-// The bytes of an index key at `to`, a multiple of 4: codes | scales.
+// The bytes of an index key at `to`: codes | scales. Keys of 32 or 64 channels are 17 or 34 bytes: no words in them.
 __device__ __forceinline__ void store_index_key(const Row<1>& row, uint8_t* to, int n) {
     const int i = channel(0);
     if (i >= n) return;
-    reinterpret_cast<uint32_t*>(to)[i / 8] = row.codes[0].x;
+    if (n % 128 == 0) {
+        reinterpret_cast<uint32_t*>(to)[i / 8] = row.codes[0].x;
+    } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) to[i / 2 + k] = static_cast<uint8_t>(row.codes[0].x >> 8 * k);
+    }
     if (threadIdx.x % 4 == 0) to[n / 2 + i / 32] = static_cast<uint8_t>(row.scale[0]);
 }
 
