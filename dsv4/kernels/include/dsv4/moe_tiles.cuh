@@ -1,7 +1,7 @@
 // Many tokens: a block multiplies 256 rows of an expert with up to 64 of its tokens, two 16-row tiles per warp. The
-// columns of all tokens pass through shared memory 64 at a time, four steps ahead; each warp reads its own weights two
-// steps ahead. A token's result depends on the token and the expert alone (its columns are summed in their order), but
-// the order is not that of moe_stream.cuh.
+// columns of all tokens pass through shared memory 64 at a time, three steps ahead; each warp reads its own weights one
+// step ahead. A token's result depends on the token and the expert alone (its columns are summed in their order), but
+// that order is not the one of moe_stream.cuh.
 #pragma once
 #include <dsv4/bulk.cuh>
 #include <dsv4/half.cuh>
@@ -37,8 +37,13 @@ __device__ __forceinline__ void copy_piece(void* to, const void* from) {  // 16 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
+template <bool VALUE>
+struct Full {
+    static constexpr bool value = VALUE;
+};
+
 template <bool FIRST>
-__global__ void __launch_bounds__(TILE_WARPS * 32) tiles(Job job, const uint16_t* half, const float* scale) {
+__global__ void __launch_bounds__(TILE_WARPS * 32, 2) tiles(Job job, const uint16_t* half, const float* scale) {
     __shared__ __align__(16) uint16_t steps[STEPS][WIDE_TOKENS][STEP_ROW];
     __shared__ float factors[WIDE_TOKENS], weights[WIDE_TOKENS];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
@@ -70,23 +75,23 @@ __global__ void __launch_bounds__(TILE_WARPS * 32) tiles(Job job, const uint16_t
         const int64_t tile = static_cast<int64_t>(now.expert) * job.rows + min(first_tile + i, job.rows - 1);
         rows[i] = job.tiles + tile * job.blocks * w4::BLOCK_BYTES;
     }
-    w4::Lane ahead[2][WARP_TILES];
-    const auto read = [&](int block, w4::Lane (&into)[WARP_TILES]) {
+    w4::Lane ahead[WARP_TILES];
+    const auto read = [&](int block) {
         if (block >= job.blocks) return;
 #pragma unroll
-        for (int i = 0; i < WARP_TILES; ++i) into[i] = w4::load(rows[i] + block * w4::BLOCK_BYTES, lane);
+        for (int i = 0; i < WARP_TILES; ++i) ahead[i] = w4::load(rows[i] + block * w4::BLOCK_BYTES, lane);
     };
 #pragma unroll
     for (int s = 0; s < STEPS - 1; ++s) bring(s);
-    read(0, ahead[0]);
-    read(1, ahead[1]);
+    read(0);
     if (thread < now.count) {
         factors[thread] = scale[source<FIRST>(job, now.first + thread)];
         weights[thread] = FIRST ? job.weights[job.plan.pairs[now.first + thread]] : 1.0f;
     }
 
     float sums[WARP_TILES][TOKEN_TILES][4] = {};
-    const auto multiply = [&](int block, const w4::Lane (&part)[WARP_TILES]) {
+    // `full`: all tokens are there, known when compiling, so that nothing stands between the products.
+    const auto multiply = [&](int block, const w4::Lane (&part)[WARP_TILES], auto full) {
         const auto* step = steps[block % STEPS];
         uint32_t scales[WARP_TILES][2];
 #pragma unroll
@@ -101,7 +106,7 @@ __global__ void __launch_bounds__(TILE_WARPS * 32) tiles(Job job, const uint16_t
             }
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
-                if (n >= token_tiles) break;
+                if (!full.value && n >= token_tiles) break;
                 const uint4 b = *reinterpret_cast<const uint4*>(&step[8 * n + g][16 * t + 8 * h]);
 #pragma unroll
                 for (int i = 0; i < WARP_TILES; ++i) {
@@ -111,20 +116,22 @@ __global__ void __launch_bounds__(TILE_WARPS * 32) tiles(Job job, const uint16_t
             }
         }
     };
-    for (int block = 0; block < job.blocks; block += 2) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-            if (block + odd >= job.blocks) break;
+    const auto run = [&](auto full) {
+        for (int block = 0; block < job.blocks; ++block) {
             asm volatile("cp.async.wait_group %0;" ::"n"(STEPS - 2) : "memory");
             __syncthreads();
-            bring(block + odd + STEPS - 1);
+            bring(block + STEPS - 1);
             w4::Lane part[WARP_TILES];
 #pragma unroll
-            for (int i = 0; i < WARP_TILES; ++i) part[i] = ahead[odd][i];
-            read(block + odd + 2, ahead[odd]);
-            multiply(block + odd, part);
+            for (int i = 0; i < WARP_TILES; ++i) part[i] = ahead[i];
+            read(block + 1);
+            multiply(block, part, full);
         }
-    }
+    };
+    if (token_tiles == TOKEN_TILES)
+        run(Full<true>());
+    else
+        run(Full<false>());
 
     const float alpha[2] = {alpha_of<FIRST>(job, now.expert, 0), alpha_of<FIRST>(job, now.expert, FIRST)};
 #pragma unroll
