@@ -93,7 +93,8 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
     if (pairs == 0 || rows == 0) return cudaSuccess;
     int* places = lists + 4 * groups;
     const Plan plan = {places, places + pairs, reinterpret_cast<Group*>(lists), places + 2 * pairs};
-    const Job job = {tiles, alpha, x, x_row, row_scale, weights, to, plan, topk, rows, (columns + 63) / 64, columns, limit};
+    const Job job = {tiles, alpha, x, x_row, row_scale, weights, to, plan,
+                     topk, rows, (columns + 63) / 64, columns, limit};
     const bool wide = group > TOKENS;
     cudaError_t e = cudaSuccess;
     if (phases & ALIGN) {
@@ -104,9 +105,11 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
             e = launch(align, blocks, 1, ALIGN_THREADS, bytes, 1, stream_, ids, pairs, topk, experts, group, plan);
     }
     if (e == cudaSuccess && phases & GATE_UP)
-        e = wide ? run_tiles<true>(job, tokens, groups, half, scale, stream_) : choose_stream<true>(job, pairs, stream_);
+        e = wide ? run_tiles<true>(job, tokens, groups, half, scale, stream_)
+                 : choose_stream<true>(job, pairs, stream_);
     if (e == cudaSuccess && phases & DOWN) {
-        e = wide ? run_tiles<false>(job, pairs, groups, half, scale, stream_) : choose_stream<false>(job, pairs, stream_);
+        e = wide ? run_tiles<false>(job, pairs, groups, half, scale, stream_)
+                 : choose_stream<false>(job, pairs, stream_);
         const int width = 16 * rows;
         const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
         if (e == cudaSuccess)

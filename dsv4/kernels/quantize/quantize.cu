@@ -147,6 +147,7 @@ extern "C" int dsv4_quantize(const void* x, const void* up, const float* weight,
     if (rows == 0 || k == 0) return cudaSuccess;
     const Source from = {x, up, weight, x_row, up_row, x_column, up_column, limit};
     const Result to = {values, codes, scales, globals};
-    if (up == nullptr) return (dtype == BF16 ? choose<bf16, false> : choose<float, false>)(how, from, to, rows, k, stream);
-    return (dtype == BF16 ? choose<bf16, true> : choose<float, true>)(how, from, to, rows, k, stream);
+    const auto plain = dtype == BF16 ? choose<bf16, false> : choose<float, false>;
+    const auto gated = dtype == BF16 ? choose<bf16, true> : choose<float, true>;
+    return (up == nullptr ? plain : gated)(how, from, to, rows, k, stream);
 }

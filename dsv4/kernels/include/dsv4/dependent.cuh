@@ -1,5 +1,5 @@
 // Kernels that start before the one in front of them has ended (programmatic dependent launch). Every thread of such a
-// kernel waits before it touches what an earlier kernel writes, so the end of a kernel is still the end of all before it.
+// kernel waits before it touches what an earlier kernel writes, so that the end of a kernel is the end of all before.
 #pragma once
 #include <dsv4/launch.cuh>
 

@@ -34,9 +34,9 @@ __device__ __forceinline__ int2 sums_before(int2 x, int2* parts) {
     return {before.x + sum.x - x.x, before.y + sum.y - x.y};
 }
 
-// Block b ranks pairs 1024 b .. 1024 b + 1023 among all; block 0 lists the groups. Shared: [2 + ALIGN_WARPS / 2, E] int.
-__global__ void __launch_bounds__(ALIGN_THREADS) align(const int64_t* ids, int64_t pairs, int topk, int experts,
-                                                      int group, Plan plan) {
+// Block b ranks pairs 1024 b .. 1024 b + 1023 among all, block 0 lists the groups. Shared: int [18, E].
+__global__ void __launch_bounds__(ALIGN_THREADS)
+    align(const int64_t* ids, int64_t pairs, int topk, int experts, int group, Plan plan) {
     extern __shared__ int counts[];
     let_next_start();
     __shared__ int2 parts[ALIGN_WARPS];

@@ -1,5 +1,5 @@
 // Few tokens: every byte of the active experts is read once, and reading is all the time there is.
-// A block takes tiles of 16 rows one after the other; its warps share a tile's columns, each with a ring of its own into
+// A block takes tiles of 16 rows one after the other; its warps share a tile's columns, each with its own ring, into
 // which the copy engine brings the blocks of later tiles. A warp keeps its columns of up to 8 tokens in registers, as
 // FP16 scaled by a power of two per token (half.cuh), until the group of tokens changes. The warps' sums are
 // added in their order, so a token's result depends neither on the tokens beside it nor on the size of the grid.
