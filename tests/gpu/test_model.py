@@ -15,6 +15,7 @@ PROMPTS = [
     "try:\n    import json\nexcept",
     "# Licensed under the Apache License, Version 2.0\n",
 ]
+WHERE = [("cpu", "bfloat16"), ("cuda", "bfloat16"), ("cpu", "float32")]
 NEW_TOKENS = 256
 TEACHER_FORCED = 48  # tokens of the prefill; the others are decoded one by one
 
@@ -47,28 +48,29 @@ def logits(act, texts) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return [tuple(m.logits(ids[:-1], prefill=TEACHER_FORCED).cpu() for m in models) for ids in texts[0]]
 
 
-WHERE = [("cpu", "bfloat16"), ("cuda", "bfloat16"), ("cpu", "float32")]
+def rms(differences: list[torch.Tensor]) -> float:
+    return float(torch.cat([d.flatten() for d in differences]).square().mean().sqrt())
 
 
-def test_logits_differ_less_than_bfloat16_itself_does(logits):
-    """Sums in another order flip BF16 roundings; taking all of these away (float32) moves the logits by what such
-    flips can amount to, so the two BF16 runs must lie closer to each other than that, on average over a text.
+def test_bfloat16_on_the_gpu_is_as_good_as_on_the_cpu(logits):
+    """Sums in another order flip BF16 roundings, each as often for the better as for the worse: over all texts the GPU
+    must lie no farther from the CPU without BF16 roundings (float32) than the CPU with them does, but for chance (20 %).
     """
-    for cpu, gpu, exact in logits:
-        flips, noise = (cpu - gpu).square().mean().sqrt(), (cpu - exact).square().mean().sqrt()
-        print(f"rms GPU against CPU {flips:.4f}, BF16 against float32 {noise:.4f}, of {cpu.std():.2f}")
-        assert flips <= noise
+    here, there = rms([cpu - exact for cpu, _, exact in logits]), rms([gpu - exact for _, gpu, exact in logits])
+    between = rms([cpu - gpu for cpu, gpu, _ in logits])
+    print(f"rms from float32: CPU {here:.4f}, GPU {there:.4f}; from one another {between:.4f}")
+    assert there <= 1.2 * here
 
 
 def test_greedy_text_is_the_same_up_to_a_tie(texts, logits):
-    """The first token that differs must be a tie: its margin on the CPU within what BF16 moves those two logits."""
+    """The first token that differs must be a tie: its margin on the CPU within what BF16 moves logits there."""
     for cpu, gpu, (rows, _, exact) in zip(*texts, logits, strict=True):
         if cpu == gpu:
             print("256 equal tokens")
             continue
         first = next(i for i, (a, b) in enumerate(zip(cpu, gpu, strict=True)) if a != b)
         row, true = rows[first - 1], exact[first - 1]
-        margin = float(row[cpu[first]] - row[gpu[first]])
+        margin = abs(float(row[cpu[first]] - row[gpu[first]]))
         noise = float((row - true).abs().max())
         print(f"token {first}: margin {margin:.4f}, BF16 moves logits here by up to {noise:.4f}")
-        assert 0 <= margin <= 2 * noise
+        assert margin <= 2 * noise

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv4.engine.guard.driver import driver
 from dsv4.engine.guard.findings import Finding
 from dsv4.engine.guard.step import Step, Subject
+from dsv4.errors import KernelError
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
@@ -83,14 +84,23 @@ def _poison(what: str, rows: Tensor, label: str) -> list[Finding]:
 
 
 def poison_pool(step: Step) -> None:
-    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written."""
+    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written.
+
+    torch also lists segments that it has given back to the driver; those no kernel can read.
+    """
     if step.graph is None:
         return
     pool = tuple(step.graph.pool())
     torch.cuda.synchronize()
-    for segment in torch.cuda.memory_snapshot():
-        if tuple(segment["segment_pool_id"]) == pool and segment["total_size"]:
-            driver().fill(segment["address"], POISON, segment["total_size"])
+    listed = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool and s["total_size"]]
+    held = [s for s in listed if driver().memory(s["address"]) == "device"]
+    if listed and not held:
+        raise KernelError(
+            f"none of the {len(listed)} segments that torch lists for the graph's memory pool {pool} is device memory, "
+            "so it cannot be poisoned"
+        )
+    for segment in held:
+        driver().fill(segment["address"], POISON, segment["total_size"])
     torch.cuda.synchronize()
 
 
