@@ -53,8 +53,8 @@ def rms(differences: list[torch.Tensor]) -> float:
 
 
 def test_bfloat16_on_the_gpu_is_as_good_as_on_the_cpu(logits):
-    """Sums in another order flip BF16 roundings, each as often for the better as for the worse: over all texts the GPU
-    must lie no farther from the CPU without BF16 roundings (float32) than the CPU with them does, but for chance (20 %).
+    """Sums in another order flip BF16 roundings, as often for the better as for the worse: over all texts the GPU
+    must lie no farther from the CPU without BF16 roundings (float32) than the CPU with them does, chance apart (20 %).
     """
     here, there = rms([cpu - exact for cpu, _, exact in logits]), rms([gpu - exact for _, gpu, exact in logits])
     between = rms([cpu - gpu for cpu, gpu, _ in logits])
