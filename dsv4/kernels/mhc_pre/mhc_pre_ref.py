@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.quant.scalars import scalar
+
 
 def mixes_ref(v: Tensor, fn: Tensor, eps: float) -> Tensor:
     """v [T, M*D] f32 -> (fn . v) * rsqrt(mean(v^2) + eps) [T, rows of fn]: the scale is applied after the product."""
-    return torch.nn.functional.linear(v, fn).mul_(v.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+    return torch.nn.functional.linear(v, fn).mul_(v.square().mean(-1, keepdim=True).add_(scalar(eps)).rsqrt_())
 
 
 _STEPS: dict[tuple[int, float], list[Any]] = {}
@@ -31,7 +33,7 @@ def _sinkhorn_of_one(logits: Tensor, iters: int, eps: float) -> Tensor:
     down, across = _steps(streams, eps)
     padded = torch.ones(2, streams**2 + 1)  # two rows make it a matrix product, which adds in order; the second is idle
     c = padded[:1, :-1].view_as(logits)
-    torch.softmax(logits, dim=-1, out=c).add_(eps)
+    torch.softmax(logits, dim=-1, out=c).add_(scalar(eps))
     entries = padded.numpy()
     sums = entries.dot(down)
     entries /= sums
@@ -65,8 +67,8 @@ def mhc_pre_ref(
     h32 = h.float()
     z = mixes_ref(h32.flatten(-2), fn, norm_eps).mul_(scale).add_(base)
     # A CPU's sigmoid of spaced-out numbers differs in the last bit from that of adjacent ones, which the model has.
-    pre = torch.sigmoid(z[:, :streams].contiguous()).add_(hc_eps)
-    post = torch.sigmoid(z[:, streams : 2 * streams].contiguous()).mul_(2)
+    pre = torch.sigmoid(z[:, :streams].contiguous()).add_(scalar(hc_eps))
+    post = torch.sigmoid(z[:, streams : 2 * streams].contiguous()).mul_(scalar(2.0))
     comb = sinkhorn_ref(z[:, 2 * streams :].view(-1, streams, streams), sinkhorn_iters, hc_eps)
     x = (h32 * pre.unsqueeze(-1)).sum(-2).to(h.dtype)
     return x, post, comb
