@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import Dsv4Error, KernelError
+from dsv4.quant.scalars import scalar
 
 #: Value of each of the 16 E2M1 codes; code 8 is minus zero. No Inf, no NaN.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -24,8 +25,8 @@ E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9  #: smallest positive E4M3 value (subnormal)
 E8M0_BIAS = 127
 
-_EXPONENT_MASK = 0x7F800000
-_MANTISSA_MASK = 0x007FFFFF
+_EXPONENT_MASK = scalar(0x7F800000, torch.int32)
+_MANTISSA_MASK = scalar(0x007FFFFF, torch.int32)
 
 
 def as_float32(x: Tensor, name: str = "x") -> Tensor:
@@ -63,7 +64,7 @@ def round_magnitude_(y: Tensor, *, mantissa_bits: int, min_exponent: int) -> Ten
     """
     power = y.clamp(min=2.0**min_exponent).view(torch.int32).bitwise_and_(_EXPONENT_MASK).view(torch.float32)
     # One unit in the last place of `magic` is the step we want, so the addition itself rounds, and rounds ties to even.
-    magic = power.mul_(1.5 * 2.0 ** (23 - mantissa_bits))
+    magic = power.mul_(scalar(1.5 * 2.0 ** (23 - mantissa_bits)))
     return y.add_(magic).sub_(magic)
 
 

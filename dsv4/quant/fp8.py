@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dsv4.quant import mxfp4
 from dsv4.quant.formats import E4M3_MAX, as_float32, check_finite, e4m3_decode, e8m0_decode, pow2_ceil, round_magnitude_
+from dsv4.quant.scalars import scalar
 
 BLOCK = 128
 ACT_AMAX_FLOOR = 1e-4
 BLOCK_AMAX_FLOOR = E4M3_MAX * 2.0**-126
-_INV_MAX = 1.0 / E4M3_MAX
+_INV_MAX = scalar(1.0 / E4M3_MAX)
 
 
 def quantize_block(x: Tensor, block: int = BLOCK, *, check: bool = True, name: str = "x") -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.quant.formats import as_float32
+from dsv4.quant.scalars import scalar
 
 
 @functools.cache
@@ -28,4 +29,4 @@ def hadamard(x: Tensor) -> Tensor:
     if n < 1 or n & (n - 1):
         raise KernelError(f"hadamard over {n} entries; expected a power of two in the last dimension")
     y = torch.nn.functional.linear(as_float32(x), _matrix(n, x.device))
-    return (y * n**-0.5).to(x.dtype)
+    return y.mul_(scalar(n**-0.5)).to(x.dtype)

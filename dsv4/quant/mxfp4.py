@@ -19,10 +19,11 @@ from dsv4.quant.formats import (
     pack_nibbles,
     pow2_ceil,
 )
+from dsv4.quant.scalars import scalar
 
 GROUP = 32
 AMAX_FLOOR = E2M1_MAX * 2.0**-126
-_INV_MAX = 1.0 / E2M1_MAX
+_INV_MAX = scalar(1.0 / E2M1_MAX)
 
 
 def group_scale(amax: Tensor) -> Tensor:

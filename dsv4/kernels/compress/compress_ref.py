@@ -44,7 +44,7 @@ def compress_ref(
     index: bool,
     quantize: bool,
 ) -> None:
-    fresh = torch.cat([u, g + ape[rows.phase]], dim=-1)
+    fresh = torch.cat([u, ape.index_select(0, rows.phase).add_(g)], dim=-1)
     flat = state.view(-1, state.shape[-1])
     source = flat if rows.from_state else torch.cat([flat[rows.history], fresh])
     write_ref(flat, rows.write_to, fresh if len(rows.write_rows) == len(fresh) else fresh[rows.write_rows])

@@ -8,7 +8,7 @@ from dsv4.quant.activations import treat
 
 
 def grouped_linear_ref(o: Tensor, operand: GroupedOperand) -> Tensor:
-    values, alpha = operand.groups.values, operand.groups.alpha
-    rows = treat(o.unflatten(-1, (len(values), -1)), operand.treatment)
-    y = torch.bmm(rows.transpose(0, 1), values.float().transpose(1, 2)).transpose(0, 1)
-    return (y if alpha is None else y * alpha).flatten(1).to(o.dtype)
+    groups, half = operand.groups, o.dtype == torch.bfloat16
+    rows = treat(o.unflatten(-1, (len(groups.values), -1)), operand.treatment)
+    parts = [groups.matmul(part, g, half=half) for g, part in enumerate(rows.unbind(1))]
+    return torch.cat(parts, dim=1).to(o.dtype)

@@ -29,7 +29,7 @@ def write_ref(buffer: Tensor, to: Tensor, rows: Tensor) -> None:
     if some_nowhere(to):
         written = to >= 0
         to, rows = to[written], rows[written]
-    buffer.view(-1, buffer.shape[-1])[to] = rows
+    buffer.view(-1, buffer.shape[-1]).index_copy_(0, to, rows)
 
 
 def kv_append_ref(

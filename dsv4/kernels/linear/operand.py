@@ -13,6 +13,7 @@ from dsv4.kernels.linear.launch import Launcher
 from dsv4.kernels.linear.tiled import Tiled, TiledRows, tiled
 from dsv4.quant import nvfp4
 from dsv4.quant.activations import Act, Treatment, treatment
+from dsv4.quant.half import HalfMatrix, pack, pays
 from dsv4.quant.weights import NVFP4Weight, Weight
 
 
@@ -27,14 +28,28 @@ class Dense:
 
     values: Tensor
     alpha: Tensor | None
+    _halves: dict[int | None, HalfMatrix | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32; with leading experts, by one of them."""
-        values = self.values if expert is None else self.values[expert]
-        y = torch.nn.functional.linear(x, values.float())
+    def matmul(self, x: Tensor, expert: int | None = None, *, half: bool = False) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32; with leading experts, by one of them.
+
+        half: the order of summation is free, so a product in FP16 without rounding may do (dsv4/quant/half.py). Float32
+        models, which have the bits of DeepSeek's script, leave it to PyTorch.
+        """
+        found = self._half(expert) if half and pays(x.numel() * self.values.shape[-2]) else None
+        if found is None:
+            y = torch.nn.functional.linear(x, (self.values if expert is None else self.values[expert]).float())
+        else:
+            y = found.matmul(x)
         if self.alpha is not None:
             y.mul_(self.alpha if expert is None else self.alpha[expert])
         return y
+
+    def _half(self, expert: int | None) -> HalfMatrix | None:
+        """The values, of one expert if there are several, in FP16; made at its first use."""
+        if expert not in self._halves:
+            self._halves[expert] = pack(self.values if expert is None else self.values[expert])
+        return self._halves[expert]
 
 
 def dense(*weights: Weight) -> Dense:

@@ -54,8 +54,8 @@ class TiledRows:
 
     parts: tuple[Tiled, ...]
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [..., K] float32 -> [..., N] float32."""
+    def matmul(self, x: Tensor, *, half: bool = False) -> Tensor:
+        """x [..., K] float32 -> [..., N] float32. half: as in Dense; it changes nothing here."""
         return torch.cat([torch.nn.functional.linear(x, p.values()).mul_(p.alpha) for p in self.parts], dim=-1)
 
 

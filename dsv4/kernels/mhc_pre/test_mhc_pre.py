@@ -62,3 +62,11 @@ def test_bfloat16_streams_are_mixed_in_float32():
     exact, _, _ = mhc_pre(h.bfloat16().float(), fn, base, scale, sinkhorn_iters=20, hc_eps=1e-6, norm_eps=1e-6)
     x, _, _ = mhc_pre(h.bfloat16(), fn, base, scale, sinkhorn_iters=20, hc_eps=1e-6, norm_eps=1e-6)
     assert torch.equal(x, exact.bfloat16())
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 10, 100])
+def test_one_row_has_the_bits_it_has_among_others(spread):
+    logits = spread * torch.randn(200, 4, 4, generator=torch.Generator().manual_seed(5))
+    alone = torch.cat([sinkhorn_ref(row, 20, 1e-6) for row in logits.split(1)])
+    assert torch.equal(alone, sinkhorn_ref(logits, 20, 1e-6))
+    assert sinkhorn_ref(torch.full((1, 4, 4), torch.nan), 20, 1e-6).isnan().all()

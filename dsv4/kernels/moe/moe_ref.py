@@ -26,21 +26,21 @@ def order_of(ids: Tensor) -> Order:
     return Order(pairs, pairs // ids.shape[1], groups)
 
 
-def _by_expert(x: Tensor, w: Dense | TiledExperts, groups: list[tuple[int, int]]) -> Tensor:
-    """x [n, K] f32, rows sorted by their expert; w [E, N, K]; groups: (expert, rows) present -> [n, N] f32."""
-    parts = torch.split_with_sizes(x, [rows for _, rows in groups])
-    return torch.cat([w.matmul(p, e) for p, (e, _) in zip(parts, groups, strict=True)])
+def _by_expert(x: Tensor, w: Dense | TiledExperts, groups: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """x [n, K] f32, rows sorted by their expert; w [E, N, K]; groups: (expert, rows) present -> [n, N] in dtype."""
+    parts, half = torch.split_with_sizes(x, [rows for _, rows in groups]), dtype == torch.bfloat16
+    return torch.cat([w.matmul(p, e, half=half) for p, (e, _) in zip(parts, groups, strict=True)]).to(dtype)
 
 
 def gate_up_ref(x: Tensor, operand: ExpertsOperand, order: Order, weights: Tensor, limit: float) -> Tensor:
     """The input of the second projection [T * K, F], before its treatment, in the order of the experts."""
     rows = treat(x, operand.in_treatment).index_select(0, order.tokens)
-    gate, up = _by_expert(rows, operand.w13, order.groups).to(x.dtype).chunk(2, dim=-1)
+    gate, up = _by_expert(rows, operand.w13, order.groups, x.dtype).chunk(2, dim=-1)
     return swiglu_ref(gate, up, limit).mul_(weights.flatten()[order.pairs].unsqueeze(-1)).to(x.dtype)
 
 
 def down_ref(mid: Tensor, operand: ExpertsOperand, order: Order, shared: Tensor) -> Tensor:
-    down = _by_expert(treat(mid, operand.mid_treatment), operand.down, order.groups).to(mid.dtype).float()
+    down = _by_expert(treat(mid, operand.mid_treatment), operand.down, order.groups, mid.dtype).float()
     routed = torch.zeros_like(shared, dtype=torch.float32).index_add_(0, order.tokens, down)  # experts in their order
     return routed.add_(shared).to(mid.dtype)
 

@@ -43,8 +43,8 @@ class TiledExperts:
         projections = self.alpha.shape[1]
         return rows.unflatten(0, (-1, projections, ROWS // projections)).transpose(0, 1).flatten(0, 2)
 
-    def matmul(self, x: Tensor, expert: int) -> Tensor:
-        """x [n, K] float32 -> [n, P * N] float32: what the twin multiplies with."""
+    def matmul(self, x: Tensor, expert: int, *, half: bool = False) -> Tensor:
+        """x [n, K] float32 -> [n, P * N] float32: what the twin multiplies with. half: as in Dense; no effect here."""
         factors = self.alpha[expert].repeat_interleave(self.rows // self.alpha.shape[1])
         return torch.nn.functional.linear(x, self.values(expert)).mul_(factors)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dsv4.quant.scalars import scalar
+
 
 def router_ref(
     logits: Tensor, bias: Tensor | None, tid2eid: Tensor | None, tokens: Tensor, *, topk: int, route_scale: float
@@ -14,4 +16,4 @@ def router_ref(
         biased = scores if bias is None else scores + bias
         ids = biased.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
     picked = scores.gather(1, ids)
-    return ids, picked / picked.sum(-1, keepdim=True) * route_scale
+    return ids, picked / picked.sum(-1, keepdim=True) * scalar(route_scale)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dsv4.kernels.rope.rope_ref import rope_ref
 from dsv4.quant.kv import unpack_entry
+from dsv4.quant.scalars import scalar
 
 ROWS_AT_ONCE = 8  # a gathered [rows, entries, Dh] copy that stays in a CPU's cache
 LOWEST = -1e30  # stands for the largest logit where nothing is visible: all the weight goes to the sink
@@ -31,7 +32,7 @@ def _attend(q: Tensor, sources: list[tuple[Tensor, Tensor]], sink: Tensor, scale
     width = q.shape[-1]
     kv = [_gather(buffer, r, mask, width, rope_dims) for (buffer, r), mask in zip(sources, masks, strict=True)]
     keys = torch.cat(kv, dim=1) if len(kv) > 1 else kv[0]
-    logits = torch.bmm(q.float(), keys.transpose(1, 2)).mul_(scale)
+    logits = torch.bmm(q.float(), keys.transpose(1, 2)).mul_(scalar(scale))
     if some_absent:
         logits.masked_fill_(absent.unsqueeze(1), float("-inf"))
     top = logits.amax(-1, keepdim=True).clamp_(min=LOWEST)  # of the entries alone, as in DeepSeek's kernel
