@@ -57,8 +57,8 @@ def test_a_missing_header_and_a_missing_source_are_named(tmp_path):
     (tmp_path / "x" / "x.cu").write_text("#include <dsv4/gone.cuh>\n")
     with pytest.raises(KernelError, match=r"x\.cu includes dsv4/gone\.cuh, which does not exist"):
         compiler.source_hash("x", tmp_path)
-    with pytest.raises(KernelError, match=r"op 'sample' has no CUDA source.*rms_norm"):
-        compiler.source_of("sample")
+    with pytest.raises(KernelError, match=r"op 'grouped_linear' has no CUDA source.*rms_norm"):
+        compiler.source_of("grouped_linear")
 
 
 def test_the_name_of_an_entry_follows_compiler_and_target(fake, monkeypatch):

@@ -8,7 +8,7 @@
 
 using namespace dsv4;
 
-namespace {  // one library holds many ops
+namespace {
 
 constexpr int M = 4, W = 4;                         // streams; columns per thread while the sums are made
 constexpr int ROWS = (2 + M) * M, SUMS = ROWS + 1;  // pre | post | comb, and the sum of squares

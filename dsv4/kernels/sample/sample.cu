@@ -6,7 +6,7 @@
 using namespace dsv4;
 using namespace dsv4::select;
 
-namespace {  // one library holds many ops
+namespace {
 
 constexpr int W = 4, BATCH = 4, WARPS = THREADS / 32;
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;

@@ -7,7 +7,7 @@
 using namespace dsv4;
 using namespace dsv4::select;
 
-namespace {  // one library holds many ops
+namespace {
 
 constexpr int W = 4, WARPS = THREADS / 32;
 constexpr int MOST = 1024;  // of `top`: what one block sorts
