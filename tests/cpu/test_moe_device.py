@@ -2,6 +2,9 @@
 which thread finishes which element. The arithmetic of the lanes is w4.cuh's and mma.cuh's; the truth is the twin.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from dsv4.kernels.moe.tiled import tiled_experts
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight
 
 SLICES, TOKENS, WARP = 8, 8, 32
+INCLUDE = Path(launch.__file__).parents[1] / "include" / "dsv4"
 
 
 def generator(seed=0):
@@ -219,3 +223,19 @@ def test_few_tokens_stream_and_many_are_tiled(tokens, hidden, group):
     operand = tiled_operand(*weights_of(2, hidden, 16))
     ids = torch.zeros(tokens, 2, dtype=torch.int64)
     assert launch.work_of(operand, ids, torch.ones(tokens, 2), 10.0).group == group
+
+
+WRITTEN_ON_THE_DEVICE = r"\b(plan\.|places\[|group_at\(|source<|job\.x\b|job\.weights|shared\[|ids\[)"
+
+
+def test_nothing_is_read_before_its_turn():
+    """A plan read before align had ended named experts that do not exist: whoever may start early waits first."""
+    waiting = 0
+    for source in (*Path(launch.__file__).parent.glob("*.cu"), *INCLUDE.glob("moe_*.cuh")):
+        for kernel in re.split(r"\n__global__|\ntemplate[^\n]*\n__global__", source.read_text())[1:]:
+            text = re.sub(r"//.*", "", kernel)
+            if "wait_for_previous" in text or "take_turn" in text:
+                waiting += 1
+                before, *after = re.split(r"\n    (?:wait_for_previous|take_turn)\(\);", text)  # without conditions
+                assert after and not re.search(WRITTEN_ON_THE_DEVICE, before.partition(") {\n")[2]), source.name
+    assert waiting >= 2

@@ -20,8 +20,19 @@ LIMIT = 10.0
 
 
 def raw(results: list[Tensor]) -> list[Tensor]:
-    """Minus zero is a code of its own, so values are compared as bits."""
-    return [x.view(torch.int16) if x.dtype == torch.bfloat16 else x.view(torch.uint8) for x in results]
+    """Minus zero is a code of its own, so values are compared as bits; any NaN is as good as another."""
+    return [one_nan(x).view(torch.int16 if x.dtype == torch.bfloat16 else torch.uint8) for x in results]
+
+
+def raw_codes(results: list[Tensor]) -> list[Tensor]:
+    """The same of codes, scales and globals; codes of a group whose scale is NaN are nobody's business."""
+    codes, scales, globals_ = results
+    unknown = scales.float().isnan().repeat_interleave(codes.shape[-1] // max(scales.shape[-1], 1), dim=-1)
+    return [codes.masked_fill(unknown, 0), one_nan(scales.float()), one_nan(globals_).view(torch.uint8)]
+
+
+def one_nan(x: Tensor) -> Tensor:
+    return x.masked_fill(x.isnan(), float("nan"))
 
 
 def values_of(call: Callable[..., Any], how: Treatment) -> Callable[..., Any]:
@@ -39,17 +50,20 @@ def values_of(call: Callable[..., Any], how: Treatment) -> Callable[..., Any]:
 
 
 def edges(make: Maker, columns: int) -> Tensor:
-    """Rows of zeros, of one value, of ties between codes, of both ends of BF16, of groups far apart, of integers."""
-    x = torch.zeros(10, columns)
+    """Rows of zeros, of one value, of ties between codes, of both ends of BF16, of groups far apart, of integers, and
+    one NaN or Inf among integers."""
+    x = torch.zeros(12, columns)
     x[1, 3], x[2, 0] = -1.0, 2.0**-100
     ties = [0.25, -0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 6.0, 0.0, -0.0, 0.5, 1.0, 2.0, 4.0]
     x[3] = torch.tensor(ties).repeat(columns // 16)
     x[4] = x[3] * 448
-    x[5] = torch.linspace(-3.38e38, 3.38e38, columns)
+    x[5] = torch.linspace(-3.38e38, 3.38e38, columns, dtype=torch.float64)  # its length is beyond float32
     x[6] = torch.logspace(-38, 38, columns)
     x[7] = torch.logspace(-6, 0, columns).flip(0)
     x[8] = torch.arange(columns) % 41 - 20
     x[9, : columns // 2] = 2.0**-130
+    x[10:] = x[8]
+    x[10, 37], x[11, 5] = float("nan"), float("inf")
     return x.to(make.device).bfloat16()
 
 
@@ -68,7 +82,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
     treatments: tuple[Treatment, ...] = ("nvfp4", "fp8", "none")
     for dtype in DTYPES:
         for name, x in inputs(make, dtype, quick).items():
-            yield Case("quantize", name, dtype, quantize, quantize_ref, (x,), bits, view=raw)
+            yield Case("quantize", name, dtype, quantize, quantize_ref, (x,), bits, view=raw_codes)
             for how in treatments:
                 label = f"act {how} {name}"
                 run, twin = values_of(quantize_act, how), values_of(quantize_act_ref, how)

@@ -12,7 +12,8 @@ def quantize(x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None) -> 
     """NVFP4 of x [T, K] with one global per row: value = e2m1 * e4m3 * global, each row by itself.
 
     x [..., K] bf16|f32, K a multiple of 16, rows evenly apart -> codes [..., K/2] u8 (even column in the low nibble),
-    scales [..., K/16] e4m3, globals [...] f32 (decode form). Bit for bit nvfp4.quantize(per_row=True); a row with NaN
-    or Inf decodes to NaN. One launch.
+    scales [..., K/16] e4m3, globals [...] f32 (decode form). Bit for bit nvfp4.quantize(per_row=True). A row with NaN
+    has a NaN for its global and all its scales, one with Inf an infinite global and a NaN for the scale of that group:
+    both decode to NaN. The codes of a group whose scale is NaN are arbitrary. One launch.
     """
     return launch_codes("quantize", x, out)

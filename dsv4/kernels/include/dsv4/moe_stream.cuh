@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
         barriers_ready();
     }
     __syncwarp();
-    if (FIRST) wait_for_previous();  // the plan; the second projection starts when all have read it
+    wait_for_previous();  // also the second projection: who is in front of it may be align itself
+    let_next_start();
     const int64_t total = static_cast<int64_t>(__ldcg(job.plan.count)) * job.rows;
     const int begin = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
     const auto fetch = [&](int tile, int stage) {
@@ -67,8 +68,6 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
     };
     if (lane == 0 && blocks > 0)
         for (int s = 0; s < stages && begin + s < end; ++s) fetch(begin + s, s);
-    if (!FIRST) wait_for_previous();
-    let_next_start();
 
     // The element of a tile that this thread finishes: token m, row `row`, or `row` of gate (half 0) and up (half 1).
     const int l = warp % 4 * 8 + lane / 4, row = l / 4, half = lane / 2 % 2, m = 2 * (l % 4) + lane % 2;
