@@ -34,7 +34,7 @@ class Attention:
             config.head_dim,
             config.rms_norm_eps,
         )
-        self.dtype, self.kv_quant = settings.dtype, settings.kv_quant
+        self.kv_quant = settings.kv_quant
         self.window = config.sliding_window if settings.dtype == torch.float32 else 0
         act = settings.act
         self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
@@ -92,4 +92,4 @@ class Attention:
         if self.spec.kind == "hca":
             return cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
         iu, ig, head_weights = index
-        return cache.pool, self.indexer(qr, iu, ig, head_weights.to(self.dtype), cache, step)
+        return cache.pool, self.indexer(qr, iu, ig, head_weights, cache, step)

@@ -37,5 +37,5 @@ class MoE:
         logits, gate, up = linear(x, self.in_proj)
         tokens = step.plan.tokens
         ids, weights = router(logits, self.bias, self.tid2eid, tokens, topk=self.topk, route_scale=self.route_scale)
-        (shared,) = linear(swiglu(gate, up, self.limit).to(x.dtype), self.shared_w2)
+        (shared,) = linear(swiglu(gate, up, self.limit), self.shared_w2)
         return moe(x, self.experts, ids, weights, shared, limit=self.limit)

@@ -60,7 +60,8 @@ def faulty(op, wrong):
 
 def test_a_small_error_is_found():
     rows = faulty("swiglu", lambda g, u, limit, out: out.copy_(swiglu_ref(g, u, limit) * (1 + 1e-5)))
-    assert all("exceeds the bound" in row.finding for row in rows if "[0," not in row.case)
+    exact = [row for row in rows if row.dtype == "f32" and "[0," not in row.case]  # BF16's rounding is larger
+    assert exact and all("exceeds the bound" in row.finding for row in exact)
 
 
 def test_an_element_left_unwritten_is_found():

@@ -1,11 +1,12 @@
 // advance: one block, a thread per row.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 
 namespace {
 
 __global__ void advance(const int64_t* tokens, const int64_t* slots, int64_t* inputs, int64_t* positions,
                         int64_t* counters, int* counts, int64_t* ring, int64_t* step, int rows, int columns,
                         int64_t vocab, int64_t length) {
+    dsv4::take_turn();
     const int64_t at = *step;
     __syncthreads();  // everyone has read the step
     if (threadIdx.x == 0) *step = at + 1;
@@ -25,6 +26,6 @@ __global__ void advance(const int64_t* tokens, const int64_t* slots, int64_t* in
 extern "C" int dsv4_advance(const int64_t* tokens, const int64_t* slots, int64_t* inputs, int64_t* positions,
                             int64_t* counters, int* counts, int64_t* ring, int64_t* step, int rows, int columns,
                             int64_t vocab, int64_t length, cudaStream_t stream) {
-    return dsv4::launch(advance, 1, 1, (rows + 31) / 32 * 32 + (rows == 0 ? 32 : 0), 0, 1, stream, tokens, slots,
-                        inputs, positions, counters, counts, ring, step, rows, columns, vocab, length);
+    return dsv4::launch_dependent(advance, 1, 1, (rows + 31) / 32 * 32 + (rows == 0 ? 32 : 0), 0, stream, tokens, slots,
+                                  inputs, positions, counters, counts, ring, step, rows, columns, vocab, length);
 }

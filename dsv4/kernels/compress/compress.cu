@@ -1,8 +1,8 @@
 // compress: one block per entry pools its tokens, its first warp makes and stores the entry. A decode step is one launch:
 // block i also writes token i into the state, and the newest token of an entry is taken from the inputs, so that no block
 // reads what another writes. A chunk is two: the entries, which read the old state, then what stays in it.
+#include <dsv4/dependent.cuh>
 #include <dsv4/kv_store.cuh>
-#include <dsv4/launch.cuh>
 
 using namespace dsv4;
 
@@ -148,6 +148,7 @@ __device__ void finish(const Arguments& a, const float* pooled, int64_t e, int64
 template <typename T, int ITER, bool INDEX, bool PACKED>
 __global__ void __launch_bounds__(MAX_THREADS) compress(const __grid_constant__ Arguments a, int groups) {
     extern __shared__ float shared[];
+    take_turn();
     const int64_t i = blockIdx.x;
     if (a.from_state && i < a.tokens && a.write_to[i] >= 0) write_state(a, i, a.write_to[i]);
     const int64_t to = i < a.entries ? a.entry_to[i] : -1;
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(MAX_THREADS) compress(const __grid_constant__ 
 }
 
 __global__ void __launch_bounds__(256) keep(const __grid_constant__ Arguments a) {
+    take_turn();
     const int64_t to = a.write_to[blockIdx.x];
     if (to >= 0) write_state(a, a.write_rows[blockIdx.x], to);
 }
@@ -198,9 +200,10 @@ cudaError_t run(const Arguments& a, cudaStream_t stream) {
     const size_t shared = (a.width + (groups > 1 ? groups * 3 * a.width : 0)) * sizeof(float);
     const int64_t blocks = a.from_state ? max(a.tokens, a.entries) : a.entries;
     cudaError_t error = cudaSuccess;
-    if (blocks > 0) error = launch(compress<T, ITER, INDEX, PACKED>, blocks, 1, threads, shared, 1, stream, a, groups);
+    if (blocks > 0)
+        error = launch_dependent(compress<T, ITER, INDEX, PACKED>, blocks, 1, threads, shared, stream, a, groups);
     if (error == cudaSuccess && !a.from_state && a.written > 0)
-        error = launch(keep, a.written, 1, 256, 0, 1, stream, a);
+        error = launch_dependent(keep, a.written, 1, 256, 0, stream, a);
     return error;
 }
 

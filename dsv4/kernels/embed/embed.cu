@@ -1,10 +1,11 @@
 // embed: one block per row copies it to every stream.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 
 namespace {
 
 template <typename C>
 __global__ void embed(const int64_t* tokens, const C* table, C* h, int64_t vocab, int n, int streams) {
+    dsv4::take_turn();
     const int64_t row = blockIdx.x, token = tokens[row];
     const bool known = token >= 0 && token < vocab;
     C filler;
@@ -19,8 +20,8 @@ template <typename C>
 static cudaError_t run(const int64_t* tokens, const void* table, void* h, int64_t rows, int64_t vocab, int bytes,
                        int streams, cudaStream_t stream) {
     const int n = bytes / sizeof(C);
-    return dsv4::launch(embed<C>, rows, (n + 255) / 256, 256, 0, 1, stream, tokens, static_cast<const C*>(table),
-                        static_cast<C*>(h), vocab, n, streams);
+    return dsv4::launch_dependent(embed<C>, rows, (n + 255) / 256, 256, 0, stream, tokens, static_cast<const C*>(table),
+                                  static_cast<C*>(h), vocab, n, streams);
 }
 
 }  // namespace

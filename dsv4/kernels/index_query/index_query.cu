@@ -1,6 +1,6 @@
 // index_query: one warp per head of 128 channels, four a lane. RoPE, then the Hadamard transform as seven butterflies
 // (two in a lane, five between lanes) and the E2M1 rounding of groups of 32 channels, which are 8 lanes.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/rope.cuh>
 
@@ -44,6 +44,7 @@ __device__ __forceinline__ float e2m1_rounded(float x, float scale) {
 template <typename T>
 __global__ void index_query(const T* q, const float2* cis, T* out, int64_t rows, int heads, int dims, int64_t row_stride,
                             int64_t head_stride, int64_t cis_stride, bool quantize, bool wide) {
+    take_turn();
     const int64_t head = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (head >= rows * heads) return;
     const int64_t row = head / heads;
@@ -79,9 +80,9 @@ template <typename T>
 static cudaError_t run(const void* q, const void* cis, void* out, int64_t rows, int heads, int dims, int64_t row_stride,
                        int64_t head_stride, int64_t cis_stride, bool quantize, cudaStream_t stream) {
     const bool wide = row_stride % 8 == 0 && head_stride % 8 == 0 && aligned16(q) && aligned16(out);
-    return launch(index_query<T>, (rows * heads + WARPS - 1) / WARPS, 1, WARPS * 32, 0, 1, stream,
-                  static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows, heads, dims,
-                  row_stride, head_stride, cis_stride, quantize, wide);
+    return launch_dependent(index_query<T>, (rows * heads + WARPS - 1) / WARPS, 1, WARPS * 32, 0, stream,
+                            static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows,
+                            heads, dims, row_stride, head_stride, cis_stride, quantize, wide);
 }
 
 }  // namespace

@@ -6,9 +6,9 @@
 //
 // Selection: a block per row finds the threshold with two histograms (11 bits, then 5) and writes what lies above it,
 // and the first of what equals it, in the order of entries.
+#include <dsv4/dependent.cuh>
 #include <dsv4/fragments.cuh>
 #include <dsv4/index_key.cuh>
-#include <dsv4/launch.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/numbers.cuh>
 
@@ -75,6 +75,7 @@ struct Queries {
 template <int MT, int NT>
 __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant__ Arguments a) {
     __shared__ Queries<MT> s;
+    take_turn();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int64_t first = a.first + static_cast<int64_t>(blockIdx.y) * a.tile_rows;
     const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.tile_rows)));
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
     extern __shared__ __align__(16) uint8_t cache[];
     __shared__ uint32_t coarse[COARSE], fine[FINE], warps[SELECT_WARPS];
     __shared__ uint32_t edge_bin, edge_left, edge_key;
+    take_turn();
     const int64_t t = a.first + blockIdx.x, sequence = a.sequence[t];
     const int64_t* pages = a.pages + sequence * a.n_pages;
     int64_t* out = a.out + t * a.width;
@@ -304,7 +306,7 @@ static cudaError_t score(const Arguments& a, int64_t rows, cudaStream_t stream) 
     const int entries = a.n_pages * PAGE, blocks = (entries + WARPS * NT * 8 - 1) / (WARPS * NT * 8);
     const int tiles = static_cast<int>((rows + a.tile_rows - 1) / a.tile_rows);
     const int most = NT == 1 ? static_cast<int>((BLOCKS + rows - 1) / rows) : blocks;
-    return launch(index_scores<MT, NT>, blocks < most ? blocks : most, tiles, THREADS, 0, 1, stream, a);
+    return launch_dependent(index_scores<MT, NT>, blocks < most ? blocks : most, tiles, THREADS, 0, stream, a);
 }
 
 template <int NT>
@@ -341,8 +343,8 @@ extern "C" int dsv4_index_topk(const void* q, const void* weights, const void* k
             const cudaError_t error = decode ? score<1>(a, here, stream) : score<4>(a, here, stream);
             if (error) return error;
         }
-        if (const cudaError_t error = launch(index_select, here, 1, SELECT_THREADS, bytes, 1, stream, a, bytes))
-            return error;
+        const cudaError_t error = launch_dependent(index_select, here, 1, SELECT_THREADS, bytes, stream, a, bytes);
+        if (error) return error;
     }
     return cudaSuccess;
 }

@@ -1,6 +1,6 @@
 // kv_append: one warp per token makes the entry and writes it twice, to the result and to the token's place in the ring.
+#include <dsv4/dependent.cuh>
 #include <dsv4/kv_store.cuh>
-#include <dsv4/launch.cuh>
 
 using namespace dsv4;
 
@@ -34,6 +34,7 @@ __device__ int64_t place(const Arguments& a, int64_t row) {
 
 template <typename T, int ITER, bool PACKED>
 __global__ void kv_append(const __grid_constant__ Arguments a) {
+    take_turn();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= a.rows) return;
     const int64_t to = place(a, row);
@@ -59,7 +60,7 @@ template <typename T, bool PACKED>
 cudaError_t run(const Arguments& a, cudaStream_t stream) {
     const int warps = a.rows < 512 ? 1 : 4;  // few rows: one to an SM
     auto kernel = a.n <= 256 ? kv_append<T, 1, PACKED> : a.n <= 512 ? kv_append<T, 2, PACKED> : kv_append<T, 4, PACKED>;
-    return launch(kernel, (a.rows + warps - 1) / warps, 1, warps * 32, 0, 1, stream, a);
+    return launch_dependent(kernel, (a.rows + warps - 1) / warps, 1, warps * 32, 0, stream, a);
 }
 
 }  // namespace

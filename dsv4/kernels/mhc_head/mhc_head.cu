@@ -1,5 +1,5 @@
 // mhc_head: as mhc_pre with M mixes and no Sinkhorn.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/mhc.cuh>
 
 using namespace dsv4;
@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(THREADS) mhc_head(const T* h, const float* fn,
                                                     T* x, int64_t tokens, int D, float hc_eps, float norm_eps,
                                                     bool wide) {
     __shared__ Sums<M, 1> s;
+    take_turn();
     const int64_t token = blockIdx.x / CLUSTER;
     mixes<M, 1>(s, h, fn, token, tokens, D, wide);
     if (threadIdx.x < M) {
@@ -27,8 +28,9 @@ template <typename T>
 static cudaError_t run(const void* h, const float* fn, const float* base, const float* scale, void* x, int64_t tokens,
                        int D, float hc_eps, float norm_eps, cudaStream_t stream) {
     const bool wide = D % W == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
-    return launch(mhc_head<T>, tokens * CLUSTER, 1, THREADS, 0, CLUSTER, stream, static_cast<const T*>(h), fn, base,
-                  scale, static_cast<T*>(x), tokens, D, hc_eps, norm_eps, wide);
+    return launch_dependent_clusters(mhc_head<T>, tokens * CLUSTER, THREADS, 0, CLUSTER, stream,
+                                     static_cast<const T*>(h), fn, base, scale, static_cast<T*>(x), tokens, D, hc_eps,
+                                     norm_eps, wide);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // mhc_post: a thread carries its columns of all M streams, so h is read once.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 
 using namespace dsv4;
@@ -12,6 +12,7 @@ template <typename T>
 __global__ void mhc_post(const T* y, const T* h, const float* post, const float* comb, T* out, int D, int64_t y_stride,
                          bool wide) {
     constexpr int W = wide_elements<T>;
+    take_turn();
     const int64_t token = blockIdx.x;
     __shared__ float mix[M * M + M];
     if (threadIdx.x < M * M + M)
@@ -41,9 +42,8 @@ static cudaError_t run(const void* y, const void* h, const float* post, const fl
                        int D, int64_t y_stride, cudaStream_t stream) {
     constexpr int W = wide_elements<T>;
     const bool wide = D % W == 0 && y_stride % W == 0 && aligned16(y) && aligned16(h) && aligned16(out);
-    return launch(mhc_post<T>, tokens, ((D + W - 1) / W + 127) / 128, 128, 0, 1, stream,
-                  static_cast<const T*>(y), static_cast<const T*>(h), post, comb, static_cast<T*>(out), D, y_stride,
-                  wide);
+    return launch_dependent(mhc_post<T>, tokens, ((D + W - 1) / W + 127) / 128, 128, 0, stream, static_cast<const T*>(y),
+                            static_cast<const T*>(h), post, comb, static_cast<T*>(out), D, y_stride, wide);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // mhc_pre: a cluster of 8 blocks per token, or per 4 tokens when there are many (fn is then read once for the four).
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/mhc.cuh>
 
 using namespace dsv4;
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(THREADS) mhc_pre(const T* h, const float* fn, 
                                                    T* x, float* post, float* comb, int64_t tokens, int D, int iters,
                                                    float hc_eps, float norm_eps, bool wide) {
     __shared__ Sums<ROWS, TT> s;
+    take_turn();
     const int64_t token = static_cast<int64_t>(blockIdx.x / CLUSTER) * TT;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     mixes<ROWS, TT>(s, h, fn, token, tokens, D, wide);
@@ -59,9 +60,9 @@ static cudaError_t run(const void* h, const float* fn, const float* base, const 
     const bool wide = D % W == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
     const bool many = tokens > 32;
     const int64_t clusters = many ? (tokens + MANY - 1) / MANY : tokens;
-    return launch(many ? mhc_pre<MANY, T> : mhc_pre<1, T>, clusters * CLUSTER, 1, THREADS, 0, CLUSTER, stream,
-                  static_cast<const T*>(h), fn, base, scale, static_cast<T*>(x), post, comb, tokens, D, iters, hc_eps,
-                  norm_eps, wide);
+    return launch_dependent_clusters(many ? mhc_pre<MANY, T> : mhc_pre<1, T>, clusters * CLUSTER, THREADS, 0, CLUSTER,
+                                     stream, static_cast<const T*>(h), fn, base, scale, static_cast<T*>(x), post, comb,
+                                     tokens, D, iters, hc_eps, norm_eps, wide);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // its share of the 25 sums. Then one block per token adds the shares, always in the same order, and finishes: mixes,
 // collapse and norm in 512 threads, Sinkhorn beside them in a warp of its own. For a few tokens that block is the last
 // to arrive, within the same launch; for many it is one of a second launch.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 
@@ -240,6 +240,7 @@ __device__ void enter(const Args<T>& a, int64_t token, int slices) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS) mhc_seam(Args<T> a) {
     __shared__ bool last;
+    take_turn();
     leave<1>(a, blockIdx.y);
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -254,11 +255,13 @@ __global__ void __launch_bounds__(THREADS) mhc_seam(Args<T> a) {
 
 template <int TT, typename T>
 __global__ void __launch_bounds__(WORKERS) mhc_leave(Args<T> a) {
+    take_turn();
     leave<TT>(a, static_cast<int64_t>(blockIdx.y) * TT);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 2) mhc_enter(Args<T> a, int slices) {
+    take_turn();
     enter(a, blockIdx.x, slices);
 }
 
@@ -275,11 +278,12 @@ cudaError_t run(const void* y, const void* h, const float* post, const float* co
                           scale, weight, static_cast<T*>(h_out), static_cast<T*>(x_out), post_out, comb_out, shares,
                           tokens, y_stride, D, iters, hc_eps, norm_eps, wide};
     const int slices = (D + COLUMNS - 1) / COLUMNS;
-    if (tokens <= FEW) return launch(mhc_seam<T>, slices, tokens, THREADS, 0, 1, stream, args);
+    if (tokens <= FEW) return launch_dependent(mhc_seam<T>, slices, tokens, THREADS, 0, stream, args);
     const int together = tokens <= 32 ? 4 : 8;  // fn is read once for so many
-    const cudaError_t error = launch(together == 4 ? mhc_leave<4, T> : mhc_leave<8, T>, slices,
-                                     (tokens + together - 1) / together, WORKERS, 0, 1, stream, args);
-    return error == cudaSuccess ? launch(mhc_enter<T>, tokens, 1, THREADS, 0, 1, stream, args, slices) : error;
+    const cudaError_t error = launch_dependent(together == 4 ? mhc_leave<4, T> : mhc_leave<8, T>, slices,
+                                               (tokens + together - 1) / together, WORKERS, 0, stream, args);
+    if (error != cudaSuccess) return error;
+    return launch_dependent(mhc_enter<T>, tokens, 1, THREADS, 0, stream, args, slices);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv4.kernels.linear.operand import Dense
 from dsv4.kernels.moe.operand import ExpertsOperand, TiledExperts
-from dsv4.kernels.swiglu.swiglu_ref import swiglu_ref
+from dsv4.kernels.swiglu.swiglu_ref import activated_ref
 from dsv4.quant.activations import treat
 
 
@@ -36,7 +36,7 @@ def gate_up_ref(x: Tensor, operand: ExpertsOperand, order: Order, weights: Tenso
     """The input of the second projection [T * K, F], before its treatment, in the order of the experts."""
     rows = treat(x, operand.in_treatment).index_select(0, order.tokens)
     gate, up = _by_expert(rows, operand.w13, order.groups, x.dtype).chunk(2, dim=-1)
-    return swiglu_ref(gate, up, limit).mul_(weights.flatten()[order.pairs].unsqueeze(-1)).to(x.dtype)
+    return activated_ref(gate, up, limit).mul_(weights.flatten()[order.pairs].unsqueeze(-1)).to(x.dtype)
 
 
 def down_ref(mid: Tensor, operand: ExpertsOperand, order: Order, shared: Tensor) -> Tensor:

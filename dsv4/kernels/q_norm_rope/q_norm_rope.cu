@@ -1,5 +1,5 @@
 // q_norm_rope: one warp per head. In BF16 the square, the mean, mean + eps, the root and the product are each rounded.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 #include <dsv4/rope.cuh>
@@ -14,6 +14,7 @@ template <typename T>
 __global__ void q_norm_rope(const T* q, const float2* cis, T* out, int64_t rows, int heads, int n, int dims,
                             int64_t row_stride, int64_t head_stride, int64_t cis_stride, float eps, bool wide) {
     constexpr int W = wide_elements<T>;
+    take_turn();
     const int64_t head = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (head >= rows * heads) return;
     const int64_t row = head / heads;
@@ -44,9 +45,9 @@ static cudaError_t run(const void* q, const void* cis, void* out, int64_t rows, 
                        int64_t row_stride, int64_t head_stride, int64_t cis_stride, float eps, cudaStream_t stream) {
     constexpr int W = wide_elements<T>;
     const bool wide = n % W == 0 && row_stride % W == 0 && head_stride % W == 0 && aligned16(q) && aligned16(out);
-    return launch(q_norm_rope<T>, (rows * heads + WARPS - 1) / WARPS, 1, WARPS * 32, 0, 1, stream,
-                  static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows, heads, n, dims,
-                  row_stride, head_stride, cis_stride, eps, wide);
+    return launch_dependent(q_norm_rope<T>, (rows * heads + WARPS - 1) / WARPS, 1, WARPS * 32, 0, stream,
+                            static_cast<const T*>(q), static_cast<const float2*>(cis), static_cast<T*>(out), rows,
+                            heads, n, dims, row_stride, head_stride, cis_stride, eps, wide);
 }
 
 }  // namespace

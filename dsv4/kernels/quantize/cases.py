@@ -101,7 +101,7 @@ def unfused(
     gate: Tensor, up: Tensor, weights: Tensor | None, how: Treatment, *, limit: float
 ) -> tuple[Tensor, Tensor | None]:
     """The same by the swiglu kernel and the quantiser's twin: the exponential is the same, so bits are the contract."""
-    a = swiglu(gate.contiguous(), up.contiguous(), limit)
+    a = swiglu(gate.float().contiguous(), up.float().contiguous(), limit)
     if weights is not None:
         a = a * weights.unsqueeze(-1)
     return quantize_act_ref(a.bfloat16(), how)

@@ -1,5 +1,5 @@
 // rms_norm: one block per row.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 
@@ -10,6 +10,7 @@ namespace {
 template <typename T>
 __global__ void rms_norm(const T* x, const float* weight, T* out, int64_t stride, int n, float eps, bool wide) {
     constexpr int W = wide_elements<T>;
+    take_turn();
     const T* row = x + blockIdx.x * stride;
     float v[W], w[W], sum = 0.0f;
     for (int i = threadIdx.x * W; i < n; i += blockDim.x * W) {
@@ -33,8 +34,8 @@ static cudaError_t run(const void* x, const float* weight, void* out, int64_t ro
     constexpr int W = wide_elements<T>;
     const bool wide = n % W == 0 && stride % W == 0 && aligned16(x) && aligned16(weight) && aligned16(out);
     const int threads = min(512, ((n + W - 1) / W + 31) / 32 * 32);
-    return launch(rms_norm<T>, rows, 1, threads, 0, 1, stream, static_cast<const T*>(x), weight,
-                  static_cast<T*>(out), stride, n, eps, wide);
+    return launch_dependent(rms_norm<T>, rows, 1, threads, 0, stream, static_cast<const T*>(x), weight,
+                            static_cast<T*>(out), stride, n, eps, wide);
 }
 
 }  // namespace

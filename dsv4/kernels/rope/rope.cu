@@ -1,5 +1,5 @@
 // rope: in place; a thread turns the pairs of one 16-byte access.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/rope.cuh>
 
@@ -11,6 +11,7 @@ template <typename T>
 __global__ void rope(T* tail, const float2* cis, int64_t rows, int heads, int dims, int64_t row_stride,
                      int64_t head_stride, int64_t cis_stride, bool wide) {
     constexpr int W = wide_elements<T>;
+    take_turn();
     const int vectors = (dims + W - 1) / W;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= rows * heads * vectors) return;
@@ -33,8 +34,8 @@ static cudaError_t run(void* x, const void* cis, int64_t rows, int heads, int n,
     T* tail = static_cast<T*>(x) + (n - dims);
     const bool wide = dims % W == 0 && row_stride % W == 0 && head_stride % W == 0 && aligned16(tail);
     const int64_t threads = rows * heads * ((dims + W - 1) / W);
-    return launch(rope<T>, (threads + 127) / 128, 1, 128, 0, 1, stream, tail, static_cast<const float2*>(cis), rows,
-                  heads, dims, row_stride, head_stride, cis_stride, wide);
+    return launch_dependent(rope<T>, (threads + 127) / 128, 1, 128, 0, stream, tail, static_cast<const float2*>(cis), rows,
+                            heads, dims, row_stride, head_stride, cis_stride, wide);
 }
 
 }  // namespace

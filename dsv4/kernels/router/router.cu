@@ -1,6 +1,6 @@
 // router: one warp per token.
 #include <cassert>
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 
 using namespace dsv4;
 
@@ -22,6 +22,7 @@ __global__ void router(const float* logits, const float* bias, const int64_t* ti
                        int64_t* ids, float* weights, int64_t rows, int experts, int64_t stride, int topk,
                        int64_t vocabulary, float route_scale) {
     extern __shared__ uint32_t keys[];  // [WARPS, E]
+    take_turn();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp;
     if (row >= rows) return;
@@ -67,6 +68,6 @@ extern "C" int dsv4_router(const float* logits, const float* bias, const int64_t
                            int64_t vocabulary, float route_scale, cudaStream_t stream) {
     if (rows == 0) return cudaSuccess;
     const size_t shared_bytes = tid2eid == nullptr ? WARPS * experts * sizeof(uint32_t) : 0;
-    return launch(router, (rows + WARPS - 1) / WARPS, 1, WARPS * 32, shared_bytes, 1, stream, logits, bias, tid2eid,
-                  tokens, ids, weights, rows, experts, stride, topk, vocabulary, route_scale);
+    return launch_dependent(router, (rows + WARPS - 1) / WARPS, 1, WARPS * 32, shared_bytes, stream, logits, bias, tid2eid,
+                            tokens, ids, weights, rows, experts, stride, topk, vocabulary, route_scale);
 }

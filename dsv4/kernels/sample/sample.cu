@@ -1,5 +1,5 @@
 // sample: a cluster of 8 blocks per row. Each block reads its slice once; what is drawn from stays in shared memory.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/select.cuh>
 
@@ -159,6 +159,7 @@ __device__ uint64_t draw(const float* scores, int begin, int count, float lowest
 __global__ void __launch_bounds__(THREADS, 2) sample(Args a) {
     extern __shared__ float scores[];  // [slice_width(V)]
     __shared__ Histogram histogram;
+    take_turn();
     const int64_t row = blockIdx.x / CLUSTER;
     const int width = slice_width(a.vocab), begin = min(cluster_rank() * width, a.vocab);
     const int count = min(width, a.vocab - begin);
@@ -235,5 +236,5 @@ extern "C" int dsv4_sample(const float* logits, const float* temperature, const 
     const Args args = {logits, temperature, seed,       counter,  top_k,     top_p, min_p, bias,   biased, in_prompt,
                        counts, repetition,  presence,   frequency, stops,    until, tokens, stride, vocab,  stop_count,
                        wide};
-    return launch(sample, rows * CLUSTER, 1, THREADS, bytes, CLUSTER, stream, args);
+    return launch_dependent_clusters(sample, rows * CLUSTER, THREADS, bytes, CLUSTER, stream, args);
 }

@@ -9,9 +9,9 @@
 // order. Neither order nor stages depend on the widths of the row lists, on HG, on the other rows or on how many of them
 // there are: a row's bits are the same in every call that is split, and in every call that is not.
 #include <dsv4/cluster.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/fragments.cuh>
 #include <dsv4/kv_entry.cuh>
-#include <dsv4/launch.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_cons
     extern __shared__ __align__(16) uint8_t memory[];
     using S = Shared<HG, TILES>;
     static_assert(HG * OUT_ROW * 4 <= (TILES * TILE + HG) * ROW, "a partial result fits where entries and queries were");
+    take_turn();
     const int64_t unit = SPLIT ? blockIdx.x / SPLITS : blockIdx.x;
     const int head = static_cast<int>(unit % a.groups) * HG;
     Block<HG, TILES, SPLIT> block{a, *reinterpret_cast<S*>(memory), unit / a.groups, SPLIT ? cluster_rank() : 0};
@@ -420,7 +421,7 @@ static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
     if (error) return error;
     a.groups = (a.heads + HG - 1) / HG;
     const int blocks = SPLIT ? SPLITS : 1;
-    return launch(kernel, rows * a.groups * blocks, 1, THREADS, bytes, blocks, stream, a);
+    return launch_dependent_clusters(kernel, rows * a.groups * blocks, THREADS, bytes, blocks, stream, a);
 }
 
 template <int HG, int TILES>

@@ -1,6 +1,6 @@
 // step_plan: a decode step's row numbers and rotations; blockIdx.x is the row, blockIdx.y shares its wide results.
 #include <cassert>
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 
 using namespace dsv4;
 
@@ -62,6 +62,7 @@ __device__ void plan_kind(const Kind& kind, const Step& step, int b, int64_t slo
 }
 
 __global__ void __launch_bounds__(THREADS) step_plan(const __grid_constant__ Step step) {
+    take_turn();
     const int b = blockIdx.x;
     const int64_t slot = step.slots[b], position = slot >= 0 ? step.positions[b] : 0;
     assert(position >= 0 && "step_plan: a negative position");
@@ -105,5 +106,5 @@ extern "C" int dsv4_step_plan(const int64_t* slots, const int64_t* positions, co
                        back_cis, {FIELDS(0), FIELDS(1)}};
     int widest = 1;
     for (const Kind& kind : step.kinds) widest = max(widest, max(kind.P, kind.E));
-    return launch(step_plan, B, (widest + 4 * THREADS - 1) / (4 * THREADS), THREADS, 0, 1, stream, step);
+    return launch_dependent(step_plan, B, (widest + 4 * THREADS - 1) / (4 * THREADS), THREADS, 0, stream, step);
 }

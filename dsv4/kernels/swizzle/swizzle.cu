@@ -1,6 +1,6 @@
 // swizzle: a block per 128 rows, a thread per 16 bytes of the result: four rows 32 apart, four columns each.
 #include <cstdint>
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 
 using namespace dsv4;
 
@@ -38,6 +38,7 @@ __device__ void find_group(const int64_t* counts, int groups, int64_t rows, int6
 __global__ void __launch_bounds__(THREADS) swizzle(const uint8_t* scale, int64_t rows, int columns, int64_t row_stride,
                                                     int64_t matrix_stride, const int64_t* counts, int groups,
                                                     uint4* out, bool words) {
+    take_turn();
     const int64_t tile = blockIdx.x;
     int64_t begin = tile * TILE_ROWS, end = rows;
     if (counts != nullptr) find_group(counts, groups, rows, tile, begin, end);
@@ -73,6 +74,6 @@ extern "C" int dsv4_swizzle(const uint8_t* scale, int64_t matrices, int64_t rows
     const bool words =
         reinterpret_cast<uintptr_t>(scale) % 4 == 0 && row_stride % 4 == 0 && matrix_stride % 4 == 0;
     if (matrices > 65535) return cudaErrorInvalidConfiguration;
-    return launch(swizzle, tiles, static_cast<int>(matrices), THREADS, 0, 1, stream, scale, rows, columns, row_stride,
-                  matrix_stride, counts, groups, out, words);
+    return launch_dependent(swizzle, tiles, static_cast<int>(matrices), THREADS, 0, stream, scale, rows, columns,
+                            row_stride, matrix_stride, counts, groups, out, words);
 }

@@ -1,5 +1,5 @@
 // token_logprobs: a cluster of 8 blocks per row holds its logits, less the largest, in shared memory.
-#include <dsv4/launch.cuh>
+#include <dsv4/dependent.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 #include <dsv4/select.cuh>
@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(THREADS, 2) token_logprobs(const float* logits
     __shared__ Histogram histogram;
     __shared__ Exchange mine;
     __shared__ uint64_t list[MOST];
+    take_turn();
     const int64_t row = blockIdx.x / CLUSTER, token = tokens[row];
     const int block = cluster_rank(), width = slice_width(vocab), begin = min(block * width, vocab);
     const int count = min(width, vocab - begin);
@@ -205,6 +206,6 @@ extern "C" int dsv4_token_logprobs(const float* logits, const int64_t* tokens, f
         cudaFuncSetAttribute(token_logprobs, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     const bool wide = vocab % W == 0 && stride % W == 0 && aligned16(logits);
-    return launch(token_logprobs, rows * CLUSTER, 1, THREADS, bytes, CLUSTER, stream, logits, tokens, logprob, rank,
-                  values, ids, stride, vocab, top, wide);
+    return launch_dependent_clusters(token_logprobs, rows * CLUSTER, THREADS, bytes, CLUSTER, stream, logits, tokens,
+                                     logprob, rank, values, ids, stride, vocab, top, wide);
 }

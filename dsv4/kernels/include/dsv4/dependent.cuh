@@ -1,5 +1,9 @@
-// Kernels that start before the one in front of them has ended (programmatic dependent launch). Every thread of such a
-// kernel waits before it touches what an earlier kernel writes, so that the end of a kernel is the end of all before.
+// Kernels that start before the one in front of them has ended (programmatic dependent launch). What such a kernel owes:
+//   - Every thread waits before it reads what an earlier kernel may write and before it writes anything; no block ends
+//     without having waited. The end of a kernel is then the end of all before it.
+//   - Before the wait it may read what was written when the model was loaded: weights.
+// The next kernel may start once every block has said so. It waits in turn, so saying so costs nothing but the room that
+// its blocks take; they start when all of this kernel's are running, and cannot keep them from it.
 #pragma once
 #include <dsv4/launch.cuh>
 
@@ -11,21 +15,23 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 // The next kernel may start once every block has said so, or has ended.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// What a kernel begins with that has nothing to do before its turn.
+__device__ __forceinline__ void take_turn() {
+    let_next_start();
+    wait_for_previous();
+}
+
 template <typename... Params, typename... Args>
 static cudaError_t launch_dependent(void (*kernel)(Params...), int64_t blocks_x, int blocks_y, int threads,
                              size_t shared_bytes, cudaStream_t stream, Args... args) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    if (blocks_x > INT32_MAX) return cudaErrorInvalidConfiguration;
-    config.gridDim = dim3(static_cast<unsigned>(blocks_x), blocks_y);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+    return launch_as(true, kernel, blocks_x, blocks_y, threads, shared_bytes, 1, stream, args...);
+}
+
+// The same in clusters of so many blocks along x.
+template <typename... Params, typename... Args>
+static cudaError_t launch_dependent_clusters(void (*kernel)(Params...), int64_t blocks_x, int threads,
+                                             size_t shared_bytes, int cluster, cudaStream_t stream, Args... args) {
+    return launch_as(true, kernel, blocks_x, 1, threads, shared_bytes, cluster, stream, args...);
 }
 
 }  // namespace dsv4
