@@ -30,7 +30,8 @@ from dsv4.quant.formats import pack_nibbles, unpack_nibbles
 ROWS, COLUMNS, GROUP = 16, 64, 16
 NVFP4_BYTES, FP8_BYTES, BF16_BYTES = 576, 1024, 2048
 _CODES = ROWS * COLUMNS // 2
-_AT_ONCE = 1 << 22  # values unpacked at a time: a packed model must fit beside what packing it takes
+_AT_ONCE = 1 << 22  # values packed at a time: a packed model must fit beside what packing it takes
+_AT_ONCE_GPU = 1 << 25  # there each takes about 10 bytes meanwhile, and a slice some thirty launches
 _SIGN, _MAGNITUDE = (15, 12, 14, 13), (9, 6, 3, 0)  # bits of the code of register i
 
 
@@ -44,16 +45,16 @@ def pack_nvfp4(codes: Tensor, scale: Tensor) -> Tensor:
     if scale.shape != (*codes.shape[:-1], columns // GROUP) or columns % GROUP:
         raise KernelError(f"codes {list(codes.shape)} and scales {list(scale.shape)} do not belong together")
     out = _empty(codes, rows, columns, NVFP4_BYTES)
-    for where, start, stop in _slices(codes.shape[:-2], rows, columns):
-        into = out[where][start // ROWS : -(-stop // ROWS)]
-        values = _lanes(unpack_nibbles(codes[where][start:stop])).to(torch.int32)  # [n, kb, g, t, j, p, h, r]
+    for into, some, groups in _slices(out, codes, scale.view(torch.uint8)):
+        values = _lanes(unpack_nibbles(some)).to(torch.int32)  # [n, kb, g, t, j, p, h, r]
         halves = torch.zeros((*values.shape[:5], 2), dtype=torch.int32, device=codes.device)
         for register, (sign, magnitude) in enumerate(zip(_SIGN, _MAGNITUDE, strict=True)):
             code = values[..., register // 2, :, register % 2]
             halves |= (code & 7) << magnitude | (code >> 3) << sign
         into[..., :_CODES] = halves.to(torch.int16).flatten(2).view(torch.uint8)
-        groups = _padded(scale[where][start:stop].view(torch.uint8), ROWS, COLUMNS // GROUP)
-        groups = groups.unflatten(1, (-1, 4)).unflatten(0, (-1, 2, 8))  # [n, r, g, kb, t]
+        groups = (
+            _padded(groups, ROWS, COLUMNS // GROUP).unflatten(1, (-1, 4)).unflatten(0, (-1, 2, 8))
+        )  # [n, r, g, kb, t]
         into[..., _CODES:] = groups.permute(0, 3, 2, 4, 1).flatten(2)
     return out
 
@@ -99,10 +100,10 @@ def _pack(data: Tensor, block_bytes: int, pieces: int) -> Tensor:
     """A lane's products in `pieces` accesses of 16 bytes."""
     rows, columns = data.shape[-2:]
     out = _empty(data, rows, columns, block_bytes)
-    for where, start, stop in _slices(data.shape[:-2], rows, columns):
-        values = _lanes(data[where][start:stop]).transpose(-1, -2)  # [n, kb, g, t, j, p, r, h]
+    for into, some in _slices(out, data):
+        values = _lanes(some).transpose(-1, -2)  # [n, kb, g, t, j, p, r, h]
         ordered = values.unflatten(4, (pieces, -1)).movedim(4, 2).flatten(2)
-        out[where][start // ROWS : -(-stop // ROWS)] = ordered.view(torch.uint8)
+        into.copy_(ordered.view(torch.uint8))
     return out
 
 
@@ -117,13 +118,19 @@ def _empty(like: Tensor, rows: int, columns: int, block_bytes: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8, device=like.device)
 
 
-def _slices(lead: torch.Size, rows: int, columns: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """(leading index, first row, last row + 1): whole tiles, about _AT_ONCE values each."""
-    step = max(_AT_ONCE // max(columns, 1) // ROWS, 1) * ROWS
-    for index in range(lead.numel()):
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), lead)) if lead else ()
-        for start in range(0, rows, step):
-            yield where, start, min(start + step, rows)
+def _slices(out: Tensor, *sources: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Where tiles go, and the same rows of each source [..., N, C_i]: whole tiles, about _AT_ONCE values each."""
+    rows = sources[0].shape[-2]
+    if rows % ROWS == 0 or out.dim() == 3:  # the tiles of all matrices are those of one
+        every = [(out.view(-1, *out.shape[-2:]), *(source.flatten(0, -2) for source in sources))]
+    else:
+        every = list(zip(out.flatten(0, -4), *(source.flatten(0, -3) for source in sources), strict=True))
+    values = _AT_ONCE_GPU if out.is_cuda else _AT_ONCE
+    step = max(values // max(out.shape[-2] * COLUMNS, 1) // ROWS, 1)
+    for into, *some in every:
+        for first in range(0, len(into), step):
+            last = first + step
+            yield into[first:last], *(source[first * ROWS : last * ROWS] for source in some)
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From packed projections to launches: the table of parts, counters, and where many tokens go instead."""
+"""From packed projections to launches: the table of parts, and where many tokens go instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MANY_TOKENS = 256  # from here on cuBLAS on unpacked slices of the weight is fa
 _SLICE_VALUES = 1 << 25  # of such a slice, and of float32 results on their way
 _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
-_KERNEL = Kernel("linear", "piipippiiiiiii")
+_KERNEL = Kernel("linear", "piipipiiiiiiii")
 
 
 class _Part(ctypes.Structure):
@@ -52,7 +52,7 @@ class Launcher:
 
     inputs [T, K] BF16 and outputs [T, N_i] BF16 or float32, one of each per part, rows evenly apart, columns
     contiguous; row_scales f32 [T] or None. Nothing is read back and nothing depends on values: a launch can
-    be captured. Launches of one launcher must not overlap (they share the counters of tiles that are split).
+    be captured.
     """
 
     def __init__(self, parts: Sequence[Tiled]):
@@ -62,7 +62,6 @@ class Launcher:
         self.device, self.columns = parts[0].tiles.device, parts[0].shape[1]
         self.shapes = tuple((p.tiles.shape[0], p.tiles.shape[2]) for p in parts)
         self.tiles, self.blocks = sum(count for count, _ in self.shapes), parts[0].tiles.shape[1]
-        self.counters = torch.zeros(self.tiles, dtype=torch.int32, device=self.device)
         self.table, first = (_Part * len(parts))(), 0
         for row, part in zip(self.table, parts, strict=True):
             row.tiles = part.tiles.data_ptr()
@@ -99,7 +98,7 @@ class Launcher:
             one.out, one.out_stride = values.data_ptr(), self.columns
             table = ctypes.addressof(one)
             _KERNEL(
-                self.device, table, 1, -(-count // tiles.ROWS), None, 0, None, None, 0, self.columns, DENSE, 0, 0, 0, 0
+                self.device, table, 1, -(-count // tiles.ROWS), None, 0, None, 0, self.columns, DENSE, 0, 0, 0, 0, 0
             )
             y = torch.mm(x, values.T, out_dtype=torch.float32).mul_(part.alpha)
             out[:, start : start + count] = y if row_scale is None else y.mul_(row_scale.unsqueeze(1))
@@ -120,7 +119,8 @@ class Launcher:
         partials = None
         if how.mode == SPLIT:
             slices = -(-self.blocks // 8)
-            size = self.tiles * slices * tokens * tiles.ROWS
+            padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
+            size = self.tiles * slices * padded * tiles.ROWS
             partials = torch.empty(size, dtype=torch.float32, device=self.device)
         _KERNEL(
             self.device,
@@ -130,12 +130,12 @@ class Launcher:
             ctypes.addressof(cuts),
             how.grid,
             partials,
-            self.counters,
             tokens,
             self.columns,
             how.mode,
             how.window,
             how.batch,
+            how.streams,
             how.stages,
             how.shared_bytes,
         )

@@ -1,12 +1,13 @@
-// linear: every projection of an input in one launch, for up to 64 tokens at a time.
+// linear: every projection of an input in one or two launches, for up to 64 tokens at a time.
 //
-// Blocks are persistent, one per SM, of 16 warps; each warp streams its own weights through a ring of bulk copies and
-// nobody waits for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens
-// are staged once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16
-// weights. Three ways of spreading tiles (16 rows x K) and their slices:
+// Blocks are persistent, one per SM; each warp streams its own weights through a ring of bulk copies and nobody waits
+// for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens are staged
+// once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16 weights.
+// Three ways of spreading tiles (16 rows x K) and their slices:
 //   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers
 //   SLOT   few tiles, few tokens: a block takes whole tiles, its warps the slices; sums meet in shared memory
-//   SPLIT  few tiles: blocks take slices; sums meet in `partials`, and the block that arrives last adds them up
+//   SPLIT  few tiles: blocks take slices; sums meet in `partials`, and a second kernel adds them up: whoever came last
+//          would read alone what all have written
 #include <dsv4/dependent.cuh>
 #include <dsv4/linear.cuh>
 
@@ -20,13 +21,13 @@ enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3 };  // the codes of ke
 struct Task {
     Parts parts;
     uint32_t cuts[MAX_GRID + 1];  // block b takes the units cuts[b] .. cuts[b + 1]: tiles; SPLIT: slice * tiles + tile
-    float* partials;              // SPLIT: [tile][slice][T][16]
-    int* counters;                // SPLIT: [tile], slices that have arrived; zero between launches
+    float* partials;              // SPLIT: [tile][slice][NT][lane][4], accumulators as they are
     int tokens, columns, blocks, slices;
-    int staged;  // token rows that shared memory has room for
-    int window;  // slices that are staged together: all of them, or one
-    int batch;   // tiles that a block takes at a time
-    int stages;  // of each ring
+    int staged;   // token rows that shared memory has room for
+    int window;   // slices that are staged together
+    int batch;    // tiles that a block takes at a time
+    int streams;  // warps that have a ring; SPLIT may have fewer items than warps
+    int stages;   // of each ring
 };
 
 // Consecutive tiles of one part; SPLIT: and which slice of them.
@@ -62,31 +63,41 @@ struct Rectangles {
     }
 };
 
-// What a warp has still to ask the copy engine for. Only lane 0 keeps one.
-template <int MODE>
+template <int NT, int MODE>
+__device__ __forceinline__ int items_of(const Task& task, const Rectangle& r) {
+    constexpr int TILES = Form<NT>::TILES;
+    return (r.tiles + TILES - 1) / TILES * (MODE == SLOT ? task.slices : 1);
+}
+
+// What a warp has still to ask the copy engine for. Only lane 0 keeps one. An item is what a warp takes at a time: as
+// many tiles as it multiplies at once, of all slices (OWN) or of one. With SPLIT every warp takes the next item of the
+// block in turn; else each rectangle begins with warp 0.
+template <int NT, int MODE>
 struct Requests {
+    static constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS;
     Rectangles<MODE> rest;
     Rectangle r;
     int item;
     const uint8_t* from;
-    int left, chunk;
+    int left, chunk, tiles;
 
-    __device__ __forceinline__ explicit Requests(const Task& task) : rest(task), item(0), from(nullptr), left(0), chunk(0) {
+    __device__ __forceinline__ explicit Requests(const Task& task, int warp)
+        : rest(task), item(warp), from(nullptr), left(0), chunk(0), tiles(0) {
         r.tiles = 0;
     }
-    // The warp's next tile, or slice of a tile.
     __device__ __forceinline__ bool open(const Task& task, int warp) {
-        while (item >= (MODE == SLOT ? r.tiles * task.slices : r.tiles)) {
+        for (int items; item >= (items = items_of<NT, MODE>(task, r));) {
             if (!rest.next(task, r)) return false;
-            item = warp;
+            item = MODE == SPLIT ? item - items : warp;
         }
         const Part& part = task.parts.part[r.part];
         const int bytes = block_bytes(part.format);
-        const int tile = r.tile + (MODE == SLOT ? item / task.slices : item);
+        const int first_tile = (MODE == SLOT ? item / task.slices : item) * TILES;
         const int slice = MODE == SLOT ? item % task.slices : r.slice;
         const int first = slice * SLICE_BLOCKS;
         const int count = MODE == OWN ? task.blocks : min(task.blocks - first, SLICE_BLOCKS);
-        from = part.tiles + (static_cast<int64_t>(tile) * task.blocks + first) * bytes;
+        tiles = min(r.tiles - first_tile, TILES);
+        from = part.tiles + (static_cast<int64_t>(r.tile + first_tile) * task.blocks + first) * bytes;
         left = count * bytes;
         chunk = chunk_blocks(part.format) * bytes;
         item += WARPS;
@@ -95,17 +106,31 @@ struct Requests {
     __device__ __forceinline__ void request(const Task& task, int warp, uint32_t to, uint32_t full) {
         if (left == 0 && !open(task, warp)) return;
         const int bytes = min(left, chunk);
-        bulk_load(to, from, bytes, full);
+        if (TILES == 1 || tiles == 1) {
+            bulk_load(to, from, bytes, full);
+        } else {
+            const int format = task.parts.part[r.part].format;
+            bulk_expect(full, 2 * bytes);
+            bulk_copy(to, from, bytes, full);
+            bulk_copy(to + CHUNK, from + static_cast<int64_t>(task.blocks) * block_bytes(format), bytes, full);
+        }
         from += bytes;
         left -= bytes;
     }
 };
 
-// The tokens that are staged: whose, which slices, in which format.
-struct Staged {
+// What decides how tokens are staged: whose they are, which slice, in which format.
+struct Tokens {
     const bf16* x = nullptr;
     int slice = -1;
     bool plain = false;
+
+    __device__ __forceinline__ bool change(const Part& part, int now) {
+        const bool other = part.format == PLAIN;
+        if (x == part.x && slice == now && plain == other) return false;
+        x = part.x, slice = now, plain = other;
+        return true;
+    }
 };
 
 template <int NT>
@@ -115,14 +140,13 @@ struct Shared {
     int stride;
 };
 
-template <int NT>
-__device__ void stage(const Shared<NT>& s, Staged& staged, const Task& task, const Part& part, int slice) {
+// `slices` slices of a part's tokens, from `slice` on, to the window, from `place` on.
+// AT_ONCE: loads in flight, as registers allow.
+template <int NT, int AT_ONCE>
+__device__ void stage(const Shared<NT>& s, const Task& task, const Part& part, int slice, int slices, int place) {
+    constexpr int WARPS = Form<NT>::WARPS;
     const bool plain = part.format == PLAIN;
-    if (staged.x == part.x && staged.slice == slice && staged.plain == plain) return;
-    staged.x = part.x, staged.slice = slice, staged.plain = plain;
-    __syncthreads();  // nobody reads the old window any more
-    const int lane = threadIdx.x % 32, count = min(task.window, task.slices - slice) * task.tokens;
-    constexpr int AT_ONCE = NT == 1 ? 4 : NT == 2 ? 2 : 1;  // loads in flight, as registers allow
+    const int lane = threadIdx.x % 32, count = slices * task.tokens;
     for (int first = threadIdx.x / 32; first < count; first += WARPS * AT_ONCE) {
         uint32_t pairs[AT_ONCE][8];
 #pragma unroll
@@ -136,15 +160,14 @@ __device__ void stage(const Shared<NT>& s, Staged& staged, const Task& task, con
         for (int i = 0; i < AT_ONCE; ++i) {
             const int pair = first + i * WARPS;
             if (pair >= count) break;
-            const int token = pair % task.tokens, place = pair / task.tokens;
+            const int token = pair % task.tokens, to_place = place + pair / task.tokens;
             const float undo = plain ? 1.0f : scale_to_f16(pairs[i]);
-            uint4* to = reinterpret_cast<uint4*>(s.x + token * s.stride + place * 1024 + lane * 32);
+            uint4* to = reinterpret_cast<uint4*>(s.x + token * s.stride + to_place * 1024 + lane * 32);
             to[0] = make_uint4(pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
             to[1] = make_uint4(pairs[i][4], pairs[i][5], pairs[i][6], pairs[i][7]);
-            if (lane == 0) s.undo[place * 8 * NT + token] = undo;
+            if (lane == 0) s.undo[to_place * 8 * NT + token] = undo;
         }
     }
-    __syncthreads();
 }
 
 // Rounds once and stores. y: the sum over all slices.
@@ -157,22 +180,17 @@ __device__ __forceinline__ void put(const Part& part, int row, int token, float 
     else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
 }
 
-// Slices in their order, `stride` floats apart.
-__device__ __forceinline__ float sum_slices(const float* first, int slices, int64_t stride) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < slices; ++i) sum += __ldcg(first + i * stride);
-    return sum;
-}
-
 template <int NT, int MODE>
-__global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(Form<NT>::THREADS, 1) linear_kernel(const __grid_constant__ Task task) {
+    constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS, THREADS = Form<NT>::THREADS;
+    constexpr int STAGE = Ring<TILES>::STAGE;
     extern __shared__ __align__(128) uint8_t memory[];
+    let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     uint8_t* after = memory;  // rings | x | slots | undo | barriers
-    uint8_t* ring_bytes = after + warp * task.stages * CHUNK;
-    after += WARPS * task.stages * CHUNK;
+    uint8_t* ring_bytes = after + warp * task.stages * STAGE;
+    after += task.streams * task.stages * STAGE;
     Shared<NT> shared;
     shared.x = after;
     shared.stride = task.window * 1024 + 16;
@@ -183,39 +201,41 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constan
     after += task.window * 8 * NT * sizeof(float);
     uint64_t* barriers = reinterpret_cast<uint64_t*>(after) + warp * task.stages;
 
-    Ring ring = {shared_address(ring_bytes), shared_address(barriers), ring_bytes, task.stages, 0, 0};
-    Requests<MODE> requests(task);
-    if (lane == 0) {
+    Ring<TILES> ring = {shared_address(ring_bytes), shared_address(barriers), ring_bytes, task.stages, 0, 0};
+    Requests<NT, MODE> requests(task, warp);
+    if (lane == 0 && warp < task.streams) {
         for (int i = 0; i < ring.stages; ++i) barrier_init(ring.full + i * 8, 1);
         barriers_ready();
-        for (int i = 0; i < ring.stages; ++i)
-            requests.request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
+        for (int i = 0; i < ring.stages; ++i) requests.request(task, warp, ring.data + i * STAGE, ring.full + i * 8);
     }
     __syncwarp();
     wait_for_previous();
-    let_next_start();
-    const auto refill = [&](Ring& r) {
+    const auto refill = [&](Ring<TILES>& r) {
         __syncwarp();  // every lane has read the stage
-        if (lane == 0) requests.request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
+        if (lane == 0) requests.request(task, warp, r.data + r.at * STAGE, r.full + r.at * 8);
         r.advance();
     };
 
     const Rows<NT> rows(task.tokens, shared.stride);
-    Staged staged;
     Rectangles<MODE> rest(task);
     Rectangle r;
-    float sum[NT][4];
+    float sum[TILES][NT][4];
 
-    // sum of one slice of one tile, its scaling undone
-    const auto multiply = [&](const Part& part, int tile, int slice) {
-        const int place = slice - staged.slice, count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
-        slice_product(sum, part, tile, slice, count, shared.x + place * 1024, rows, ring, refill);
+    // sum of one slice, which is at `place` of the window, of up to TILES tiles; its scaling undone
+    const auto multiply = [&](const Part& part, int tile, int tiles, int slice, int place) {
+        const int count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
+        slice_product(sum, part, tile, tiles, slice, count, shared.x + place * 1024, rows, ring, refill);
         const float* undo = shared.undo + place * 8 * NT + 2 * t;
         const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+        for (int n = 0; n < NT; ++n) {
+            const float undo_even = undo[8 * n] * scale, undo_odd = undo[8 * n + 1] * scale;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[n][i] *= undo[8 * n + i % 2] * scale;
+            for (int i = 0; i < TILES; ++i) {
+                sum[i][n][0] *= undo_even, sum[i][n][1] *= undo_odd;
+                sum[i][n][2] *= undo_even, sum[i][n][3] *= undo_odd;
+            }
+        }
     };
     // f(row of the tile, token, value) for the lane's values of tokens that exist
     const auto each = [&](const float(&values)[NT][4], auto&& f) {
@@ -228,82 +248,137 @@ __global__ void __launch_bounds__(THREADS, 1) linear_kernel(const __grid_constan
             }
     };
 
+    if (MODE == SPLIT) {
+        bool more = rest.next(task, r);
+        for (int item = warp; more;) {
+            // As many rectangles as the window has room for: their tokens are staged, then multiplied.
+            __syncthreads();
+            int count = 0, place = -1;
+            Tokens tokens;
+            Rectangles<MODE> front = rest;
+            for (Rectangle q = r;;) {
+                const Part& part = task.parts.part[q.part];
+                if (tokens.change(part, q.slice)) {
+                    if (++place == task.window) break;
+                    stage<NT, NT == 8 ? 8 : 4>(shared, task, part, q.slice, 1, place);
+                }
+                ++count;
+                if (!front.next(task, q)) break;
+            }
+            __syncthreads();
+            place = -1, tokens = Tokens();
+            for (; count > 0; --count) {
+                const Part& part = task.parts.part[r.part];
+                if (tokens.change(part, r.slice)) ++place;
+                const int items = items_of<NT, MODE>(task, r);
+                for (; item < items; item += WARPS) {
+                    const int first = item * TILES, tiles = min(r.tiles - first, TILES);
+                    multiply(part, r.tile + first, tiles, r.slice, place);
+                    const int64_t tile = part.first_tile + r.tile + first;
+                    float4* slot = reinterpret_cast<float4*>(task.partials) + (tile * task.slices + r.slice) * NT * 32 + lane;
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+                            const float(&v)[4] = sum[i][n];
+                            if (i < tiles && 8 * n + 2 * t < task.tokens)
+                                __stcg(slot + (i * task.slices * NT + n) * 32, make_float4(v[0], v[1], v[2], v[3]));
+                        }
+                }
+                item -= items;
+                more = rest.next(task, r);
+            }
+        }
+        return;
+    }
+
+    Tokens tokens;
+    const auto restage = [&](const Part& part, int slice) {
+        if (!tokens.change(part, slice)) return;
+        __syncthreads();  // nobody reads the old window any more
+        stage<NT, NT == 4 ? 2 : 4>(shared, task, part, slice, min(task.window, task.slices - slice), 0);
+        __syncthreads();
+    };
     while (rest.next(task, r)) {
         const Part& part = task.parts.part[r.part];
         if (MODE == OWN) {
-            float total[NT][4] = {};
+            const int first = warp * TILES, tiles = min(r.tiles - first, TILES);
+            float total[TILES][NT][4] = {};
             for (int slice = 0; slice < task.slices; ++slice) {
-                if (slice % task.window == 0) stage(shared, staged, task, part, slice);
-                if (warp >= r.tiles) continue;
-                multiply(part, r.tile + warp, slice);
+                const int place = slice % task.window;
+                if (place == 0) restage(part, slice);
+                if (tiles <= 0) continue;
+                multiply(part, r.tile + first, tiles, slice, place);
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
+                for (int k = 0; k < TILES; ++k)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) total[n][i] += sum[n][i];
+                    for (int n = 0; n < NT; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) total[k][n][i] += sum[k][n][i];
             }
-            if (warp < r.tiles)
-                each(total, [&](int row, int token, float y) { put(part, (r.tile + warp) * TILE_ROWS + row, token, y); });
-        } else if (MODE == SLOT) {
-            stage(shared, staged, task, part, 0);
+#pragma unroll
+            for (int k = 0; k < TILES; ++k)
+                if (k < tiles) {
+                    const int row_of_tile = (r.tile + first + k) * TILE_ROWS;
+                    each(total[k], [&](int row, int token, float y) { put(part, row_of_tile + row, token, y); });
+                }
+        } else {
+            restage(part, 0);
             for (int item = warp; item < r.tiles * task.slices; item += WARPS) {
-                multiply(part, r.tile + item / task.slices, item % task.slices);
+                const int slice = item % task.slices;
+                multiply(part, r.tile + item / task.slices, 1, slice, slice);
                 float* slot = slots + item * task.tokens * 16;
-                each(sum, [&](int row, int token, float y) { slot[token * 16 + row] = y; });
+                each(sum[0], [&](int row, int token, float y) { slot[token * 16 + row] = y; });
             }
             __syncthreads();
             for (int i = threadIdx.x; i < r.tiles * task.tokens * 16; i += THREADS) {
                 const int row = i % 16, token = i / 16 % task.tokens, tile = i / 16 / task.tokens;
                 const float* slot = slots + (tile * task.slices * task.tokens + token) * 16 + row;
                 float y = 0.0f;
+#pragma unroll 4
                 for (int slice = 0; slice < task.slices; ++slice) y += slot[slice * task.tokens * 16];
                 put(part, (r.tile + tile) * TILE_ROWS + row, token, y);
             }
             __syncthreads();  // the next batch writes over the slots
-        } else {
-            stage(shared, staged, task, part, r.slice);
-            for (int item = warp; item < r.tiles; item += WARPS) {
-                multiply(part, r.tile + item, r.slice);
-                const int64_t tile = part.first_tile + r.tile + item;
-                float* slot = task.partials + (tile * task.slices + r.slice) * task.tokens * 16;
-                each(sum, [&](int row, int token, float y) { slot[token * 16 + row] = y; });
-            }
         }
     }
+}
 
-    if (MODE == SPLIT) {
-        __shared__ int complete;
-        int2* finished = reinterpret_cast<int2*>(memory);  // (part, tile of the part); the rings are drained
-        if (threadIdx.x == 0) complete = 0;
-        __threadfence();
-        __syncthreads();
-        for (Rectangles<MODE> again(task); again.next(task, r);)
-            for (int i = threadIdx.x; i < r.tiles; i += THREADS) {
-                int* counter = task.counters + task.parts.part[r.part].first_tile + r.tile + i;
-                if (atomicAdd(counter, 1) + 1 < task.slices) continue;
-                *counter = 0;
-                finished[atomicAdd(&complete, 1)] = make_int2(r.part, r.tile + i);
-            }
-        __threadfence();
-        __syncthreads();
-        const int per_tile = task.tokens * 16;
-        for (int i = threadIdx.x; i < complete * per_tile; i += THREADS) {
-            const int2 which = finished[i / per_tile];
-            const Part& part = task.parts.part[which.x];
-            const int within = i % per_tile;
-            const int64_t tile = part.first_tile + which.y;
-            const float* slot = task.partials + tile * task.slices * per_tile + within;
-            put(part, which.y * TILE_ROWS + within % 16, within / 16, sum_slices(slot, task.slices, per_tile));
-        }
+// SPLIT: adds up the slices in their order. One thread per lane and n-tile of a tile.
+constexpr int SUM_THREADS = 256;
+__global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant__ Task task, int groups) {
+    let_next_start();
+    const int used = (task.tokens + 7) / 8, at = blockIdx.x * SUM_THREADS + threadIdx.x;
+    const int lane = at % 32, n = at / 32 % used, tile = at / 32 / used, token = 8 * n + lane % 4 * 2;
+    wait_for_previous();
+    if (tile >= task.parts.tiles || token >= task.tokens) return;
+    const float4* from = reinterpret_cast<const float4*>(task.partials);
+    from += (static_cast<int64_t>(tile) * task.slices * groups + n) * 32 + lane;
+    float sum[4] = {};
+#pragma unroll 8
+    for (int slice = 0; slice < task.slices; ++slice) {
+        const float4 v = __ldcg(from + slice * groups * 32);
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
+    int which = 0;
+    while (which + 1 < task.parts.count && tile >= task.parts.part[which + 1].first_tile) ++which;
+    const Part& part = task.parts.part[which];
+    const int row = (tile - part.first_tile) * TILE_ROWS + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (token + i % 2 < task.tokens) put(part, row + i / 2 * 8, token + i % 2, sum[i]);
 }
 
 template <int NT, int MODE>
 cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
     auto kernel = linear_kernel<NT, MODE>;
-    const cudaError_t error =
+    cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
-    return launch_dependent(kernel, grid, 1, THREADS, shared_bytes, stream, task);
+    error = launch_dependent(kernel, grid, 1, Form<NT>::THREADS, shared_bytes, stream, task);
+    if (MODE != SPLIT || error != cudaSuccess) return error;
+    const int64_t threads = static_cast<int64_t>(task.parts.tiles) * ((task.tokens + 7) / 8) * 32;
+    return launch_dependent(sum_kernel, (threads + SUM_THREADS - 1) / SUM_THREADS, 1, SUM_THREADS, 0, stream, task, NT);
 }
 
 // DENSE, for cuBLAS: a part's values as BF16 [N, K], its scale left out. One warp per block of 16 x 64.
@@ -347,7 +422,7 @@ __global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part
 // parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch. DENSE takes the
 // first part alone, `tiles` of it.
 extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
-                           int* counters, int tokens, int columns, int mode, int window, int batch, int stages,
+                           int tokens, int columns, int mode, int window, int batch, int streams, int stages,
                            int shared_bytes, cudaStream_t stream) {
     if (mode == DENSE) {
         const int blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -360,12 +435,12 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
     for (int i = 0; i < count; ++i) task.parts.part[i] = parts[i];
     task.parts.count = count, task.parts.tiles = tiles;
     for (int i = 0; i <= grid; ++i) task.cuts[i] = cuts[i];
-    task.partials = partials, task.counters = counters;
+    task.partials = partials;
     task.tokens = tokens, task.columns = columns;
     task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     task.slices = (task.blocks + SLICE_BLOCKS - 1) / SLICE_BLOCKS;
     task.staged = tokens <= 8 ? tokens : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
-    task.window = window, task.batch = batch, task.stages = stages;
+    task.window = window, task.batch = batch, task.streams = streams, task.stages = stages;
     const size_t bytes = shared_bytes;
     if (mode == SLOT) return tokens > 8 ? cudaErrorInvalidValue : run<1, SLOT>(task, grid, bytes, stream);
     auto go = tokens <= 8    ? (mode == OWN ? run<1, OWN> : run<1, SPLIT>)

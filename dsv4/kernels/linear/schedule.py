@@ -1,8 +1,8 @@
 """How a launch of linear spreads its tiles over the blocks of a GPU (the three modes of linear.cu).
 
 Every block streams weights at the same rate, so each gets the same bytes. Splitting a tile between blocks costs a trip
-through memory, about as long as one block reads WORTH bytes: whole tiles are given out where that leaves nobody further
-behind.
+through memory and a second kernel, about as long as one block reads WORTH bytes: whole tiles are given out where that
+leaves nobody further behind.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dsv4.errors import KernelError
 
 OWN, SLOT, SPLIT, DENSE = 0, 1, 2, 3  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
+#: Where more than 32 tokens are multiplied, 8 warps take two tiles at a time each (Form in linear.cuh).
+_PAIRS_FROM = 33
 TOKENS = 64  #: at most, in one launch
-MAX_STAGES = 4
+MAX_STAGES = 4  #: of the rings of 16 warps; fewer rings may have more stages
+_FEW_RINGS_STAGES = 8
+_WINDOW = 4  #: slices that SPLIT stages together, where they fit
 WORTH = 56 << 10
 _FEW_TOKENS = 8  # one n-tile
 _SLOTS = 64  # slices whose sums wait in shared memory
@@ -32,6 +36,7 @@ class Plan:
     cuts: tuple[int, ...]
     window: int
     batch: int
+    streams: int
     stages: int
     shared_bytes: int
 
@@ -46,22 +51,32 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
     slices = -(-blocks // SLICE_BLOCKS)
     tiles = sum(count for count, _ in parts)
 
-    def fitted(mode: int, cuts: tuple[int, ...], window: int, batch: int, fewest: int) -> Plan | None:
-        for stages in range(MAX_STAGES, fewest - 1, -1):
+    height = _height(tokens)
+
+    def fitted(
+        mode: int, cuts: tuple[int, ...], window: int, batch: int, fewest: int, streams: int = WARPS // height
+    ) -> Plan | None:
+        most = MAX_STAGES if streams * height == WARPS else min(MAX_STAGES * WARPS // streams, _FEW_RINGS_STAGES)
+        for stages in range(most, fewest - 1, -1):
             slots = batch * slices * tokens * 64 if mode == SLOT else 0
-            shared = _shared_bytes(tokens, window, stages) + slots
+            shared = _shared_bytes(tokens, window, streams, stages) + slots
             if shared <= shared_limit:
-                return Plan(mode, cuts, window, batch, stages, shared)
+                return Plan(mode, cuts, window, batch, streams, stages, shared)
         return None
 
     whole, behind = _by_tiles(parts, blocks, processors)
     found = None
     if slices == 1 or tiles >= (WARPS - 2) * processors:
-        found = fitted(OWN, whole, slices, WARPS, 3) or fitted(OWN, whole, 1, WARPS, 2)
+        found = fitted(OWN, whole, slices, WARPS, 2) or fitted(OWN, whole, 1, WARPS, 2)
     elif tokens <= _FEW_TOKENS and behind <= WORTH:
-        found = fitted(SLOT, whole, slices, max(_SLOTS // slices, 1), 2)
+        busiest = max(b - a for a, b in pairwise(whole))
+        for batch in (max(_SLOTS // slices, 1), min(busiest, max(_SLOTS // slices, 1)), 1):
+            found = found or fitted(SLOT, whole, slices, batch, 2)
     if found is None:
-        found = fitted(SPLIT, _by_slices(parts, blocks, processors), 1, _WHOLE, 2)
+        cuts, items = _by_slices(parts, blocks, processors, height)
+        for window in (_WINDOW, 2, 1):
+            streams = min(items, WARPS // height)
+            found = found or fitted(SPLIT, cuts, window, _WHOLE, 2, streams)
     if found is None:
         raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
     return found
@@ -70,45 +85,67 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
 def tokens_at_once(shared_limit: int) -> int:
     """The most tokens one launch takes: staged by the slice, they must fit beside two stages of every ring."""
     for tokens in (TOKENS, 32, 16, 8):
-        if _shared_bytes(tokens, 1, 2) <= shared_limit:
+        if _shared_bytes(tokens, 1, WARPS // _height(tokens), 2) <= shared_limit:
             return tokens
     raise KernelError(f"linear: the GPU has {shared_limit} bytes of shared memory per block, too few for its rings")
 
 
-def _shared_bytes(tokens: int, window: int, stages: int) -> int:
+def _height(tokens: int) -> int:
+    """Tiles that a warp multiplies at a time."""
+    return 2 if tokens >= _PAIRS_FROM else 1
+
+
+def _shared_bytes(tokens: int, window: int, streams: int, stages: int) -> int:
     padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
     staged = tokens if tokens <= _FEW_TOKENS else padded
-    rings = WARPS * stages * (CHUNK + 8)
+    rings = streams * stages * (CHUNK * _height(tokens) + 8)
     return rings + staged * (window * SLICE_BYTES + 16) + window * padded * 4
 
 
 @functools.cache
 def _by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[tuple[int, ...], int]:
-    """Cuts between whole tiles that give the busiest block the fewest bytes, and how many more than a fair share."""
+    """Cuts between whole tiles that give the busiest block the fewest bytes, and how many more than a fair share.
+
+    A tile of more bytes than that, of a wider format, is a block's only one.
+    """
     before = [0, *accumulate(block * blocks for count, block in parts for _ in range(count))]
     fair = -(-before[-1] // processors)
 
     def cuts(most: int) -> list[int]:
         found = [0]
         while found[-1] < len(before) - 1 and len(found) <= processors:
-            found.append(bisect_right(before, before[found[-1]] + most) - 1)
+            found.append(max(bisect_right(before, before[found[-1]] + most) - 1, found[-1] + 1))
         return found
 
-    low, high = max(fair, blocks * max(block for _, block in parts)), before[-1]
+    low, high = 1, before[-1]
     while low < high:
         middle = (low + high) // 2
         if cuts(middle)[-1] == len(before) - 1:
             high = middle
         else:
             low = middle + 1
-    return tuple(cuts(low)), low - fair
+    found = cuts(low)
+    return tuple(found), max(before[b] - before[a] for a, b in pairwise(found)) - fair
 
 
 @functools.cache
-def _by_slices(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[int, ...]:
-    """Cuts between slices of tiles, all tiles of a slice before the next slice, so that every block gets as much."""
+def _by_slices(
+    parts: tuple[tuple[int, int], ...], blocks: int, processors: int, height: int
+) -> tuple[tuple[int, ...], int]:
+    """Cuts between slices of tiles, all tiles of a slice before the next slice, so that every block gets as much.
+
+    What a warp takes at a time, `height` tiles of a part, stays together, where there are enough of it for all. Also
+    the most items of one block.
+    """
     widths = [min(SLICE_BLOCKS, blocks - first) for first in range(0, blocks, SLICE_BLOCKS)]
-    before = [0, *accumulate(width * block for width in widths for count, block in parts for _ in range(count))]
+    if len(widths) * sum(-(-count // height) for count, _ in parts) < processors:
+        height = 1
+    items = [
+        (min(height, count - first), block) for count, block in parts for first in range(0, count, height)
+    ]  # of a slice
+    before = [0, *accumulate(width * tiles * block for width in widths for tiles, block in items)]
+    units = [0, *accumulate(tiles for _ in widths for tiles, _ in items)]
     grid = min(processors, len(before) - 1)
     inner = (bisect_left(before, before[-1] * b // grid) for b in range(1, grid))
-    return tuple(sorted({0, *inner, len(before) - 1}))
+    cuts = sorted({0, *inner, len(before) - 1})
+    return tuple(units[i] for i in cuts), max(b - a for a, b in pairwise(cuts))

@@ -18,13 +18,23 @@ __device__ __forceinline__ void barriers_ready() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// One arrival, and `bytes` (a multiple of 16) from `source` to `target` (both aligned to 16) that complete the phase.
-__device__ __forceinline__ void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+// One arrival; the phase completes with `bytes` of copies that name the barrier.
+__device__ __forceinline__ void bulk_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// `bytes` (a multiple of 16) from `source` to `target` (both aligned to 16), counted by the barrier.
+__device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
         : "memory");
+}
+
+// One arrival, and `bytes` (a multiple of 16) from `source` to `target` (both aligned to 16) that complete the phase.
+__device__ __forceinline__ void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+    bulk_expect(barrier, bytes);
+    bulk_copy(target, source, bytes, barrier);
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {

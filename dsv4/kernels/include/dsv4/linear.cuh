@@ -12,7 +12,13 @@
 
 namespace dsv4::linear {
 
-constexpr int WARPS = 16, THREADS = WARPS * 32;
+// Blocks have 16 warps, and a warp multiplies one tile at a time. With 64 tokens what a warp reads of them would bound
+// it: there it takes two tiles at once, and blocks have 8 warps with twice the registers.
+template <int NT>
+struct Form {
+    static constexpr int TILES = NT == 8 ? 2 : 1, WARPS = 16 / TILES, THREADS = WARPS * 32;
+};
+
 constexpr int TILE_ROWS = 16, BLOCK_COLUMNS = 64, SLICE_BLOCKS = SLICE / BLOCK_COLUMNS;
 constexpr int CHUNK = 2304;  // bytes of a stage of a warp's ring: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
 constexpr int MAX_PARTS = 16, MAX_GRID = 256;
@@ -46,16 +52,18 @@ struct Parts {
 __device__ __forceinline__ int block_bytes(int format) { return format == NVFP4 ? 576 : format == FP8 ? 1024 : 2048; }
 __device__ __forceinline__ int chunk_blocks(int format) { return format == NVFP4 ? 4 : format == FP8 ? 2 : 1; }
 
-// A warp's ring of stages in shared memory.
+// A warp's ring of stages in shared memory, each a chunk of every tile it multiplies at once.
+template <int TILES>
 struct Ring {
-    uint32_t data, full;  // shared addresses: [stages][CHUNK], [stages] barriers
+    static constexpr int STAGE = TILES * CHUNK;
+    uint32_t data, full;  // shared addresses: [stages][TILES][CHUNK], [stages] barriers
     const uint8_t* bytes;
     int stages, at;
     uint32_t parity;
 
     __device__ __forceinline__ const uint8_t* wait() const {
         barrier_wait(full + at * 8, parity);
-        return bytes + at * CHUNK;
+        return bytes + at * STAGE;
     }
     __device__ __forceinline__ void advance() {
         if (++at == stages) at = 0, parity ^= 1;
@@ -108,60 +116,75 @@ __device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_
     }
 }
 
-template <int NT>
-__device__ __forceinline__ void nvfp4_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+template <int TILES, int NT>
+__device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
                                             const Rows<NT>& rows) {
-    uint32_t a[4][4];
-    nvfp4_operands(a, block);
+    uint32_t a[TILES][4][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], block + i * CHUNK);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[8];
         load_b(b, x + rows.offset(n));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma_f16(sum[n], a[j], b[2 * j], b[2 * j + 1]);
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) mma_f16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
     }
 }
 
-template <int NT>
-__device__ __forceinline__ void fp8_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
-                                          const Rows<NT>& rows, float scale) {
-    uint32_t a[4][4];
-    fp8_operands(a, block);
+template <int TILES, int NT>
+__device__ __forceinline__ void fp8_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
+                                          const Rows<NT>& rows, const float (&scale)[TILES]) {
+    uint32_t a[TILES][4][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) fp8_operands(a[i], block + i * CHUNK);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        float part[4] = {};
+        float part[TILES][4] = {};
         uint32_t b[8];
         load_b(b, x + rows.offset(n));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma_f16(part, a[j], b[2 * j], b[2 * j + 1]);
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[n][i] = fmaf(part[i], scale, sum[n][i]);
+            for (int i = 0; i < TILES; ++i) mma_f16(part[i], a[i][j], b[2 * j], b[2 * j + 1]);
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[i][n][k] = fmaf(part[i][k], scale[i], sum[i][n][k]);
     }
 }
 
-template <int NT>
-__device__ __forceinline__ void plain_block(float (&sum)[NT][4], const uint8_t* block, const uint8_t* x,
+template <int TILES, int NT>
+__device__ __forceinline__ void plain_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
                                             const Rows<NT>& rows) {
-    uint32_t a[4][4];
-    plain_operands(a, block);
+    uint32_t a[TILES][4][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) plain_operands(a[i], block + i * CHUNK);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[8];
         load_b(b, x + rows.offset(n));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma_bf16(sum[n], a[j], b[2 * j], b[2 * j + 1]);
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) mma_bf16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
     }
 }
 
-// sum = a tile's slice of `blocks` blocks times the tokens. x: the slice of the staged window. The caller refills the
-// ring after each chunk through `next`.
-template <int NT, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[NT][4], const Part& part, int tile, int slice, int blocks,
-                                              const uint8_t* x, const Rows<NT>& rows, Ring& ring, Next&& next) {
+// sum = a slice, of `blocks` blocks, of `tiles` tiles from `tile` on, times the tokens. x: the slice of the staged
+// window. The caller refills the ring after each chunk through `next`. Where fewer tiles are left than a warp
+// multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes.
+template <int TILES, int NT, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int tile, int tiles, int slice,
+                                              int blocks, const uint8_t* x, const Rows<NT>& rows, Ring<TILES>& ring,
+                                              Next&& next) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int t = 0; t < TILES; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[t][n][i] = 0.0f;
     if (part.format == NVFP4) {
         for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
             const uint8_t* chunk = ring.wait();
@@ -177,13 +200,20 @@ __device__ __forceinline__ void slice_product(float (&sum)[NT][4], const Part& p
         }
     } else if (part.format == FP8) {
         const int lane = threadIdx.x % 32, column = slice * (SLICE / 128) + lane;
-        const int row = (part.first_row + tile * TILE_ROWS) / 128;
-        float scales = 0.0f;
-        if (lane < SLICE / 128 && column < part.scale_columns) scales = part.block_scale[row * part.scale_columns + column];
+        float scales[TILES];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            const int row = (part.first_row + (tile + min(i, tiles - 1)) * TILE_ROWS) / 128;
+            const bool exists = lane < SLICE / 128 && column < part.scale_columns;
+            scales[i] = exists ? part.block_scale[row * part.scale_columns + column] : 0.0f;
+        }
 #pragma unroll 1
         for (int done = 0; done < blocks; done += 2, x += 2 * 128) {
-            const float scale = __shfl_sync(0xFFFFFFFFu, scales, done / 2);
+            float scale[TILES];
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, scales[i], done / 2);
             const uint8_t* chunk = ring.wait();
+#pragma unroll 1
             for (int k = 0; k < min(blocks - done, 2); ++k) fp8_block(sum, chunk + k * 1024, x + k * 128, rows, scale);
             next(ring);
         }
