@@ -11,7 +11,6 @@ from torch import Tensor
 from dsv4.engine.guard.driver import driver
 from dsv4.engine.guard.findings import Finding
 from dsv4.engine.guard.step import Step, Subject
-from dsv4.errors import KernelError
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
@@ -83,25 +82,24 @@ def _poison(what: str, rows: Tensor, label: str) -> list[Finding]:
     return [Finding("bits", "poison", f"{what % count}, first at {list(_first(rows))} ({label})")] if count else []
 
 
-def poison_pool(step: Step) -> None:
-    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written.
-
-    torch also lists segments that it has given back to the driver; those no kernel can read.
+def poison_pool(step: Step) -> str | None:
+    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written. What could
+    not be overwritten, in words: the driver does not know every segment that torch lists.
     """
     if step.graph is None:
-        return
+        return None
     pool = tuple(step.graph.pool())
     torch.cuda.synchronize()
     listed = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool and s["total_size"]]
-    held = [s for s in listed if driver().memory(s["address"]) == "device"]
-    if listed and not held:
-        raise KernelError(
-            f"none of the {len(listed)} segments that torch lists for the graph's memory pool {pool} is device memory, "
-            "so it cannot be poisoned"
-        )
-    for segment in held:
-        driver().fill(segment["address"], POISON, segment["total_size"])
+    unknown = [s for s in listed if driver().memory(s["address"]) != "device"]
+    for segment in listed:
+        if segment not in unknown:
+            driver().fill(segment["address"], POISON, segment["total_size"])
     torch.cuda.synchronize()
+    shown = ", ".join(
+        f"{s['total_size']} bytes at {s['address']:#x} ({driver().memory(s['address'])})" for s in unknown
+    )
+    return f"not poisoned, of the graph's memory pool {pool}: {shown}" if unknown else None
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Bits:

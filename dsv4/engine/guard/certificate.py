@@ -207,6 +207,8 @@ def _capture_body(step: Step, pool: Any) -> tuple[torch.cuda.CUDAGraph, CallLog]
 
 
 def _bits(step: Step, subject: Subject, tokens: list[int], report: BatchReport) -> None:
+    missed = bits.poison_pool(step)
+    report.notes += [missed] if missed else []
     for lengths in groups(subject.lengths(), step.rows):
         label = "lengths " + (" ".join(map(str, lengths)) if len(lengths) <= 8 else f"{lengths[0]} to {max(lengths)}")
         slots = subject.place(lengths)
