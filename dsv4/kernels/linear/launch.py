@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels import tiles
-from dsv4.kernels.linear.schedule import DENSE, SPLIT, Plan, plan, tokens_at_once
+from dsv4.kernels.linear.schedule import DENSE, ROUND, SPLIT, Plan, plan, tokens_at_once
 from dsv4.kernels.linear.tiled import Tiled
 from dsv4.kernels.loader import Kernel
 
 MAX_PARTS, MAX_GRID = 16, 256  # constants of include/dsv4/linear.cuh
-_MANY_TOKENS = 256  # from here on cuBLAS on unpacked slices of the weight is faster
+_MANY_TOKENS = 192  # beyond, cuBLAS on unpacked slices of the weight is faster
 _SLICE_VALUES = 1 << 25  # of such a slice, and of float32 results on their way
+_JOINED_VALUES = 1 << 22  # results that are few enough to be worth one product for all parts
 _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
 _KERNEL = Kernel("linear", "piipipiiiiiiii")
@@ -76,8 +79,8 @@ class Launcher:
     ) -> None:
         total = len(inputs[0])
         if total > _MANY_TOKENS and all(part.exact for part in self.parts):
-            for row, part, x, scale, out in zip(self.table, self.parts, inputs, row_scales, outputs, strict=True):
-                self._multiply(row, part, x, scale, out)
+            with _unrounded_sums():
+                self._multiply(inputs, row_scales, outputs)
             return
         processors, shared_limit = _gpu(self.device)
         step = tokens_at_once(shared_limit)
@@ -86,22 +89,60 @@ class Launcher:
             self._point(rows, inputs, row_scales, outputs)
             self._launch(plan(self.shapes, self.blocks, rows.stop - start, processors, shared_limit), rows.stop - start)
 
-    def _multiply(self, row: _Part, part: Tiled, x: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
-        """Many tokens: slices of the weight unpacked to BF16, the product by cuBLAS, float32 until its one rounding."""
-        one = _Part.from_buffer_copy(row)
-        step = max(_SLICE_VALUES // max(self.columns, len(x)) // tiles.ROWS, 1) * tiles.ROWS
+    def _multiply(
+        self, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    ) -> None:
+        """Many tokens: the weight unpacked to BF16, the product by cuBLAS, float32 until its one rounding.
+
+        Small neighbours that share an input become one product, of which a kernel takes each part's results.
+        """
+        self._point(slice(None), inputs, row_scales, outputs)
+        places = range(len(self.parts))
+        for _, run in groupby(places, lambda i: (inputs[i].data_ptr(), inputs[i].stride(0))):
+            group = list(run)
+            rows = sum(self.shapes[i][0] for i in group) * tiles.ROWS
+            x = inputs[group[0]]
+            if len(group) > 1 and rows * self.columns <= _SLICE_VALUES and rows * len(x) <= _JOINED_VALUES:
+                self._together(group, rows, x)
+            else:
+                for i in group:
+                    self._alone(i, inputs[i], row_scales[i], outputs[i])
+
+    def _together(self, group: list[int], rows: int, x: Tensor) -> None:
+        table = (_Part * len(group))(*(self.table[i] for i in group))
+        for row in table:
+            row.first_tile -= self.table[group[0]].first_tile
+        sums = torch.mm(x, self._unpacked(table, rows).T, out_dtype=torch.float32)
+        self._convert(table, rows, sums, len(x), ROUND)
+
+    def _alone(self, place: int, x: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+        part, direct = self.parts[place], row_scale is None and out.dtype == torch.bfloat16
+        factor = part.alpha if row_scale is None else row_scale.unsqueeze(1) * part.alpha
+        step = max(_SLICE_VALUES // max(self.columns, 0 if direct else len(x)) // tiles.ROWS, 1) * tiles.ROWS
         for start in range(0, part.shape[0], step):
-            count = min(step, part.shape[0] - start)
-            values = torch.empty(count, self.columns, dtype=torch.bfloat16, device=self.device)
+            table = (_Part * 1)(self.table[place])
             block = part.tiles[start // tiles.ROWS :]
-            one.tiles, one.first_row, one.rows = block.data_ptr(), part.first_row + start, count
-            one.out, one.out_stride = values.data_ptr(), self.columns
-            table = ctypes.addressof(one)
-            _KERNEL(
-                self.device, table, 1, -(-count // tiles.ROWS), None, 0, None, 0, self.columns, DENSE, 0, 0, 0, 0, 0
-            )
-            y = torch.mm(x, values.T, out_dtype=torch.float32).mul_(part.alpha)
-            out[:, start : start + count] = y if row_scale is None else y.mul_(row_scale.unsqueeze(1))
+            count = min(step, part.shape[0] - start)
+            table[0].tiles, table[0].first_row = block.data_ptr(), part.first_row + start
+            table[0].first_tile, table[0].rows = 0, count
+            values, to = self._unpacked(table, count).T, out[:, start : start + count]
+            if direct:
+                torch.addmm(to, x, values, beta=0, alpha=part.alpha, out=to)
+            else:
+                torch.mul(torch.mm(x, values, out_dtype=torch.float32), factor, out=to)
+
+    def _unpacked(self, table: ctypes.Array[_Part], rows: int) -> Tensor:
+        """The values of the table's parts, [rows, K] BF16."""
+        values = torch.empty(rows, self.columns, dtype=torch.bfloat16, device=self.device)
+        parts = (_Part * len(table))(*table)
+        for row in parts:
+            row.out, row.out_stride = values[row.first_tile * tiles.ROWS :].data_ptr(), self.columns
+        self._convert(parts, rows, None, 0, DENSE)
+        return values
+
+    def _convert(self, table: ctypes.Array[_Part], rows: int, sums: Tensor | None, tokens: int, mode: int) -> None:
+        count, address = -(-rows // tiles.ROWS), ctypes.addressof(table)
+        _KERNEL(self.device, address, len(table), count, None, 0, sums, tokens, self.columns, mode, 0, 0, 0, 0, 0)
 
     def _point(
         self, rows: slice, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
@@ -139,6 +180,18 @@ class Launcher:
             how.stages,
             how.shared_bytes,
         )
+
+
+@contextmanager
+def _unrounded_sums() -> Iterator[None]:
+    """cuBLAS may not round what it adds up: results are rounded once."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @functools.cache

@@ -16,7 +16,7 @@ using namespace dsv4::linear;
 
 namespace {
 
-enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3 };  // the codes of kernels/linear/schedule.py
+enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3, ROUND = 4 };  // the codes of kernels/linear/schedule.py
 
 struct Task {
     Parts parts;
@@ -168,6 +168,12 @@ __device__ void stage(const Shared<NT>& s, const Task& task, const Part& part, i
             if (lane == 0) s.undo[to_place * 8 * NT + token] = undo;
         }
     }
+}
+
+__device__ __forceinline__ const Part& part_of(const Parts& parts, int tile) {
+    int which = 0;
+    while (which + 1 < parts.count && tile >= parts.part[which + 1].first_tile) ++which;
+    return parts.part[which];
 }
 
 // Rounds once and stores. y: the sum over all slices.
@@ -360,9 +366,7 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
         const float4 v = __ldcg(from + slice * groups * 32);
         sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
-    int which = 0;
-    while (which + 1 < task.parts.count && tile >= task.parts.part[which + 1].first_tile) ++which;
-    const Part& part = task.parts.part[which];
+    const Part& part = part_of(task.parts, tile);
     const int row = (tile - part.first_tile) * TILE_ROWS + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -381,12 +385,14 @@ cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t st
     return launch_dependent(sum_kernel, (threads + SUM_THREADS - 1) / SUM_THREADS, 1, SUM_THREADS, 0, stream, task, NT);
 }
 
-// DENSE, for cuBLAS: a part's values as BF16 [N, K], its scale left out. One warp per block of 16 x 64.
-__global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part part, int tiles, int blocks, int columns) {
+// DENSE, for cuBLAS: the parts' values as BF16 [N, K], their scales left out. One warp per block of 16 x 64.
+__global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Parts parts, int blocks, int columns) {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (at >= static_cast<int64_t>(tiles) * blocks) return;
-    const int lane = threadIdx.x % 32, tile = at / blocks, column = at % blocks * BLOCK_COLUMNS + lane % 4 * 16;
-    const uint8_t* block = part.tiles + at * block_bytes(part.format);
+    if (at >= static_cast<int64_t>(parts.tiles) * blocks) return;
+    const Part& part = part_of(parts, at / blocks);
+    const int lane = threadIdx.x % 32, tile = at / blocks - part.first_tile;
+    const int column = at % blocks * BLOCK_COLUMNS + lane % 4 * 16;
+    const uint8_t* block = part.tiles + (static_cast<int64_t>(tile) * blocks + at % blocks) * block_bytes(part.format);
     float scale = w4::UNDO;
     if (part.format == FP8)
         scale = part.block_scale[(part.first_row + tile * TILE_ROWS) / 128 * part.scale_columns + column / 128];
@@ -417,27 +423,38 @@ __global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part
     }
 }
 
+// ROUND, after cuBLAS: sums [T, tiles x 16] in float32 to where the parts want them.
+__global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Parts parts, const float* sums, int tokens) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x, rows = parts.tiles * TILE_ROWS;
+    if (at >= rows * tokens) return;
+    const int token = at / rows, row = at % rows;
+    const Part& part = part_of(parts, row / TILE_ROWS);
+    put(part, row - part.first_tile * TILE_ROWS, token, sums[at]);
+}
+
 }  // namespace
 
-// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch. DENSE takes the
-// first part alone, `tiles` of it.
+// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch.
 extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
                            int tokens, int columns, int mode, int window, int batch, int streams, int stages,
                            int shared_bytes, cudaStream_t stream) {
-    if (mode == DENSE) {
-        const int blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-        const int64_t warps = static_cast<int64_t>(tiles) * blocks;
-        return launch(dense_kernel, (warps + 7) / 8, 1, 256, 0, 1, stream, parts[0], tiles, blocks, columns);
-    }
-    if (count < 1 || count > MAX_PARTS || grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64)
-        return cudaErrorInvalidValue;
+    if (count < 1 || count > MAX_PARTS) return cudaErrorInvalidValue;
     Task task;
     for (int i = 0; i < count; ++i) task.parts.part[i] = parts[i];
     task.parts.count = count, task.parts.tiles = tiles;
+    task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    if (mode == DENSE) {
+        const int64_t warps = static_cast<int64_t>(tiles) * task.blocks;
+        return launch(dense_kernel, (warps + 7) / 8, 1, 256, 0, 1, stream, task.parts, task.blocks, columns);
+    }
+    if (mode == ROUND) {
+        const int64_t threads = static_cast<int64_t>(tiles) * TILE_ROWS * tokens;
+        return launch(round_kernel, (threads + 255) / 256, 1, 256, 0, 1, stream, task.parts, partials, tokens);
+    }
+    if (grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64) return cudaErrorInvalidValue;
     for (int i = 0; i <= grid; ++i) task.cuts[i] = cuts[i];
     task.partials = partials;
     task.tokens = tokens, task.columns = columns;
-    task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     task.slices = (task.blocks + SLICE_BLOCKS - 1) / SLICE_BLOCKS;
     task.staged = tokens <= 8 ? tokens : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
     task.window = window, task.batch = batch, task.streams = streams, task.stages = stages;

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 from dsv4.errors import KernelError
 
-OWN, SLOT, SPLIT, DENSE = 0, 1, 2, 3  # Mode in linear.cu
+OWN, SLOT, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
 #: Where more than 32 tokens are multiplied, 8 warps take two tiles at a time each (Form in linear.cuh).
 _PAIRS_FROM = 33
