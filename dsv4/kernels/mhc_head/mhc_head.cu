@@ -1,5 +1,4 @@
-// mhc_head: as mhc_pre with M mixes and no Sinkhorn.
-#include <dsv4/dependent.cuh>
+// mhc_head: what mhc.cuh says, with M mixes, no Sinkhorn and no norm.
 #include <dsv4/mhc.cuh>
 
 using namespace dsv4;
@@ -7,37 +6,40 @@ using namespace dsv4::mhc;
 
 namespace {
 
+__device__ Words<HEAD> words;
+
 template <typename T>
-__global__ void __launch_bounds__(THREADS) mhc_head(const T* h, const float* fn, const float* base, const float* scale,
-                                                    T* x, int64_t tokens, int D, float hc_eps, float norm_eps,
-                                                    bool wide) {
-    __shared__ Sums<M, 1> s;
-    take_turn();
-    const int64_t token = blockIdx.x / CLUSTER;
-    mixes<M, 1>(s, h, fn, token, tokens, D, wide);
-    if (threadIdx.x < M) {
-        s.pre[0][threadIdx.x] =
-            sigmoid(mix(s, 0, threadIdx.x, D, scale[0], base[threadIdx.x], norm_eps)) + hc_eps;
-    }
-    __syncthreads();
-    collapse(s, h, x, token, tokens, D, wide);
-    cluster_wait();  // nobody leaves while another block may still read its sums
+__global__ void __launch_bounds__(Shape<HEAD>::WORKERS, 2) mhc_head(const __grid_constant__ Args<T> a) {
+    enter_few(a, words);
+}
+
+template <int TT, typename T>
+__global__ void __launch_bounds__(Shape<HEAD>::WORKERS) mhc_head_shares(const __grid_constant__ Args<T> a) {
+    shares_of_many<HEAD, TT>(a);
 }
 
 template <typename T>
-static cudaError_t run(const void* h, const float* fn, const float* base, const float* scale, void* x, int64_t tokens,
-                       int D, float hc_eps, float norm_eps, cudaStream_t stream) {
-    const bool wide = D % W == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
-    return launch_dependent_clusters(mhc_head<T>, tokens * CLUSTER, THREADS, 0, CLUSTER, stream,
-                                     static_cast<const T*>(h), fn, base, scale, static_cast<T*>(x), tokens, D, hc_eps,
-                                     norm_eps, wide);
+__global__ void __launch_bounds__(Shape<HEAD>::THREADS) mhc_head_end(const __grid_constant__ Args<T> a, int slices) {
+    enter_many<HEAD>(a, slices);
+}
+
+template <typename T>
+cudaError_t go(const void* h, const float* fn, const float* base, const float* scale, void* x, float* shares,
+               int64_t tokens, int D, float hc_eps, float norm_eps, cudaStream_t stream) {
+    const bool wide = D % wide_elements<T> == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
+    Args<T> args = {};
+    args.h = static_cast<const T*>(h), args.fn = fn, args.base = base, args.scale = scale;
+    args.x_out = static_cast<T*>(x), args.shares = shares, args.tokens = tokens, args.D = D;
+    args.hc_eps = hc_eps, args.norm_eps = norm_eps, args.wide = wide;
+    return run<HEAD>(mhc_head<T>, mhc_head_shares<4, T>, mhc_head_shares<8, T>, mhc_head_end<T>, args, stream);
 }
 
 }  // namespace
 
 extern "C" int dsv4_mhc_head(const void* h, const float* fn, const float* base, const float* scale, void* x,
-                             int64_t tokens, int D, float hc_eps, float norm_eps, int dtype, cudaStream_t stream) {
+                             float* shares, int64_t tokens, int D, float hc_eps, float norm_eps, int dtype,
+                             cudaStream_t stream) {
     if (tokens == 0) return cudaSuccess;
-    auto go = dtype == BF16 ? run<bf16> : run<float>;
-    return go(h, fn, base, scale, x, tokens, D, hc_eps, norm_eps, stream);
+    auto typed = dtype == BF16 ? go<bf16> : go<float>;
+    return typed(h, fn, base, scale, x, shares, tokens, D, hc_eps, norm_eps, stream);
 }

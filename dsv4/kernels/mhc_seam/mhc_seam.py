@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from dsv4.errors import KernelError
 from dsv4.kernels.launch import contiguous, dtype_code, four_streams, result, row_stride, same_device, same_dtype
 from dsv4.kernels.loader import Kernel
+from dsv4.kernels.mhc_pre.shares import shares_of
 from dsv4.kernels.mhc_seam.mhc_seam_ref import mhc_seam_ref
 from dsv4.kernels.op import op
 
 _KERNEL = Kernel("mhc_seam", "pppppppppppppqiqiffi")
-_COLUMNS, _SUMS = 64, 25  # of a block; of a token: 24 mixes and the sum of squares
-_WIDEST = 8192
 
 
 @op(
@@ -48,12 +46,10 @@ def mhc_seam(
     y [T, D], h [T, M, D] bf16|f32, post [T, M], comb [T, M, M] f32 of the site that ends; fn [O, M*D], base, scale [O],
     weight [D] f32 of the one that begins -> h' [T, M, D], x [T, D] in h's dtype, post' [T, M], comb' [T, M, M] f32.
     Rounded where the three ops round: h', the collapsed x, the normed x. A row's bits do not depend on T.
-    One launch up to T = 4, two beyond; launches of a device must follow one another (their blocks count arrivals in
-    one place). Reads T*(M+1)*D*2 + (2+M)*M*M*D*4 bytes and writes T*(M+1)*D*2.
+    One launch up to T = 4, two beyond; launches of a device must follow one another (blocks of one launch tell each
+    other sums in one place). Reads T*(M+1)*D*2 + (2+M)*M*M*D*4 bytes and writes T*(M+1)*D*2.
     """
     tokens, streams, width = four_streams("mhc_seam", h, fn, (2 + h.shape[1]) * h.shape[1])
-    if width > _WIDEST:
-        raise KernelError(f"mhc_seam: D = {width}; the kernel is written for at most {_WIDEST}")
     same_dtype("mhc_seam", "y", y, "h", h)
     contiguous("mhc_seam", h=h, post=post, comb=comb, fn=fn, base=base, scale=scale, weight=weight)
     same_device("mhc_seam", y.device, h=h, post=post, comb=comb, fn=fn, base=base, scale=scale, weight=weight)
@@ -62,8 +58,7 @@ def mhc_seam(
     x = result("mhc_seam", given[1], (tokens, width), h.dtype, h.device)
     new_post = result("mhc_seam", given[2], (tokens, streams), torch.float32, h.device)
     new_comb = result("mhc_seam", given[3], (tokens, streams, streams), torch.float32, h.device)
-    shares = torch.empty(tokens, -(-width // _COLUMNS), _SUMS, dtype=torch.float32, device=h.device)
-    tensors = y, h, post, comb, fn, base, scale, weight, new, x, new_post, new_comb, shares
+    tensors = y, h, post, comb, fn, base, scale, weight, new, x, new_post, new_comb, shares_of("mhc_seam", h, len(fn))
     stride, code = row_stride("mhc_seam", "y", y), dtype_code("mhc_seam", "h", h)
     _KERNEL(y.device, *tensors, tokens, width, stride, sinkhorn_iters, hc_eps, norm_eps, code)
     return new, x, new_post, new_comb
