@@ -147,6 +147,20 @@ def test_bytes_that_differ_at_one_length_prove_nothing():
     assert f"argument 0 is {hex(5 << 32 | 9)} at 5 tokens, {hex(300 << 32 | 8)}" in finding.what and unstable == 1
 
 
+def test_addresses_in_the_graphs_own_memory_may_move():
+    """Both must lie there: from the pool to elsewhere, or anywhere else, is a finding."""
+    pool = [range(0x7000_0000_0000, 0x7000_0000_1000)]
+
+    def found(a: int, b: int) -> int:
+        first, second = ([[kernel("k", i32(1) + i32(2) + n.to_bytes(8, "little"))]] * 2 for n in (a, b))
+        captures = scalars.Captures("5 tokens", first), scalars.Captures("300 tokens", second)
+        return len(scalars.findings(*captures, pool)[0])
+
+    assert found(0x7000_0000_0010, 0x7000_0000_0ABC) == 0
+    assert found(0x7000_0000_0010, 0x7000_0000_1000) == 1
+    assert found(0x6000_0000_0010, 0x6000_0000_0ABC) == 1
+
+
 def test_launch_shapes_and_other_kernels_count_too():
     wide = kernel("k", launch=(9, 1, 1, 32, 1, 1, 0))
     (finding,), _ = diff([[kernel("k")]] * 2, [[wide]] * 2)

@@ -82,24 +82,23 @@ def _poison(what: str, rows: Tensor, label: str) -> list[Finding]:
     return [Finding("bits", "poison", f"{what % count}, first at {list(_first(rows))} ({label})")] if count else []
 
 
-def poison_pool(step: Step) -> str | None:
-    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written. What could
-    not be overwritten, in words: the driver does not know every segment that torch lists.
-    """
+def pool_memory(pool: tuple[int, int]) -> list[range]:
+    """The addresses of a memory pool, by segment."""
+    return [
+        range(segment["address"], segment["address"] + segment["total_size"])
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) == tuple(pool)
+    ]
+
+
+def poison_pool(step: Step) -> None:
+    """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written."""
     if step.graph is None:
-        return None
-    pool = tuple(step.graph.pool())
+        return
     torch.cuda.synchronize()
-    listed = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool and s["total_size"]]
-    unknown = [s for s in listed if driver().memory(s["address"]) != "device"]
-    for segment in listed:
-        if segment not in unknown:
-            driver().fill(segment["address"], POISON, segment["total_size"])
+    for segment in pool_memory(step.graph.pool()):
+        driver().fill(segment.start, POISON, len(segment))
     torch.cuda.synchronize()
-    shown = ", ".join(
-        f"{s['total_size']} bytes at {s['address']:#x} ({driver().memory(s['address'])})" for s in unknown
-    )
-    return f"not poisoned, of the graph's memory pool {pool}: {shown}" if unknown else None
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Bits:

@@ -189,13 +189,13 @@ def _baked(step: Step, subject: Subject, tokens: list[int], report: BatchReport)
             graphs.append(census.read(graph, log))
         captures.append(scalars.Captures(label, graphs[-_CAPTURES:]))
     for other in captures[1:]:
-        found, unstable = scalars.findings(captures[0], other)
+        found, unstable = scalars.findings(captures[0], other, bits.pool_memory(pool))
         report.findings += found
         report.scalars.append(f"{captures[0].label} and {other.label}: {len(captures[0].graphs[0])} nodes")
         if unstable:
             report.notes.append(
                 f"baked scalars, {report.scalars[-1]}: {unstable} argument bytes differ between captures at one length "
-                "too and were left out"
+                "too, or are addresses in the graphs' own memory, and were left out"
             )
 
 
@@ -207,8 +207,6 @@ def _capture_body(step: Step, pool: Any) -> tuple[torch.cuda.CUDAGraph, CallLog]
 
 
 def _bits(step: Step, subject: Subject, tokens: list[int], report: BatchReport) -> None:
-    missed = bits.poison_pool(step)
-    report.notes += [missed] if missed else []
     for lengths in groups(subject.lengths(), step.rows):
         label = "lengths " + (" ".join(map(str, lengths)) if len(lengths) <= 8 else f"{lengths[0]} to {max(lengths)}")
         slots = subject.place(lengths)

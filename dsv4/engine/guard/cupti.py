@@ -71,7 +71,8 @@ class Cupti:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.library = ctypes.CDLL(str(path))
+            self._library = ctypes.CDLL(str(path))
+            self._functions: dict[str, Any] = {}  # library[name] makes a new object each time, without the types
             self._function("cuptiGetVersion", POINTER(c_uint32))
             self._function("cuptiGetResultString", c_int, POINTER(c_char_p))
             self._function("cuptiGetCallbackName", c_int, c_uint32, POINTER(c_char_p))
@@ -84,7 +85,7 @@ class Cupti:
         self.names = {domain: self._names(domain) for domain in (DRIVER, RUNTIME)}
 
     def _function(self, name: str, *types: Any) -> None:
-        function = self.library[name]
+        function = self._functions[name] = self._library[name]
         function.argtypes, function.restype = types, c_int
 
     def _names(self, domain: int) -> dict[int, str]:
@@ -94,7 +95,7 @@ class Cupti:
         while cbid - last < _GAP:
             cbid += 1
             text = c_char_p()
-            if self.library["cuptiGetCallbackName"](domain, cbid, byref(text)) == 0 and text.value:
+            if self._functions["cuptiGetCallbackName"](domain, cbid, byref(text)) == 0 and text.value:
                 names[cbid], last = text.value.decode(), cbid
         return names
 
@@ -104,10 +105,10 @@ class Cupti:
         return value.value
 
     def check(self, name: str, *arguments: Any) -> None:
-        code = self.library[name](*arguments)
+        code = self._functions[name](*arguments)
         if code:
             text = c_char_p()
-            self.library["cuptiGetResultString"](code, byref(text))
+            self._functions["cuptiGetResultString"](code, byref(text))
             said = text.value.decode() if text.value else f"CUptiResult {code}"
             hint = "; another profiler holds CUPTI in this process: run without it" if code == _BUSY else ""
             raise KernelError(f"{name} failed: {said}{hint} ({self.path})")

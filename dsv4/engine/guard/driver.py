@@ -39,12 +39,13 @@ class Driver:
 
     def __init__(self, path: str = "libcuda.so.1"):
         try:
-            self.library = ctypes.CDLL(path)
+            library = ctypes.CDLL(path)
         except OSError as error:
             raise KernelError(f"the guard needs the CUDA driver, and {path} cannot be loaded: {error}") from error
+        self._functions: dict[str, Any] = {}  # library[name] makes a new object each time, without the types
         for name, types in _FUNCTIONS.items():
             try:
-                function = self.library[name]
+                function = self._functions[name] = library[name]
             except AttributeError as error:
                 raise KernelError(
                     f"{path} has no {name}: the guard reads captured graphs through it and needs a driver for CUDA "
@@ -53,17 +54,17 @@ class Driver:
             function.argtypes, function.restype = types, c_int
 
     def call(self, name: str, *arguments: Any) -> None:
-        code = self.library[name](*arguments)
+        code = self._functions[name](*arguments)
         if code:
             raise KernelError(f"{name} failed: {self.error_name(code)}")
 
     def code(self, name: str, *arguments: Any) -> int:
         """The CUresult, for callers to whom an error is an answer."""
-        return int(self.library[name](*arguments))
+        return int(self._functions[name](*arguments))
 
     def error_name(self, code: int) -> str:
         text = c_char_p()
-        self.library["cuGetErrorName"](code, byref(text))
+        self._functions["cuGetErrorName"](code, byref(text))
         return text.value.decode() if text.value else f"CUresult {code}"
 
     def version(self) -> int:

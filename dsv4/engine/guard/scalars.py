@@ -2,7 +2,9 @@
 
 A length that reached a kernel as a number is in the graph for good: the replay of the next step would still use it.
 The step is captured more than once at each length. What differs between captures at one length (struct padding that
-nobody wrote, addresses that the allocator chose anew) says nothing about lengths and is left out, and counted.
+nobody wrote, addresses that the allocator chose anew) says nothing about lengths and is left out, and counted. So are
+addresses in the graphs' own memory pool: what a kernel finds there the step itself has written, which the comparison
+of replay and eager checks, and the allocator may hand out another piece of it when other captures came before.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ class Captures:
     graphs: Sequence[list[Node]]
 
 
-def findings(first: Captures, second: Captures) -> tuple[list[Finding], int]:
-    """What differs between two lengths and not between captures at one length; and how many bytes were left out."""
+def findings(first: Captures, second: Captures, pool: Sequence[range] = ()) -> tuple[list[Finding], int]:
+    """What differs between two lengths and not between captures at one length, addresses in `pool` apart; and how many
+    bytes were left out.
+    """
     found: list[Finding] = []
     shapes = [[(node.type, node.name) for node in graph] for captures in (first, second) for graph in captures.graphs]
     if any(shape != shapes[0] for shape in shapes[1:]):
@@ -39,7 +43,7 @@ def findings(first: Captures, second: Captures) -> tuple[list[Finding], int]:
             )
         for p, ((what, x), (_, y)) in enumerate(zip(a.parameters, b.parameters, strict=True)):
             loose = [_differing(n.parameters[p][1], m.parameters[p][1]) for n, m in repeats]
-            ignored = set().union(*loose)
+            ignored = set().union(*loose) | _moved_within(pool, x, y)
             unstable += len(ignored)
             moved = sorted(_differing(x, y) - ignored)
             if moved:
@@ -47,6 +51,16 @@ def findings(first: Captures, second: Captures) -> tuple[list[Finding], int]:
                 values = f"{_value(x, moved[0])} at {first.label}, {_value(y, moved[0])} at {second.label}"
                 found.append(_finding(a, f"{at} is {values}"))
     return found, unstable
+
+
+def _moved_within(pool: Sequence[range], x: bytes, y: bytes) -> set[int]:
+    """Bytes of aligned words that differ and are addresses in the pool on both sides."""
+    found: set[int] = set()
+    for at in range(0, min(len(x), len(y)) - 7, 8):
+        words = [int.from_bytes(data[at : at + 8], "little") for data in (x, y)]
+        if words[0] != words[1] and all(any(word in piece for piece in pool) for word in words):
+            found |= {at + i for i in _differing(x[at : at + 8], y[at : at + 8])}
+    return found
 
 
 def _finding(node: Node, what: str) -> Finding:
