@@ -28,17 +28,23 @@ def code(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Every `dsv4 NAME ... --option` in the code of a text, as (name, options)."""
-    calls = [re.match(r"(?:\S*/)?dsv4 ([a-z][\w-]*)(.*)", line) for line in code(text)]
+    """Every `dsv4 NAME ... --option` in the code of a text, as (name, options); NAME is two words for a group's."""
+    groups = "|".join(
+        name for name, command in typer.main.get_command(app).commands.items() if hasattr(command, "commands")
+    )
+    start = rf"(?:\w+=\S* )*(?:\S*/)?dsv4 ((?:{groups}) [a-z][\w-]*|[a-z][\w-]*)(.*)"
+    calls = [re.match(start, line) for line in code(text)]
     return [(call[1], re.findall(r"(?<=\s)--?[a-z][\w-]*", call[2].split(" #")[0])) for call in calls if call]
 
 
 def known_commands() -> dict[str, set[str]]:
     """Name of every command of the program -> the options it takes."""
-    group = typer.main.get_command(app)
+    found = dict(typer.main.get_command(app).commands)
+    for name, group in list(found.items()):
+        found |= {f"{name} {inner}": command for inner, command in getattr(group, "commands", {}).items()}
     return {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in group.commands.items()
+        for name, command in found.items()
     }
 
 
