@@ -10,7 +10,7 @@ from dsv4.kernels.op import op
 from dsv4.kernels.router.router_ref import router_ref
 
 _KERNEL = Kernel("router", "ppppppqiqiqf")
-_MAX_TOPK = 32  # one lane of a warp per chosen expert
+_MAX_TOPK, _MAX_EXPERTS = 32, 1024  # a lane of a warp per chosen expert; 32 keys a lane
 
 
 @op("router", ref=router_ref, shapes={"logits": "T E : f32"})
@@ -31,8 +31,11 @@ def router(
     unbiased.
     """
     rows, experts = logits.shape
-    if not 0 < topk <= min(experts, _MAX_TOPK):
-        raise KernelError(f"router: topk = {topk} with {experts} experts; the kernel takes 1 to min(E, {_MAX_TOPK})")
+    if not 0 < topk <= min(experts, _MAX_TOPK) or experts > _MAX_EXPERTS:
+        raise KernelError(
+            f"router: topk = {topk} with {experts} experts; the kernel takes 1 to min(E, {_MAX_TOPK}) of at most "
+            f"{_MAX_EXPERTS}"
+        )
     _check("bias", bias, torch.float32, (experts,))
     _check("tid2eid", tid2eid, torch.int64, (tid2eid.shape[0] if tid2eid is not None else 0, topk))
     _check("tokens", tokens, torch.int64, (rows,))
