@@ -1,6 +1,6 @@
 // linear: every projection of an input in one or two launches, for up to 64 tokens at a time.
 //
-// Blocks are persistent, one per SM; each warp streams its own weights through a ring of bulk copies and nobody waits
+// Blocks are persistent, one per SM, with room for another that is still waiting where tokens are few; each warp streams its own weights through a ring of bulk copies and nobody waits
 // for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens are staged
 // once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16 weights.
 // Three ways of spreading tiles (16 rows x K) and their slices:
@@ -15,6 +15,8 @@ using namespace dsv4;
 using namespace dsv4::linear;
 
 namespace {
+
+constexpr size_t ROOM_FOR_TWO = 113 << 10;  // bytes of shared memory of each of two blocks that fit an SM
 
 enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3, ROUND = 4 };  // the codes of kernels/linear/schedule.py
 
@@ -79,10 +81,10 @@ struct Requests {
     Rectangle r;
     int item;
     const uint8_t* from;
-    int left, chunk, tiles;
+    int left, tiles;
 
     __device__ __forceinline__ explicit Requests(const Task& task, int warp)
-        : rest(task), item(warp), from(nullptr), left(0), chunk(0), tiles(0) {
+        : rest(task), item(warp), from(nullptr), left(0), tiles(0) {
         r.tiles = 0;
     }
     __device__ __forceinline__ bool open(const Task& task, int warp) {
@@ -99,17 +101,15 @@ struct Requests {
         tiles = min(r.tiles - first_tile, TILES);
         from = part.tiles + (static_cast<int64_t>(r.tile + first_tile) * task.blocks + first) * bytes;
         left = count * bytes;
-        chunk = chunk_blocks(part.format) * bytes;
         item += WARPS;
         return true;
     }
     __device__ __forceinline__ void request(const Task& task, int warp, uint32_t to, uint32_t full) {
         if (left == 0 && !open(task, warp)) return;
-        const int bytes = min(left, chunk);
+        const int format = task.parts.part[r.part].format, bytes = min(left, chunk_blocks(format) * block_bytes(format));
         if (TILES == 1 || tiles == 1) {
             bulk_load(to, from, bytes, full);
         } else {
-            const int format = task.parts.part[r.part].format;
             bulk_expect(full, 2 * bytes);
             bulk_copy(to, from, bytes, full);
             bulk_copy(to + CHUNK, from + static_cast<int64_t>(task.blocks) * block_bytes(format), bytes, full);
@@ -140,33 +140,42 @@ struct Shared {
     int stride;
 };
 
-// `slices` slices of a part's tokens, from `slice` on, to the window, from `place` on.
-// AT_ONCE: loads in flight, as registers allow.
-template <int NT, int AT_ONCE>
+// `slices` slices of a part's tokens, from `slice` on, to the window, from `place` on. All loads are in flight together;
+// each lane then converts what it has loaded.
+template <int NT>
 __device__ void stage(const Shared<NT>& s, const Task& task, const Part& part, int slice, int slices, int place) {
     constexpr int WARPS = Form<NT>::WARPS;
-    const bool plain = part.format == PLAIN;
-    const int lane = threadIdx.x % 32, count = slices * task.tokens;
-    for (int first = threadIdx.x / 32; first < count; first += WARPS * AT_ONCE) {
-        uint32_t pairs[AT_ONCE][8];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int pair = first + i * WARPS;
-            if (pair >= count) break;
-            const int column = (slice + pair / task.tokens) * SLICE + lane * 16;
-            load_columns(pairs[i], part.x + pair % task.tokens * part.x_stride + column, task.columns - column, part.x_wide);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = slices * task.tokens;
+    uint8_t* const base = s.x + place * 1024 + lane * 32;
+    for (int pair = warp; pair < count; pair += WARPS) {
+        const int token = pair % task.tokens, which = pair / task.tokens;
+        const int column = (slice + which) * SLICE + lane * 16, left = task.columns - column;
+        const bf16* from = part.x + token * part.x_stride + column;
+        uint4* to = reinterpret_cast<uint4*>(base + token * s.stride + which * 1024);
+        if (part.x_wide && left >= 16) {
+            start_copy16(shared_address(to), from);
+            start_copy16(shared_address(to + 1), from + 8);
+        } else {
+            uint32_t pairs[8];
+            load_columns(pairs, from, left, false);
+            to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
         }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int pair = first + i * WARPS;
-            if (pair >= count) break;
-            const int token = pair % task.tokens, to_place = place + pair / task.tokens;
-            const float undo = plain ? 1.0f : scale_to_f16(pairs[i]);
-            uint4* to = reinterpret_cast<uint4*>(s.x + token * s.stride + to_place * 1024 + lane * 32);
-            to[0] = make_uint4(pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
-            to[1] = make_uint4(pairs[i][4], pairs[i][5], pairs[i][6], pairs[i][7]);
-            if (lane == 0) s.undo[to_place * 8 * NT + token] = undo;
-        }
+    }
+    wait_for_copies();
+    if (part.format == PLAIN) {
+        for (int i = threadIdx.x; i < slices * 8 * NT; i += Form<NT>::THREADS) s.undo[place * 8 * NT + i] = 1.0f;
+        return;
+    }
+    for (int pair = warp; pair < count; pair += WARPS) {
+        const int token = pair % task.tokens, which = pair / task.tokens;
+        uint4* at = reinterpret_cast<uint4*>(base + token * s.stride + which * 1024);
+        const uint4 a = at[0], b = at[1];
+        uint32_t pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        const float undo = scale_to_f16(pairs);
+        at[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        at[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        if (lane == 0) s.undo[(place + which) * 8 * NT + token] = undo;
     }
 }
 
@@ -186,8 +195,10 @@ __device__ __forceinline__ void put(const Part& part, int row, int token, float 
     else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
 }
 
-template <int NT, int MODE>
-__global__ void __launch_bounds__(Form<NT>::THREADS, 1) linear_kernel(const __grid_constant__ Task task) {
+// PER_SM 2: half the registers of an SM. Where shared memory allows too, the block of the next launch finds room beside,
+// and its first weights are there when its tokens are. OWN then stages all slices together.
+template <int NT, int MODE, int PER_SM>
+__global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const __grid_constant__ Task task) {
     constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS, THREADS = Form<NT>::THREADS;
     constexpr int STAGE = Ring<TILES>::STAGE;
     extern __shared__ __align__(128) uint8_t memory[];
@@ -266,7 +277,7 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, 1) linear_kernel(const __gr
                 const Part& part = task.parts.part[q.part];
                 if (tokens.change(part, q.slice)) {
                     if (++place == task.window) break;
-                    stage<NT, NT == 8 ? 8 : 4>(shared, task, part, q.slice, 1, place);
+                    stage(shared, task, part, q.slice, 1, place);
                 }
                 ++count;
                 if (!front.next(task, q)) break;
@@ -302,17 +313,18 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, 1) linear_kernel(const __gr
     const auto restage = [&](const Part& part, int slice) {
         if (!tokens.change(part, slice)) return;
         __syncthreads();  // nobody reads the old window any more
-        stage<NT, NT == 4 ? 2 : 4>(shared, task, part, slice, min(task.window, task.slices - slice), 0);
+        stage(shared, task, part, slice, min(task.window, task.slices - slice), 0);
         __syncthreads();
     };
     while (rest.next(task, r)) {
         const Part& part = task.parts.part[r.part];
         if (MODE == OWN) {
             const int first = warp * TILES, tiles = min(r.tiles - first, TILES);
+            if (PER_SM == 2) restage(part, 0);
             float total[TILES][NT][4] = {};
             for (int slice = 0; slice < task.slices; ++slice) {
-                const int place = slice % task.window;
-                if (place == 0) restage(part, slice);
+                const int place = PER_SM == 2 ? slice : slice % task.window;
+                if (PER_SM != 2 && place == 0) restage(part, slice);
                 if (tiles <= 0) continue;
                 multiply(part, r.tile + first, tiles, slice, place);
 #pragma unroll
@@ -373,9 +385,9 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
         if (token + i % 2 < task.tokens) put(part, row + i / 2 * 8, token + i % 2, sum[i]);
 }
 
-template <int NT, int MODE>
+template <int NT, int MODE, int PER_SM = 1>
 cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
-    auto kernel = linear_kernel<NT, MODE>;
+    auto kernel = linear_kernel<NT, MODE, PER_SM>;
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -459,9 +471,13 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
     task.staged = tokens <= 8 ? tokens : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
     task.window = window, task.batch = batch, task.streams = streams, task.stages = stages;
     const size_t bytes = shared_bytes;
-    if (mode == SLOT) return tokens > 8 ? cudaErrorInvalidValue : run<1, SLOT>(task, grid, bytes, stream);
-    auto go = tokens <= 8    ? (mode == OWN ? run<1, OWN> : run<1, SPLIT>)
-              : tokens <= 16 ? (mode == OWN ? run<2, OWN> : run<2, SPLIT>)
+    if (tokens <= 8) {
+        auto go = mode == SLOT ? run<1, SLOT, 2> : mode == SPLIT ? run<1, SPLIT, 2> : run<1, OWN, 2>;
+        if (mode == OWN && (bytes > ROOM_FOR_TWO || window < task.slices)) go = run<1, OWN>;
+        return go(task, grid, bytes, stream);
+    }
+    if (mode == SLOT) return cudaErrorInvalidValue;
+    auto go = tokens <= 16   ? (mode == OWN ? run<2, OWN> : run<2, SPLIT>)
               : tokens <= 32 ? (mode == OWN ? run<4, OWN> : run<4, SPLIT>)
                              : (mode == OWN ? run<8, OWN> : run<8, SPLIT>);
     return go(task, grid, bytes, stream);

@@ -23,6 +23,9 @@ MAX_STAGES = 4  #: of the rings of 16 warps; fewer rings may have more stages
 _FEW_RINGS_STAGES = 8
 _WINDOW = 4  #: slices that SPLIT stages together, where they fit
 WORTH = 56 << 10
+SMALL = (
+    200 << 10
+)  #: bytes of weights for a block, up to which what a launch begins with counts more than how it streams
 _FEW_TOKENS = 8  # one n-tile
 _SLOTS = 64  # slices whose sums wait in shared memory
 _WHOLE = 1 << 30
@@ -54,29 +57,41 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
     height = _height(tokens)
 
     def fitted(
-        mode: int, cuts: tuple[int, ...], window: int, batch: int, fewest: int, streams: int = WARPS // height
+        mode: int,
+        cuts: tuple[int, ...],
+        window: int,
+        batch: int,
+        fewest: int,
+        items: int,
+        streams: int = WARPS // height,
     ) -> Plan | None:
         most = MAX_STAGES if streams * height == WARPS else min(MAX_STAGES * WARPS // streams, _FEW_RINGS_STAGES)
-        for stages in range(most, fewest - 1, -1):
-            slots = batch * slices * tokens * 64 if mode == SLOT else 0
-            shared = _shared_bytes(tokens, window, streams, stages) + slots
-            if shared <= shared_limit:
-                return Plan(mode, cuts, window, batch, streams, stages, shared)
+        most = max(min(most, chunks * -(-items // streams)), fewest)
+        small = tokens <= _FEW_TOKENS and mode != SPLIT and total <= SMALL * processors
+        for limit in (_half(shared_limit), shared_limit) if small else (shared_limit,):
+            for stages in range(most, fewest - 1, -1):
+                slots = batch * slices * tokens * 64 if mode == SLOT else 0
+                shared = _shared_bytes(tokens, window, streams, stages) + slots
+                if shared <= limit:
+                    return Plan(mode, cuts, window, batch, streams, stages, shared)
         return None
 
+    total = blocks * sum(count * block for count, block in parts)
     whole, behind = _by_tiles(parts, blocks, processors)
-    found = None
+    busiest = max(b - a for a, b in pairwise(whole))
+    found, chunks = None, -(-SLICE_BLOCKS // min(CHUNK // block for _, block in parts))  # chunks of a slice
     if slices == 1 or tiles >= (WARPS - 2) * processors:
-        found = fitted(OWN, whole, slices, WARPS, 2) or fitted(OWN, whole, 1, WARPS, 2)
+        items = busiest * slices
+        found = fitted(OWN, whole, slices, WARPS, 2, items) or fitted(OWN, whole, 1, WARPS, 2, items)
     elif tokens <= _FEW_TOKENS and behind <= WORTH:
-        busiest = max(b - a for a, b in pairwise(whole))
-        for batch in (max(_SLOTS // slices, 1), min(busiest, max(_SLOTS // slices, 1)), 1):
-            found = found or fitted(SLOT, whole, slices, batch, 2)
+        most = min(busiest, max(_SLOTS // slices, 1))
+        items = busiest * slices
+        found = fitted(SLOT, whole, slices, most, 2, items) or fitted(SLOT, whole, slices, 1, 2, items)
     if found is None:
         cuts, items = _by_slices(parts, blocks, processors, height)
+        streams = min(items, WARPS // height)
         for window in (_WINDOW, 2, 1):
-            streams = min(items, WARPS // height)
-            found = found or fitted(SPLIT, cuts, window, _WHOLE, 2, streams)
+            found = found or fitted(SPLIT, cuts, window, _WHOLE, 2, items, streams)
     if found is None:
         raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
     return found
@@ -88,6 +103,11 @@ def tokens_at_once(shared_limit: int) -> int:
         if _shared_bytes(tokens, 1, WARPS // _height(tokens), 2) <= shared_limit:
             return tokens
     raise KernelError(f"linear: the GPU has {shared_limit} bytes of shared memory per block, too few for its rings")
+
+
+def _half(shared_limit: int) -> int:
+    """What a block may take so that two fit: a processor has 1 KB more than the most a block may ask for, twice."""
+    return shared_limit // 2 - 1024
 
 
 def _height(tokens: int) -> int:

@@ -1,4 +1,5 @@
-// Bulk copies from global to shared memory by the copy engine, and the barriers that say when their bytes are there.
+// Bulk copies from global to shared memory by the copy engine, and the barriers that say when their bytes are there; and
+// copies of 16 bytes that a thread starts, waits for, and then sees.
 #pragma once
 #include <cstdint>
 
@@ -48,5 +49,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         "r"(parity)
         : "memory");
 }
+
+// Both aligned to 16.
+__device__ __forceinline__ void start_copy16(uint32_t target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(__cvta_generic_to_global(source)) : "memory");
+}
+
+// All copies that this thread has started are there.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace dsv4
