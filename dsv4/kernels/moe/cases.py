@@ -13,7 +13,7 @@ from dsv4.kernels.case import BF16_ULP, Case, Maker, Tolerances, nbytes, roundin
 from dsv4.kernels.moe import launch
 from dsv4.kernels.moe.moe import moe
 from dsv4.kernels.moe.moe_ref import Order, down_ref, gate_up_ref, order_of
-from dsv4.kernels.moe.operand import ExpertsOperand
+from dsv4.kernels.moe.operand import ExpertsOperand, arrivals_on
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.tiles import NVFP4_BYTES, tiles_shape
 from dsv4.quant.activations import Treatment, treat
@@ -60,7 +60,8 @@ def tiled(make: Maker, experts: int, rows: int, columns: int, parts: int, *, eve
 def operand_of(make: Maker, size: Size, *, every_scale: bool = False) -> ExpertsOperand:
     first = tiled(make, size.experts, size.inner, size.width, 2, every_scale=every_scale)
     second = tiled(make, size.experts, size.width, size.inner, 1, every_scale=every_scale)
-    return ExpertsOperand(None, "none", "none", first, second, nbytes(first.tiles, second.tiles))
+    size_of, arrivals = nbytes(first.tiles, second.tiles), arrivals_on(make.device)
+    return ExpertsOperand(None, "none", "none", first, second, size_of, arrivals)
 
 
 def routed(make: Maker, size: Size, tokens: int) -> Tensor:
@@ -184,6 +185,8 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
             same = routed(make, size, 1).expand(tokens, -1).contiguous()
             yield from three(make, f"{size.name} same experts", operand, x, same)
             yield from three(make, f"{size.name} one expert", operand, x, torch.full_like(same[:, :1], 3))
+        x, ids = make.normal(8, size.width, dtype="bf16"), torch.full((8, 6), 3, device=make.device)
+        yield from three(make, f"{size.name} one expert six times", operand, x, ids)
     for size in QUICK if quick else (*QUICK, replace(FULL[0], experts=8)):
         operand = operand_of(make, size, every_scale=True)
         for tokens in (8, 130):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,22 @@ STREAM_BLOCKS = 128  #: of 64 columns: what the warps of a block hold
 STREAM_GROUP, WIDE_GROUP = 8, 64
 MAX_EXPERTS = 1024
 
-_KERNEL = Kernel("moe", "ppqiiiqppqippipfppppqpi")
+_KERNEL = Kernel("moe", "ppqiiiqpppfpppqppi")
+
+
+class _Projection(ctypes.Structure):
+    """Projection in moe.cu."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("x_row", ctypes.c_int64),
+        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Work:
     groups: int  #: how many groups fit: every expert may leave one unfilled
     plan: Tensor
     limit: float
+    arrivals: Tensor | None  #: the operand's
 
     @property
     def pairs(self) -> int:
@@ -61,29 +78,39 @@ def work_of(operand: ExpertsOperand, ids: Tensor, weights: Tensor, limit: float)
     group = STREAM_GROUP if streams else WIDE_GROUP
     groups = min(pairs, pairs // group + min(experts, pairs))
     plan = torch.empty(4 * groups + 2 * pairs + 1, dtype=torch.int32, device=ids.device)
-    return Work(ids, weights, first, second, group, groups, plan, limit)
+    return Work(ids, weights, first, second, group, groups, plan, limit, operand.arrivals)
 
 
 def gate_up(work: Work, x: Tensor, row_scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x [T, D] bf16 -> [T * K, F] bf16 in the order of the experts: what `down` takes. Makes the plan."""
     _expect("x", x, (len(work.ids), work.first.columns), torch.bfloat16)
     mid = result("moe", out, (work.pairs, work.second.columns), torch.bfloat16, x.device)
-    _launch(work, ALIGN | GATE_UP, x, row_scale, work.first, mid, None, None)
+    _launch(work, ALIGN | GATE_UP, _projection(work.first, x, row_scale, mid), _projection(work.second), x)
     return mid
 
 
 def down(work: Work, mid: Tensor, row_scale: Tensor | None, shared: Tensor, out: Tensor | None = None) -> Tensor:
     """mid [T * K, F] bf16 in the order of the experts, shared [T, D] bf16 -> [T, D] bf16. Needs the plan."""
-    width = work.first.columns
     _expect("mid", mid, (work.pairs, work.second.columns), torch.bfloat16)
-    _expect("shared", shared, (len(work.ids), width), torch.bfloat16)
-    out = result("moe", out, (len(work.ids), width), torch.bfloat16, mid.device)
-    _launch(work, DOWN, mid, row_scale, work.second, work.empty(work.pairs, width), shared, out)
+    out = _result(work, shared, out)
+    second = _projection(work.second, mid, row_scale, work.empty(work.pairs, work.first.columns))
+    _launch(work, DOWN, _projection(work.first), second, mid, shared, out)
+    return out
+
+
+def both(work: Work, x: Tensor, row_scale: Tensor | None, shared: Tensor, out: Tensor | None = None) -> Tensor:
+    """x, shared [T, D] bf16 -> [T, D] bf16: `gate_up` and `down`, nothing being treated in between, where weights are
+    streamed."""
+    _expect("x", x, (len(work.ids), work.first.columns), torch.bfloat16)
+    out, mid = _result(work, shared, out), work.empty(work.pairs, work.second.columns)
+    first = _projection(work.first, x, row_scale, mid)
+    second = _projection(work.second, mid, None, work.empty(work.pairs, work.first.columns))
+    _launch(work, ALIGN | GATE_UP | DOWN, first, second, x, shared, out)
     return out
 
 
 def make_plan(work: Work) -> None:
-    _launch(work, ALIGN, work.plan, None, work.first, None, None, None)
+    _launch(work, ALIGN, _projection(work.first), _projection(work.second), work.plan)
 
 
 def launch_moe(
@@ -95,6 +122,8 @@ def launch_moe(
             "DSV4_REF=moe (or all)"
         )
     work = work_of(operand, ids, weights, limit)
+    if operand.mid_treatment == "none" and work.group == STREAM_GROUP and work.arrivals is not None:
+        return both(work, *treated(x, operand.in_treatment), shared, out)
     mid = gate_up(work, *treated(x, operand.in_treatment))
     return down(work, *treated(mid, operand.mid_treatment), shared, out)
 
@@ -103,29 +132,47 @@ def treated(x: Tensor, how: Treatment) -> tuple[Tensor, Tensor | None]:
     return (x, None) if how == "none" else quantize_act(x, how)
 
 
+def _result(work: Work, shared: Tensor, out: Tensor | None) -> Tensor:
+    shape = len(work.ids), work.first.columns
+    _expect("shared", shared, shape, torch.bfloat16)
+    return result("moe", out, shape, torch.bfloat16, shared.device)
+
+
+def _projection(
+    weight: TiledExperts, x: Tensor | None = None, row_scale: Tensor | None = None, to: Tensor | None = None
+) -> _Projection:
+    """One without `x` is not launched; its sizes count."""
+    row = 0
+    if x is not None:
+        same_device("moe", weight.tiles.device, x=x, row_scale=row_scale, to=to)
+        row = row_stride("moe", "x", x)
+        if x.data_ptr() % 16 or row % 8:
+            raise KernelError(f"moe: rows of 'x' must start at multiples of 16 bytes; strides {list(x.stride())}")
+    pointers = (None if y is None else y.data_ptr() for y in (weight.tiles, weight.alpha, x, row_scale, to))
+    return _Projection(*pointers, row, weight.tiles.shape[1], weight.columns)
+
+
 def _launch(
     work: Work,
     phases: int,
+    first: _Projection,
+    second: _Projection,
     x: Tensor,
-    row_scale: Tensor | None,
-    weight: TiledExperts,
-    to: Tensor | None,
-    shared: Tensor | None,
-    out: Tensor | None,
+    shared: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:
-    same_device("moe", work.ids.device, x=x, row_scale=row_scale, shared=shared, tiles=weight.tiles)
-    if x.data_ptr() % 16 or (x.dim() > 1 and row_stride("moe", "x", x) % 8):
-        raise KernelError(f"moe: rows of 'x' must start at multiples of 16 bytes; strides {list(x.stride())}")
+    """x: what the projection of `phases` reads, or the first of two."""
+    same_device("moe", work.ids.device, x=x, shared=shared)
     half = scale = None
     if work.group == WIDE_GROUP and phases != ALIGN:
-        half = work.empty(len(x), weight.blocks * COLUMNS, dtype=torch.int16)
+        blocks = work.second.blocks if phases == DOWN else work.first.blocks
+        half = work.empty(len(x), blocks * COLUMNS, dtype=torch.int16)
         scale = work.empty(len(x), dtype=torch.float32)
     _KERNEL(
         x.device,
         *(work.ids, work.plan, *work.ids.shape, len(work.first.tiles), work.group, work.groups),
-        *(x, row_scale, row_stride("moe", "x", x) if x.dim() > 1 else 0, weight.columns),
-        *(weight.tiles, weight.alpha, weight.tiles.shape[1], work.weights, work.limit, to, half, scale),
-        *(shared, 0 if shared is None else row_stride("moe", "shared", shared), out, phases),
+        *(ctypes.addressof(first), ctypes.addressof(second), work.weights, work.limit, half, scale),
+        *(shared, 0 if shared is None else row_stride("moe", "shared", shared), out, work.arrivals, phases),
     )
 
 

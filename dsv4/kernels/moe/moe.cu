@@ -1,6 +1,7 @@
-// moe: align, first projection with SwiGLU, second projection, weighted sum. Which kernels multiply depends on the
-// number of tokens alone; how much each has to do is known on the device only.
+// moe: align, first projection with SwiGLU, second projection, weighted sum; for up to eight tokens in one launch. Which
+// kernels multiply depends on the number of tokens alone; how much each has to do is known on the device only.
 #include <dsv4/moe_align.cuh>
+#include <dsv4/moe_few.cuh>
 #include <dsv4/moe_stream.cuh>
 #include <dsv4/moe_tiles.cuh>
 
@@ -46,10 +47,8 @@ cudaError_t describe(Device& device) {
 }
 
 template <bool FIRST, int SLICES, int BLOCKS>
-cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
+cudaError_t run_stream(const Device& device, const Job& job, int64_t pairs, cudaStream_t stream_) {
     constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * SLICES * 512 + SLICES * MAX_STAGES * 8 + 1024;
-    Device device;
-    if (auto e = describe(device)) return e;
     const auto kernel = stream<FIRST, SLICES, BLOCKS>;
     const int stage = SLICES * ((job.blocks + SLICES - 1) / SLICES) * w4::BLOCK_BYTES;
     const int room = min(device.shared_per_processor / PER_PROCESSOR, device.shared_per_block + 1024) - OWN;
@@ -63,10 +62,30 @@ cudaError_t run_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
 }
 
 template <bool FIRST>
-cudaError_t choose_stream(const Job& job, int64_t pairs, cudaStream_t stream_) {
-    if (job.blocks <= 32) return run_stream<FIRST, 8, 4>(job, pairs, stream_);
-    if (job.blocks <= 64) return run_stream<FIRST, 8, 8>(job, pairs, stream_);
-    return run_stream<FIRST, 16, 8>(job, pairs, stream_);
+cudaError_t choose_stream(const Device& device, const Job& job, int64_t pairs, cudaStream_t stream_) {
+    if (job.blocks <= 32) return run_stream<FIRST, 8, 4>(device, job, pairs, stream_);
+    if (job.blocks <= 64) return run_stream<FIRST, 8, 8>(device, job, pairs, stream_);
+    return run_stream<FIRST, 16, 8>(device, job, pairs, stream_);
+}
+
+// Shared memory of the kernels for few tokens. False: it is too small, and the streamed form takes over.
+bool fit_few(const Device& device, Few& f, size_t& bytes) {
+    const int pairs = f.tokens * f.first.topk, least = 2 * FEW_WARPS, most = FEW_WARPS * MOST_CHUNKS;
+    f.room = min(pairs, max((100 << 10) / stride_of(f.second.blocks), TOKENS));
+    f.staged = max(f.tokens * stride_of(f.first.blocks), f.room * stride_of(f.second.blocks));
+    const int tiles = (f.second.rows + device.processors - 1) / device.processors;
+    const int own = f.staged + max(f.tokens, f.room) * MOST_SLICES * 4 + tiles * pairs * 32;
+    f.chunks = min((device.shared_per_block - static_cast<int>(sizeof(FewPlan)) - 128 - own) / CHUNK, most);
+    bytes = static_cast<size_t>(f.chunks) * CHUNK + own;
+    return f.chunks >= least;
+}
+
+template <bool FIRST, bool SECOND>
+cudaError_t run_few(const Device& device, const Few& f, size_t bytes, cudaStream_t stream_) {
+    const auto kernel = few<FIRST, SECOND>;
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+        return e;
+    return launch_dependent(kernel, device.processors, 1, FEW_THREADS, bytes, stream_, f);
 }
 
 template <bool FIRST>
@@ -81,40 +100,66 @@ cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint16_t* ha
 
 }  // namespace
 
-// plan: [4 groups] then [T K] pairs, [T K] places, [1] count. tiles, alpha, rows, columns: of the projection that
-// `phases` names. GATE_UP takes x by token and writes `to` by place, DOWN takes x by place and writes `to`, then `out`.
-// half, scale: scratch of the wide form (group > 8), for every row of x, the padded columns of it.
+// One projection of all experts. The mirror of its ctypes structure in kernels/moe/launch.py.
+struct Projection {
+    const uint8_t* tiles;
+    const float* alpha;
+    const bf16* x;  // of the first by token, of the second by place
+    const float* row_scale;
+    bf16* to;  // by place
+    int64_t x_row;
+    int rows, columns;
+};
+
+static_assert(sizeof(Projection) == 56, "kernels/moe/launch.py lays it out");
+
+// lists: [4 groups] groups, [T K] pairs, [T K] places, [1] count. The first projection writes what the second reads, if
+// not treated in between; the second writes `to`, then `out`. half, scale: scratch of the wide form (group > 8), for
+// every row of x, the padded columns of it. arrivals: [2] zeros. Phases that need a plan find the one ALIGN has made.
 extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk, int experts, int group,
-                        int64_t groups, const bf16* x, const float* row_scale, int64_t x_row, int columns,
-                        const uint8_t* tiles, const float* alpha, int rows, const float* weights, float limit, bf16* to,
-                        uint16_t* half, float* scale, const bf16* shared, int64_t shared_row, bf16* out, int phases,
-                        cudaStream_t stream_) {
+                        int64_t groups, const Projection* first, const Projection* second, const float* weights,
+                        float limit, uint16_t* half, float* scale, const bf16* shared, int64_t shared_row, bf16* out,
+                        unsigned* arrivals, int phases, cudaStream_t stream_) {
     const int64_t pairs = tokens * topk;
-    if (pairs == 0 || rows == 0) return cudaSuccess;
+    if (pairs == 0 || second->rows == 0) return cudaSuccess;
     int* places = lists + 4 * groups;
     const Plan plan = {places, places + pairs, reinterpret_cast<Group*>(lists), places + 2 * pairs};
-    const Job job = {tiles, alpha, x, x_row, row_scale, weights, to, plan,
-                     topk, rows, (columns + 63) / 64, columns, limit};
+    const auto job_of = [&](const Projection& p) {
+        return Job{p.tiles, p.alpha, p.x, p.x_row, p.row_scale, weights, p.to, plan,
+                   topk, p.rows, (p.columns + 63) / 64, p.columns, limit};
+    };
+    const Job gate_up = job_of(*first), down = job_of(*second);
+    Device device;
+    if (auto e = describe(device)) return e;
     const bool wide = group > TOKENS;
+    if (!wide && tokens <= FEW_TOKENS && pairs <= FEW_PAIRS) {
+        Few f = {gate_up, down, ids, shared, shared_row, out, arrivals, static_cast<int>(tokens), experts};
+        size_t bytes;
+        if (fit_few(device, f, bytes)) {
+            if (phases & GATE_UP && phases & DOWN) return run_few<true, true>(device, f, bytes, stream_);
+            if (phases & GATE_UP) return run_few<true, false>(device, f, bytes, stream_);
+            return phases & DOWN ? run_few<false, true>(device, f, bytes, stream_) : cudaSuccess;
+        }
+    }
     cudaError_t e = cudaSuccess;
     if (phases & ALIGN) {
         const size_t bytes = (2 + ALIGN_WARPS / 2) * experts * sizeof(int);
         e = cudaFuncSetAttribute(align, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         const int64_t blocks = (pairs + ALIGN_THREADS - 1) / ALIGN_THREADS;
         if (e == cudaSuccess)
-            e = launch(align, blocks, 1, ALIGN_THREADS, bytes, 1, stream_, ids, pairs, topk, experts, group, plan);
+            e = launch_dependent(align, blocks, 1, ALIGN_THREADS, bytes, stream_, ids, pairs, topk, experts, group, plan);
     }
     if (e == cudaSuccess && phases & GATE_UP)
-        e = wide ? run_tiles<true>(job, tokens, groups, half, scale, stream_)
-                 : choose_stream<true>(job, pairs, stream_);
+        e = wide ? run_tiles<true>(gate_up, tokens, groups, half, scale, stream_)
+                 : choose_stream<true>(device, gate_up, pairs, stream_);
     if (e == cudaSuccess && phases & DOWN) {
-        e = wide ? run_tiles<false>(job, pairs, groups, half, scale, stream_)
-                 : choose_stream<false>(job, pairs, stream_);
-        const int width = 16 * rows;
+        e = wide ? run_tiles<false>(down, pairs, groups, half, scale, stream_)
+                 : choose_stream<false>(device, down, pairs, stream_);
+        const int width = 16 * down.rows;
         const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
         if (e == cudaSuccess)
-            e = launch_dependent(moe_combine, tokens, (width + 1023) / 1024, 128, 0, stream_, to, plan.places, shared,
-                                 shared_row, out, topk, width, whole);
+            e = launch_dependent(moe_combine, tokens, (width + 1023) / 1024, 128, 0, stream_, down.out, plan.places,
+                                 shared, shared_row, out, topk, width, whole);
     }
     return e;
 }

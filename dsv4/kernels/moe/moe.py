@@ -26,7 +26,8 @@ def moe(
     (and, when quantised, before the quantisation) of w2's input; the K outputs and the shared one are added in float32
     and rounded once, in the rising order of experts.
 
-    On a GPU four launches (align, gate and up, down, sum), and two more where the inputs are quantised. Up to 128
-    tokens a row's bits do not depend on the rows beside it; above, the products are summed in another order.
+    On a GPU one launch for up to 8 tokens, four above (align, gate and up, down, sum); up to two more where the inputs
+    are quantised. Up to 128 tokens a row's bits do not depend on the rows beside it; above, the products are summed in
+    another order.
     """
     return launch_moe(x, operand, ids, weights, shared, limit, out)

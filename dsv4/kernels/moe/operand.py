@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from dsv4.errors import KernelError
 from dsv4.kernels.linear.operand import Dense, dense
 from dsv4.kernels.moe.tiled import TiledExperts, tiled_experts
@@ -14,7 +17,8 @@ from dsv4.quant.weights import Weight
 @dataclass(frozen=True)
 class ExpertsOperand:
     """w1 (gate) and w3 (up) [E, F, D] as one `w13` [E, 2F, D], w2 as `down` [E, D, F]: dense on a CPU, tiled on a GPU,
-    where nothing is kept of the weights as stored; `nbytes` is what those take.
+    where nothing is kept of the weights as stored; `nbytes` is what those take. `arrivals` [2] i32, zero between
+    launches, is where the blocks of one meet: launches with one operand must not overlap.
     """
 
     stored: tuple[Weight, Weight, Weight] | None
@@ -23,6 +27,7 @@ class ExpertsOperand:
     w13: Dense | TiledExperts
     down: Dense | TiledExperts
     nbytes: int
+    arrivals: Tensor | None = None
 
     @property
     def w1(self) -> Weight:
@@ -47,5 +52,10 @@ def experts_operand(w1: Weight, w2: Weight, w3: Weight, *, act: Act) -> ExpertsO
     treatments = treatment(w1.format, act), treatment(w2.format, act)
     nbytes = w1.nbytes + w2.nbytes + w3.nbytes
     if w1.device.type == "cuda":
-        return ExpertsOperand(None, *treatments, tiled_experts(w1=w1, w3=w3), tiled_experts(w2=w2), nbytes)
+        w13, down, arrivals = tiled_experts(w1=w1, w3=w3), tiled_experts(w2=w2), arrivals_on(w1.device)
+        return ExpertsOperand(None, *treatments, w13, down, nbytes, arrivals)
     return ExpertsOperand((w1, w2, w3), *treatments, dense(w1, w3), dense(w2), nbytes)
+
+
+def arrivals_on(device: torch.device) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)

@@ -38,6 +38,7 @@ __device__ __forceinline__ int2 sums_before(int2 x, int2* parts) {
 __global__ void __launch_bounds__(ALIGN_THREADS)
     align(const int64_t* ids, int64_t pairs, int topk, int experts, int group, Plan plan) {
     extern __shared__ int counts[];
+    wait_for_previous();
     let_next_start();
     __shared__ int2 parts[ALIGN_WARPS];
     int* all = counts;               // [E] pairs of an expert; then the place of its first

@@ -7,6 +7,9 @@
 
 namespace dsv4::moe {
 
+constexpr int TOKENS = 8;  // that a product takes
+constexpr unsigned ALL = 0xffffffffu;
+
 // FIRST: gate and up. A tile of 16 rows holds rows 8 r .. 8 r + 7 of gate, then the same of up, so that a lane's rows g
 // and g + 8 are a pair; the result is what the second projection takes. Else: down, 16 rows of the hidden width.
 struct Job {

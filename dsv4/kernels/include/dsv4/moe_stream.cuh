@@ -12,8 +12,7 @@
 
 namespace dsv4::moe {
 
-constexpr int TOKENS = 8, MAX_STAGES = 6;
-constexpr unsigned ALL = 0xffffffffu;
+constexpr int MAX_STAGES = 6;
 
 // A lane's columns of token g, scaled over the slice that the four lanes of g hold. Returns what undoes the scaling.
 template <int BLOCKS>
