@@ -37,11 +37,13 @@ def test_unpacking_gives_back_what_was_packed(shape):
     assert torch.equal(tiles.unpack_bf16(tiles.pack_bf16(plain), *shape[-2:]), plain)
 
 
-def test_packing_in_slices_is_packing_at_once(monkeypatch):
-    codes, scale = random_nvfp4(2, 100, 192)
-    whole = tiles.pack_nvfp4(codes, scale)
+@pytest.mark.parametrize("shape", [(2, 100, 192), (3, 48, 192), (2, 2, 16, 192), (100, 192)])
+def test_packing_in_slices_is_packing_at_once(monkeypatch, shape):
+    codes, scale = random_nvfp4(*shape)
+    data = torch.randint(0, 256, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    whole, eight = tiles.pack_nvfp4(codes, scale), tiles.pack_fp8(data)
     monkeypatch.setattr(tiles, "_AT_ONCE", 192 * 32)
-    assert torch.equal(tiles.pack_nvfp4(codes, scale), whole)
+    assert torch.equal(tiles.pack_nvfp4(codes, scale), whole) and torch.equal(tiles.pack_fp8(data), eight)
 
 
 def test_codes_and_scales_that_do_not_match_are_refused():

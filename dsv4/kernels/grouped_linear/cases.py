@@ -29,9 +29,11 @@ def tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
 
 
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
-    sizes = [(1, 4, 64, 256), (5, 2, 24, 208), (9, 3, 40, 128), (70, 4, 64, 1024)]
+    sizes = [(1, 4, 64, 256), (5, 2, 24, 208), (9, 3, 40, 128), (70, 4, 64, 1024), (200, 2, 40, 128)]
     if not quick:
-        sizes += [(rows, 8, 1024, 4096) for rows in (1, 2, 8, 9, 64, 300)] + [(rows, 16, 1024, 4096) for rows in (1, 8)]
+        sizes += [(rows, 8, 1024, 4096) for rows in (1, 2, 8, 9, 16, 64, 300, 4096)] + [
+            (rows, 16, 1024, 4096) for rows in (1, 8)
+        ]
     for rows, count, rank, k in sizes:
         for format, act in KINDS:
             operand = grouped_operand(weight(make, format, count * rank, k), count, act=act)

@@ -18,7 +18,8 @@ def grouped_linear(o: Tensor, operand: GroupedOperand, *, out: Tensor | None = N
     """out[t, g*r + i] = sum_k o[t, g*K + k] * wo_a[g*r + i, k].
 
     o [T, G*K] bf16|f32 (heads in order, H/G of them per group) -> [T, G*r] in o's dtype, float32 accumulation, one
-    rounding. On a GPU o is BF16, and the kernel is that of linear: one launch for all groups of up to 64 rows.
+    rounding. On a GPU o is BF16, and the kernels are those of linear: one or two launches for all groups of up to 64
+    rows.
     """
     if operand.launcher is None:
         raise KernelError("grouped_linear: o is on a GPU and the operand's weights are not; make it of weights there")

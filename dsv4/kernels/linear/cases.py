@@ -33,7 +33,7 @@ SHAPES: dict[int, list[Shape]] = {
     1536: [("Pro wq_b", (65536,), 0)],
     16384: [("Pro wo_b", (7168,), 0)],
 }
-ROWS = (1, 2, 3, 8, 9, 16, 33, 64, 65, 300, 4096)
+ROWS = (1, 2, 3, 8, 9, 16, 32, 33, 64, 65, 128, 192, 193, 300, 4096)
 
 
 def weight(make: Maker, format: str, n: int, k: int) -> Weight:
@@ -103,7 +103,7 @@ def joined(
 def small(make: Maker) -> Iterator[Case]:
     """Every path in sizes that a sanitizer bears."""
     four, plain = ("nvfp4", "nvfp4"), ("bf16", "bf16")
-    for rows in (1, 3, 8, 9, 17, 64, 65, 130):
+    for rows in (1, 3, 8, 9, 17, 33, 64, 65, 130, 200):
         yield joined(make, "small", rows, 1088, (40, 24), 1, four, "bf16")
         yield joined(make, "small", rows, 272, (72, 16, 8), 2, ("fp8", "bf16"), "fp8")
     for n, k in ((1, 16), (17, 48), (128, 256), (1000, 64), (300, 2064)):
@@ -134,7 +134,7 @@ def large(make: Maker) -> Iterator[Case]:
         yield joined(make, CSA_FLASH[0], rows, FLASH, *CSA_FLASH[1:], four, "bf16")
     for k, shapes in SHAPES.items():
         for name, parts, plain in shapes:
-            for rows in (1, 8, 64):
+            for rows in (1, 8, 16, 64):
                 yield joined(make, name, rows, k, parts, plain, native if name == "gate" else four, "bf16")
             yield joined(make, name, 1, k, parts, plain, native, "fp8")
     for rows in (1, 8, 32, 300):
@@ -143,9 +143,12 @@ def large(make: Maker) -> Iterator[Case]:
     for rows in (1, 8, 64):
         yield joined(make, "w4a4 wo_b", rows, 8192, (4096,), 0, four, "nvfp4")
         yield joined(make, "head", rows, FLASH, (129280,), 1, four, "bf16")
+    yield joined(make, "w4a4 wo_b", 300, 8192, (4096,), 0, four, "nvfp4")
     yield joined(make, "head", 1, FLASH, (129280,), 1, ("bf16", "bf16"), "bf16")
     yield joined(make, "Pro head", 1, PRO, (129280,), 1, four, "bf16")
-    yield joined(make, "wq_b", 4096, 1024, (32768,), 0, four, "bf16")
+    for rows in (128, 300, 4096):
+        yield joined(make, "wq_b", rows, 1024, (32768,), 0, four, "bf16")
+    yield joined(make, "wo_b", 4096, 8192, (4096,), 0, four, "bf16")
 
 
 def cases(make: Maker, quick: bool) -> Iterator[Case]:

@@ -26,6 +26,7 @@ WORTH = 56 << 10
 SMALL = (
     200 << 10
 )  #: bytes of weights for a block, up to which what a launch begins with counts more than how it streams
+_ROUND, _ROUND_TOKEN = 16 << 10, 1 << 10  #: bytes that a block reads while a warp multiplies another item
 _FEW_TOKENS = 8  # one n-tile
 _SLOTS = 64  # slices whose sums wait in shared memory
 _WHOLE = 1 << 30
@@ -88,7 +89,7 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
         items = busiest * slices
         found = fitted(SLOT, whole, slices, most, 2, items) or fitted(SLOT, whole, slices, 1, 2, items)
     if found is None:
-        cuts, items = _by_slices(parts, blocks, processors, height)
+        cuts, items = _by_slices(parts, blocks, processors, height, tokens)
         streams = min(items, WARPS // height)
         for window in (_WINDOW, 2, 1):
             found = found or fitted(SPLIT, cuts, window, _WHOLE, 2, items, streams)
@@ -150,22 +151,27 @@ def _by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) 
 
 @functools.cache
 def _by_slices(
-    parts: tuple[tuple[int, int], ...], blocks: int, processors: int, height: int
+    parts: tuple[tuple[int, int], ...], blocks: int, processors: int, height: int, tokens: int
 ) -> tuple[tuple[int, ...], int]:
-    """Cuts between slices of tiles, all tiles of a slice before the next slice, so that every block gets as much.
+    """Cuts between slices of tiles, all tiles of a slice before the next slice. Also the most items of one block.
 
-    What a warp takes at a time, `height` tiles of a part, stays together, where there are enough of it for all. Also
-    the most items of one block.
+    An item is what a warp takes at a time, `height` tiles of a part where there are enough of it for all. Every block
+    gets as many bytes; or as many items, where that saves a round of its warps and costs less than the round does.
     """
     widths = [min(SLICE_BLOCKS, blocks - first) for first in range(0, blocks, SLICE_BLOCKS)]
     if len(widths) * sum(-(-count // height) for count, _ in parts) < processors:
         height = 1
-    items = [
-        (min(height, count - first), block) for count, block in parts for first in range(0, count, height)
-    ]  # of a slice
+    items = [(min(height, count - first), block) for count, block in parts for first in range(0, count, height)]
     before = [0, *accumulate(width * tiles * block for width in widths for tiles, block in items)]
     units = [0, *accumulate(tiles for _ in widths for tiles, _ in items)]
-    grid = min(processors, len(before) - 1)
-    inner = (bisect_left(before, before[-1] * b // grid) for b in range(1, grid))
-    cuts = sorted({0, *inner, len(before) - 1})
+    last = len(before) - 1
+    grid = min(processors, last)
+
+    def cost(cuts: list[int]) -> int:
+        rounds = max(-(-(b - a) // (WARPS // height)) for a, b in pairwise(cuts))
+        return max(before[b] - before[a] for a, b in pairwise(cuts)) + rounds * (_ROUND + tokens * _ROUND_TOKEN)
+
+    equal_bytes = sorted({0, *(bisect_left(before, before[-1] * b // grid) for b in range(1, grid)), last})
+    equal_items = [last * b // grid for b in range(grid + 1)]
+    cuts = min(equal_bytes, equal_items, key=cost)
     return tuple(units[i] for i in cuts), max(b - a for a, b in pairwise(cuts))

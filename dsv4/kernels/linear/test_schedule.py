@@ -1,13 +1,14 @@
 """How a launch is spread over a GPU: everything once, nobody overloaded, within shared memory; and the packed form."""
 
 import ctypes
+from itertools import pairwise
 
 import pytest
 import torch
 
 from dsv4.errors import KernelError
 from dsv4.kernels.linear.launch import _Part
-from dsv4.kernels.linear.schedule import OWN, SLOT, SPLIT, WORTH, plan, tokens_at_once
+from dsv4.kernels.linear.schedule import MAX_STAGES, OWN, SLOT, SPLIT, WORTH, plan, tokens_at_once
 from dsv4.kernels.linear.test_linear import weights_of
 from dsv4.kernels.linear.tiled import TiledRows, tiled, tiled_groups
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, PlainWeight
@@ -41,7 +42,7 @@ def test_every_unit_goes_to_one_block(name, tokens, gpu):
 
 
 def test_blocks_get_equal_shares():
-    for name, share in (("wq_b", 1.05), ("head", 1.02), ("wo_b", 1.04), ("gate", 1.1), ("in_proj", 1), ("native", 1)):
+    for name, share in (("wq_b", 1.05), ("head", 1.02), ("wo_b", 1.04), ("gate", 1.1), ("in_proj", 2), ("native", 1)):
         parts, blocks = OPERANDS[name]
         for tokens in (1, 64):
             how = plan(parts, blocks, tokens, *H200)
@@ -50,6 +51,23 @@ def test_blocks_get_equal_shares():
                 size = [block * 8 for _ in range(blocks // 8) for count, block in parts for _ in range(count)]
             busiest = max(sum(size[a:b]) for a, b in zip(how.cuts, how.cuts[1:], strict=False))
             assert busiest <= share * sum(size) / H200[0] + (WORTH if share == 1 else 0)
+
+
+def test_many_tokens_meet_pairs_of_tiles():
+    for name in ("in_proj", "wo_b", "wo_a"):
+        parts, blocks = OPERANDS[name]
+        how = plan(parts, blocks, 64, *H200)
+        tiles = sum(count for count, _ in parts)
+        begins = {sum(count for count, _ in parts[:i]) for i in range(len(parts))}
+        assert how.mode == SPLIT and all(any((cut % tiles - b) % 2 == 0 for b in begins) for cut in how.cuts)
+        rounds = max(-(-(b - a) // 2) for a, b in pairwise(how.cuts))
+        assert -(-rounds // 8) == -(-tiles * (blocks // 8) // (2 * 8 * H200[0]))  # no block takes one more than needed
+
+
+def test_up_to_eight_tokens_leave_room_for_the_next_launch():
+    for name in ("in_proj", "wq_b", "wo_b", "wo_a", "gate"):
+        assert plan(*OPERANDS[name], 1, *H200).shared_bytes <= 113 << 10  # ROOM_FOR_TWO in linear.cu
+    assert plan(*OPERANDS["head"], 1, *H200).stages == MAX_STAGES  # a long stream wants all of it
 
 
 def test_large_matrices_stay_whole_and_few_tokens_meet_in_shared_memory():
