@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
+from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
+from dsv4.kernels.compress.rows import Compression
 from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import grouped_operand
-from dsv4.kernels.kv_append.kv_append import kv_append
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
-from dsv4.kernels.rms_norm.rms_norm import rms_norm
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.compressor import Compressor
@@ -62,34 +62,32 @@ class Attention:
         """
         cis, window = step.cis(self.spec), step.plan.window
         qr, kv, *pooled = linear(x, self.in_proj)
-        qr = rms_norm(qr, self.q_norm, self.eps)
-        (q,) = linear(qr, self.wq_b)
-        q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
-
         ring = cache.ring.view(-1, cache.ring.shape[-1])
         before = None if window.in_ring else ring[window.history]
-        entry = kv_append(
-            kv, self.kv_norm, cis, cache.ring, window.write_rows, window.write_to, eps=self.eps, quantize=self.kv_quant
-        )
+        written = cis, cache.ring, window.write_rows, window.write_to, self._compressions(pooled, cache, step)
+        qr, entry = attn_inputs(qr, self.q_norm, kv, self.kv_norm, *written, eps=self.eps, quantize=self.kv_quant)
+        (q,) = linear(qr, self.wq_b)
+        q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
         local = cache.ring if before is None else torch.cat([before, entry])
         rows = window.rows
         if window.in_ring and rows.shape[1] < self.window:
             rows = torch.nn.functional.pad(rows, (0, self.window - rows.shape[1]), value=-1)
 
-        pool, pool_rows = self._compressed(pooled, qr, cache, step)
+        pool = pool_rows = None
+        if self.spec.kind != "window":
+            pool, pool_rows = cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
+        if self.spec.kind == "csa":
+            pool_rows = self.indexer(qr, pooled[-1], cache, step)
         scale = self.head_dim**-0.5
         o = sparse_attention(q, local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 
-    def _compressed(
-        self, pooled: list[Tensor], qr: Tensor, cache: LayerCache, step: Step
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if self.spec.kind == "window":
-            return None, None
-        u, g, *index = pooled
-        self.compressor(u, g, cache.state, cache.pool, step)
-        if self.spec.kind == "hca":
-            return cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
-        iu, ig, head_weights = index
-        return cache.pool, self.indexer(qr, iu, ig, head_weights, cache, step)
+    def _compressions(self, pooled: list[Tensor], cache: LayerCache, step: Step) -> list[Compression]:
+        """pooled: what the input projections gave for the compressor and, in CSA, for the indexer's."""
+        made = []
+        if self.spec.kind != "window":
+            made.append(self.compressor(pooled[0], pooled[1], cache.state, cache.pool, step))
+        if self.spec.kind == "csa":
+            made.append(self.indexer.compressor(pooled[2], pooled[3], cache.index_state, cache.index_pool, step))
+        return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
-from dsv4.kernels.compress.compress import compress
+from dsv4.kernels.compress.rows import Compression
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings
 from dsv4.layers.step import Step
@@ -23,19 +23,8 @@ class Compressor:
         self.eps, self.dtype, self.index = config.rms_norm_eps, settings.dtype, index
         self.quantize = settings.index_quant if index else settings.kv_quant
 
-    def __call__(self, u: Tensor, g: Tensor, state: Tensor, pool: Tensor, step: Step) -> None:
-        """u, g [T, C] f32: `wkv` and `wgate` of the layer's input."""
-        compress(
-            u,
-            g,
-            self.ape,
-            self.norm,
-            state,
-            pool,
-            step.plan.compressed[self.kind].compress,
-            step.entry_cis[self.kind],
-            eps=self.eps,
-            dtype=self.dtype,
-            index=self.index,
-            quantize=self.quantize,
-        )
+    def __call__(self, u: Tensor, g: Tensor, state: Tensor, pool: Tensor, step: Step) -> Compression:
+        """u, g [T, C] f32: `wkv` and `wgate` of the layer's input. What the op takes; attn_inputs does it."""
+        rows, cis = step.plan.compressed[self.kind].compress, step.entry_cis[self.kind]
+        rest = self.eps, self.dtype, self.index, self.quantize
+        return Compression(u, g, self.ape, self.norm, state, pool, rows, cis, *rest)

@@ -27,15 +27,14 @@ class Indexer:
         compared = "torch" if settings.act == "fp8" else "score"  # fp8: the settings of DeepSeek's own script
         self.order = compared if self.keep_order else "entry"
 
-    def __call__(self, qr: Tensor, u: Tensor, g: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """qr [T, q_lora_rank] (after q_norm), u, g [T, 2*Ci] f32, head_weights [T, Hi] -> pool rows [T, <= index_topk]
-        i64.
+    def __call__(self, qr: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """qr [T, q_lora_rank] (after q_norm), head_weights [T, Hi] f32 -> pool rows [T, <= index_topk] i64. The step's
+        index keys are in the cache.
 
-        The index keys are always appended. Scoring is skipped while every visible entry is taken anyway, but not in
+        Scoring is skipped while every visible entry is taken anyway, but not in
         float32, the dtype for comparisons: there attention adds the entries up in the order of their scores, as
         DeepSeek's code does.
         """
-        self.compressor(u, g, cache.index_state, cache.index_pool, step)
         rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
         if rows.most_visible <= self.topk and (not self.keep_order or not rows.most_visible):
             return rows.all_rows

@@ -1,18 +1,22 @@
 """The compressor: running CSA/HCA state, pooling of completed windows, norm, RoPE, rounding, append into pages."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.compress.compress_ref import compress_ref
-from dsv4.kernels.compress.rows import CompressRows
+from dsv4.kernels.compress.rows import Compression, CompressRows
 from dsv4.kernels.kv_append.kv_append import entry_width
 from dsv4.kernels.launch import contiguous, rotations, row_stride, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.quant import kv
 
-_KERNEL = Kernel("compress", "pppppp" + "ppppppp" + "qqqqqqq" + "iiiii" + "ff" + "iiii")
+# COMPRESS_PARAMETERS in include/dsv4/compress.cuh
+ARGUMENTS = "pppppp" + "ppppppp" + "qqqqqqq" + "iiiii" + "ff" + "iiii"
+_KERNEL = Kernel("compress", ARGUMENTS)
 _MAX_KEY = 256
 
 
@@ -41,42 +45,49 @@ def compress(
     over 2m items (CSA) or m (HCA) per channel; absent items weigh nothing. Row -1 of write_to writes nothing, entry_to
     -1 is no entry. An entry does not depend on the others. One launch, two where several tokens of a sequence come.
     """
+    given = Compression(u, g, ape, weight, state, pool, rows, cis, eps, dtype, index, quantize)
+    _KERNEL(u.device, *arguments_of("compress", given))
+
+
+def arguments_of(name: str, given: Compression) -> list[Any]:
+    """What ARGUMENTS names, checked for op `name`."""
+    u, g, ape, weight, state, pool, rows, cis, eps, dtype, index, quantize = given
     tokens, channels = u.shape
     n, width, dims = rows.items.shape[1] if rows.items.dim() == 2 else 0, len(weight), 2 * cis.shape[-1]
     packed, entries = pool.dtype == torch.uint8, len(rows.entry_to)
-    cis_stride = rotations("compress", cis, entries, width)
+    cis_stride = rotations(name, cis, entries, width)
     if index:
-        _check_key(dtype, pool, width, quantize)
+        _check_key(name, dtype, pool, width, quantize)
     else:
-        entry_width("compress", dtype, pool, width, dims, quantize)
+        entry_width(name, dtype, pool, width, dims, quantize)
     if state.dtype != torch.float32 or state.shape[-1] != 2 * channels or channels not in (width, 2 * width):
         raise KernelError(
-            f"compress: state {list(state.shape)} {state.dtype} for C = {channels} channels and entries of N = {width};"
+            f"{name}: state {list(state.shape)} {state.dtype} for C = {channels} channels and entries of N = {width};"
             f" expected [S, n, {2 * channels}] float32, and C one or two times N"
         )
     buffers = {"ape": ape, "weight": weight, "state": state, "pool": pool}
     numbers = rows.phase, rows.write_rows, rows.write_to, rows.history, rows.items, rows.entry_to
-    contiguous("compress", **buffers, **{f"rows[{i}]": row for i, row in enumerate(numbers)})
-    same_device("compress", u.device, g=g, cis=cis, **buffers, items=rows.items, write_to=rows.write_to)
+    contiguous(name, **buffers, **{f"rows[{i}]": row for i, row in enumerate(numbers)})
+    same_device(name, u.device, g=g, cis=cis, **buffers, items=rows.items, write_to=rows.write_to)
     counts = tokens, len(rows.write_to), len(rows.history), entries
-    strides = row_stride("compress", "u", u), row_stride("compress", "g", g), cis_stride
+    strides = row_stride(name, "u", u), row_stride(name, "g", g), cis_stride
     sizes = channels, n, width, dims, pool.shape[-1] if packed else 0
     how = rows.from_state, packed or quantize, index, 0 if dtype == torch.bfloat16 else 1
     tensors = u, g, ape, weight, state, pool, cis, *numbers
-    _KERNEL(u.device, *tensors, *counts, *strides, *sizes, eps, width**-0.5, *how)
+    return [*tensors, *counts, *strides, *sizes, eps, width**-0.5, *how]
 
 
-def _check_key(dtype: torch.dtype, pool: Tensor, width: int, quantize: bool) -> None:
+def _check_key(name: str, dtype: torch.dtype, pool: Tensor, width: int, quantize: bool) -> None:
     packed = pool.dtype == torch.uint8
     stored = kv.index_key_bytes(width) if packed else width
     if pool.shape[-1] != stored or not ((packed and dtype == torch.bfloat16) or pool.dtype == dtype):
         raise KernelError(
-            f"compress: rows of {pool.shape[-1]} {pool.dtype} cannot hold index keys of {width} channels in {dtype}; "
+            f"{name}: rows of {pool.shape[-1]} {pool.dtype} cannot hold index keys of {width} channels in {dtype}; "
             f"expected {width} {dtype}, or {kv.index_key_bytes(width)} torch.uint8 made from torch.bfloat16"
         )
     power_of_two = 32 <= width <= _MAX_KEY and width & (width - 1) == 0
     if width % 2 or width > _MAX_KEY or ((packed or quantize) and not power_of_two):
         raise KernelError(
-            f"compress: the kernel rounds index keys of 32 to {_MAX_KEY} channels, a power of two, and keeps others of "
+            f"{name}: the kernel rounds index keys of 32 to {_MAX_KEY} channels, a power of two, and keeps others of "
             f"an even number up to {_MAX_KEY}; got {width}"
         )

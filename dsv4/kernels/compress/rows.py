@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +27,20 @@ class CompressRows:
     items: Tensor  # [Ne, n] rows pooled into each entry, oldest first; -1 = before the sequence began
     entry_positions: Tensor  # [Ne] position of each entry's first token (its RoPE position)
     entry_to: Tensor  # [Ne] rows in the flattened page pool [P*64, ...]
+
+
+class Compression(NamedTuple):
+    """The arguments of one call of compress."""
+
+    u: Tensor
+    g: Tensor
+    ape: Tensor
+    weight: Tensor
+    state: Tensor
+    pool: Tensor
+    rows: CompressRows
+    cis: Tensor
+    eps: float
+    dtype: torch.dtype
+    keys: bool  # the op's `index`
+    quantize: bool

@@ -1,5 +1,7 @@
 """The window's key/value entry: norm, RoPE, FP8 of the un-rotated channels, one indexed write into the ring."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.quant import kv as formats
 
-_KERNEL = Kernel("kv_append", "ppppppp" + "qqqq" + "iii" + "f" + "ii")
+ARGUMENTS = "ppppppp" + "qqqq" + "iii" + "f" + "ii"  # KV_APPEND_PARAMETERS in include/dsv4/kv_append.cuh
+_KERNEL = Kernel("kv_append", ARGUMENTS)
 MAX_CHANNELS = 1024
 
 
@@ -35,22 +38,35 @@ def kv_append(
     act_quant). X = Dh and kv's dtype, or u8 and X = quant.kv.entry_bytes(Dh, R): packed, which always rounds. A row
     does not depend on the others. One launch.
     """
+    out, arguments = arguments_of("kv_append", kv, weight, cis, ring, write_rows, write_to, eps, quantize, out)
+    _KERNEL(kv.device, *arguments)
+    return out
+
+
+def arguments_of(
+    name: str,
+    kv: Tensor,
+    weight: Tensor,
+    cis: Tensor,
+    ring: Tensor,
+    write_rows: Tensor,
+    write_to: Tensor,
+    eps: float,
+    quantize: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, list[Any]]:
+    """The result and what ARGUMENTS names, checked for op `name`."""
     rows, n = kv.shape
     packed = ring.dtype == torch.uint8
-    cis_stride = rotations("kv_append", cis, rows, n)
+    cis_stride = rotations(name, cis, rows, n)
     dims = 2 * cis.shape[1]
-    width = entry_width("kv_append", kv.dtype, ring, n, dims, quantize)
-    contiguous("kv_append", weight=weight, ring=ring, write_rows=write_rows, write_to=write_to)
-    same_device("kv_append", kv.device, weight=weight, cis=cis, ring=ring, write_rows=write_rows, write_to=write_to)
-    out = result("kv_append", out, (rows, width), ring.dtype, kv.device)
-    strides = row_stride("kv_append", "kv", kv), cis_stride
-    code = dtype_code("kv_append", "kv", kv)
-    sizes = n, dims, width if packed else 0
-    written = rows, len(write_to)
-    _KERNEL(
-        kv.device, kv, weight, cis, ring, write_rows, write_to, out, *written, *strides, *sizes, eps, quantize, code
-    )
-    return out
+    width = entry_width(name, kv.dtype, ring, n, dims, quantize)
+    contiguous(name, weight=weight, ring=ring, write_rows=write_rows, write_to=write_to)
+    same_device(name, kv.device, weight=weight, cis=cis, ring=ring, write_rows=write_rows, write_to=write_to)
+    out = result(name, out, (rows, width), ring.dtype, kv.device)
+    tensors = kv, weight, cis, ring, write_rows, write_to, out
+    sizes = rows, len(write_to), row_stride(name, "kv", kv), cis_stride, n, dims, width if packed else 0
+    return out, [*tensors, *sizes, eps, quantize, dtype_code(name, "kv", kv)]
 
 
 def entry_width(name: str, dtype: torch.dtype, buffer: Tensor, n: int, dims: int, quantize: bool) -> int:

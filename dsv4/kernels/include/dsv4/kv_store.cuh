@@ -42,7 +42,16 @@ __device__ __forceinline__ float inverse(uint32_t byte) { return __uint_as_float
 template <typename T, int ITER>
 __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2* turn, int n, int dims, float eps,
                           bool wide) {
-    float sum = 0.0f, w[8];
+    float sum = 0.0f, w[ITER][8];
+    float2 c[ITER][4];
+#pragma unroll
+    for (int it = 0; it < ITER; ++it) {  // all loads before the sum is waited for
+        const int i = channel(it);
+        load<8>(weight + i, w[it], n - i, wide && i < n);
+#pragma unroll
+        for (int k = 0; k < 8; k += 2)
+            if (i + k >= n - dims && i + k < n) c[it][k / 2] = turn[(i + k - (n - dims)) / 2];
+    }
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
 #pragma unroll
@@ -51,13 +60,12 @@ __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2
 #pragma unroll
     for (int it = 0; it < ITER; ++it) {
         const int i = channel(it);
-        load<8>(weight + i, w, n - i, wide && i < n);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) v[it][k] = rounded<T>(v[it][k] * root * w[k]);
+        for (int k = 0; k < 8; ++k) v[it][k] = rounded<T>(v[it][k] * root * w[it][k]);
 #pragma unroll
         for (int k = 0; k < 8; k += 2)
             if (i + k >= n - dims && i + k < n) {
-                rotate(v[it][k], v[it][k + 1], turn[(i + k - (n - dims)) / 2]);
+                rotate(v[it][k], v[it][k + 1], c[it][k / 2]);
                 v[it][k] = rounded<T>(v[it][k]);
                 v[it][k + 1] = rounded<T>(v[it][k + 1]);
             }
