@@ -1,5 +1,5 @@
-// moe: align, first projection with SwiGLU, second projection, weighted sum; for up to eight tokens in one launch. Which
-// kernels multiply depends on the number of tokens alone; how much each has to do is known on the device only.
+// moe: align, first projection with SwiGLU, second projection, weighted sum; all in one launch for up to eight tokens.
+// Which kernels multiply depends on the number of tokens alone; how much each has to do is known on the device only.
 #include <dsv4/moe_align.cuh>
 #include <dsv4/moe_few.cuh>
 #include <dsv4/moe_stream.cuh>
@@ -147,7 +147,8 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
         e = cudaFuncSetAttribute(align, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         const int64_t blocks = (pairs + ALIGN_THREADS - 1) / ALIGN_THREADS;
         if (e == cudaSuccess)
-            e = launch_dependent(align, blocks, 1, ALIGN_THREADS, bytes, stream_, ids, pairs, topk, experts, group, plan);
+            e = launch_dependent(align, blocks, 1, ALIGN_THREADS, bytes, stream_, ids, pairs, topk, experts, group,
+                                 plan);
     }
     if (e == cudaSuccess && phases & GATE_UP)
         e = wide ? run_tiles<true>(gate_up, tokens, groups, half, scale, stream_)

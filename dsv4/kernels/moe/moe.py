@@ -27,7 +27,7 @@ def moe(
     and rounded once, in the rising order of experts.
 
     On a GPU one launch for up to 8 tokens, four above (align, gate and up, down, sum); up to two more where the inputs
-    are quantised. Up to 128 tokens a row's bits do not depend on the rows beside it; above, the products are summed in
-    another order.
+    are quantised. The one launch takes all processors at once: calls on several streams of a GPU must not overlap. Up
+    to 128 tokens a row's bits do not depend on the rows beside it; above, the products are summed in another order.
     """
     return launch_moe(x, operand, ids, weights, shared, limit, out)

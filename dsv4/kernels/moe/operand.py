@@ -18,7 +18,7 @@ from dsv4.quant.weights import Weight
 class ExpertsOperand:
     """w1 (gate) and w3 (up) [E, F, D] as one `w13` [E, 2F, D], w2 as `down` [E, D, F]: dense on a CPU, tiled on a GPU,
     where nothing is kept of the weights as stored; `nbytes` is what those take. `arrivals` [2] i32, zero between
-    launches, is where the blocks of one meet: launches with one operand must not overlap.
+    launches, is where the blocks of one meet.
     """
 
     stored: tuple[Weight, Weight, Weight] | None

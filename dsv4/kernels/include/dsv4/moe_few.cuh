@@ -1,8 +1,9 @@
-// Up to eight tokens: one launch sorts the pairs, multiplies with both projections and sums. A block per processor, all
-// of them running; each sorts the few pairs for itself. A warp takes whole tiles, so nobody waits for another's sum: the
-// block's share of tiles of gate and up, then, when all blocks have met, its rows of down for every expert, which it
-// adds up per token. The copy engine does not wait there: down's weights follow into the rings behind those of gate and
-// up. Slices, scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
+// Up to eight tokens: one launch sorts the pairs, multiplies with both projections and sums. There is a block per
+// processor, and all of them must be running at once: two such launches side by side would wait for each other. Each
+// sorts the few pairs for itself. A warp takes whole tiles, so nobody waits for another's sum: the block's share of
+// tiles of gate and up, then, when all blocks have met, its rows of down for every expert, which it adds up per token.
+// The copy engine does not wait there: down's weights follow into the rings behind those of gate and up. Slices,
+// scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
 #pragma once
 #include <dsv4/bulk.cuh>
 #include <dsv4/dependent.cuh>
@@ -299,7 +300,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     share.stages = min(f.chunks / share.warps, MOST_CHUNKS);
 
     FewRing ring = {memory + warp * share.stages * CHUNK};
-    ring.data = shared_address(ring.bytes), ring.barriers = shared_address(s.barriers[warp]), ring.stages = share.stages;
+    ring.data = shared_address(ring.bytes), ring.barriers = shared_address(s.barriers[warp]);
+    ring.stages = share.stages;
     Requests<FIRST, SECOND> requests(share, warp);
     const bool works = warp < share.warps;
     if (works && lane == 0)
@@ -314,13 +316,14 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     };
     for (int i = threadIdx.x; i < share.groups; i += FEW_THREADS) {
         const int expert = s.groups[i].x;
-        if (FIRST) s.alpha[i][0] = alpha_of<true>(f.first, expert, 0), s.alpha[i][1] = alpha_of<true>(f.first, expert, 1);
+        for (int half = 0; FIRST && half < 2; ++half) s.alpha[i][half] = alpha_of<true>(f.first, expert, half);
         if (SECOND) s.alpha[i][2] = alpha_of<false>(f.second, expert, 0);
     }
-    // A tile of a group whose token m has its columns in the staged row row_of(m).
+    // A tile of a group whose token m has its columns in the staged row row_of(m). Beyond the last token: any row, nobody
+    // takes the sum.
     float sum[4];
     const auto multiply = [&](const Job& job, const int4& now, auto&& row_of) {
-        const auto row = [&](int m) { return row_of(min(m, now.z - 1)); };  // beyond the last: any, nobody takes the sum
+        const auto row = [&](int m) { return row_of(min(m, now.z - 1)); };
         tile_product(sum, job.blocks, staged + row(g) * stride_of(job.blocks) + 32 * t, undo + row(2 * t) * MOST_SLICES,
                      undo + row(2 * t + 1) * MOST_SLICES, ring, refill);
     };
