@@ -269,11 +269,16 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
             if (i * EACH + k < n && keys[k] / FINE == bin) atomicAdd(&fine[keys[k] % FINE], 1u);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        int code = FINE - 1;
-        uint32_t above = 0;
-        while (above + fine[code] < left) above += fine[code--];
-        edge_key = bin * FINE + code, edge_left = left - above;
+    if (threadIdx.x < FINE) {  // a lane per code, from the top
+        const int code = FINE - 1 - threadIdx.x;
+        const uint32_t own = fine[code];
+        uint32_t sum = own;
+#pragma unroll
+        for (int step = 1; step < FINE; step *= 2) {
+            const uint32_t before = __shfl_up_sync(0xffffffffu, sum, step);
+            if (threadIdx.x >= step) sum += before;
+        }
+        if (sum >= left && sum - own < left) edge_key = bin * FINE + code, edge_left = left - (sum - own);
     }
     __syncthreads();
     const uint32_t edge = edge_key, equals = edge_left;  // all keys above the edge, and this many that equal it
