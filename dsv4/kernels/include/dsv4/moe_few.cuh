@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
         for (int half = 0; FIRST && half < 2; ++half) s.alpha[i][half] = alpha_of<true>(f.first, expert, half);
         if (SECOND) s.alpha[i][2] = alpha_of<false>(f.second, expert, 0);
     }
-    // A tile of a group whose token m has its columns in the staged row row_of(m). Beyond the last token: any row, nobody
-    // takes the sum.
+    // A tile of a group whose token m has its columns in staged row row_of(m). Beyond the last token any row will do:
+    // nobody takes the sum.
     float sum[4];
     const auto multiply = [&](const Job& job, const int4& now, auto&& row_of) {
         const auto row = [&](int m) { return row_of(min(m, now.z - 1)); };
