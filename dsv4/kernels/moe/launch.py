@@ -93,7 +93,8 @@ def down(work: Work, mid: Tensor, row_scale: Tensor | None, shared: Tensor, out:
     """mid [T * K, F] bf16 in the order of the experts, shared [T, D] bf16 -> [T, D] bf16. Needs the plan."""
     _expect("mid", mid, (work.pairs, work.second.columns), torch.bfloat16)
     out = _result(work, shared, out)
-    second = _projection(work.second, mid, row_scale, work.empty(work.pairs, work.first.columns))
+    parts = work.empty(work.pairs, work.first.columns)
+    second = _projection(work.second, mid, row_scale, parts)
     _launch(work, DOWN, _projection(work.first), second, mid, shared, out)
     return out
 
@@ -103,8 +104,9 @@ def both(work: Work, x: Tensor, row_scale: Tensor | None, shared: Tensor, out: T
     streamed."""
     _expect("x", x, (len(work.ids), work.first.columns), torch.bfloat16)
     out, mid = _result(work, shared, out), work.empty(work.pairs, work.second.columns)
+    parts = work.empty(work.pairs, work.first.columns)
     first = _projection(work.first, x, row_scale, mid)
-    second = _projection(work.second, mid, None, work.empty(work.pairs, work.first.columns))
+    second = _projection(work.second, mid, None, parts)
     _launch(work, ALIGN | GATE_UP | DOWN, first, second, x, shared, out)
     return out
 
@@ -141,7 +143,9 @@ def _result(work: Work, shared: Tensor, out: Tensor | None) -> Tensor:
 def _projection(
     weight: TiledExperts, x: Tensor | None = None, row_scale: Tensor | None = None, to: Tensor | None = None
 ) -> _Projection:
-    """One without `x` is not launched; its sizes count."""
+    """One without `x` is not launched; its sizes count. It holds addresses: the caller holds the tensors until they
+    are launched, or the memory of one becomes that of the next.
+    """
     row = 0
     if x is not None:
         same_device("moe", weight.tiles.device, x=x, row_scale=row_scale, to=to)
