@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
+from dsv4.kernels.ffn_inputs.ffn_inputs import ffn_inputs
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.moe.moe import moe
 from dsv4.kernels.moe.operand import experts_operand
-from dsv4.kernels.router.router import router
-from dsv4.kernels.swiglu.swiglu import swiglu
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings
 from dsv4.layers.step import Step
@@ -35,7 +34,7 @@ class MoE:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D], normed -> [T, D]."""
         logits, gate, up = linear(x, self.in_proj)
-        tokens = step.plan.tokens
-        ids, weights = router(logits, self.bias, self.tid2eid, tokens, topk=self.topk, route_scale=self.route_scale)
-        (shared,) = linear(swiglu(gate, up, self.limit), self.shared_w2)
+        given = logits, gate, up, self.bias, self.tid2eid, step.plan.tokens
+        ids, weights, activated = ffn_inputs(*given, topk=self.topk, route_scale=self.route_scale, limit=self.limit)
+        (shared,) = linear(activated, self.shared_w2)
         return moe(x, self.experts, ids, weights, shared, limit=self.limit)

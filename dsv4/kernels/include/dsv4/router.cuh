@@ -1,0 +1,108 @@
+// Which experts a token goes to: by a block, whose threads score the experts and whose first warp then picks the largest
+// K times, each lane among the keys of every 32nd expert; or from a table.
+#pragma once
+#include <cassert>
+#include <dsv4/dependent.cuh>
+
+namespace dsv4::router {
+
+constexpr int THREADS = 256;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct Arguments {
+    const float *logits, *bias;
+    const int64_t *tid2eid, *tokens;
+    int64_t* ids;
+    float* weights;
+    int experts, topk;
+    int64_t stride, vocabulary;
+    float route_scale;
+};
+
+// Larger float, larger key; NaN is the largest of all, as in torch.sort, and no float has key 0.
+__device__ __forceinline__ uint32_t order(float x) {
+    if (isnan(x)) return ALL;
+    const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 equals +0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float score(float logit) { return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit))); }
+
+// One warp; lane k < K holds the k-th expert and its score.
+__device__ __forceinline__ void put(const Arguments& a, int64_t row, int64_t expert, float picked) {
+    const int lane = threadIdx.x;
+    float sum = 0.0f;
+    for (int k = 0; k < a.topk; ++k) sum += __shfl_sync(ALL, picked, k);
+    if (lane < a.topk) {
+        a.ids[row * a.topk + lane] = expert;
+        a.weights[row * a.topk + lane] = picked / sum * a.route_scale;
+    }
+}
+
+// EACH: keys a lane has. Of equal keys the lower expert is taken. Read before the wait: the bias.
+template <int EACH>
+__device__ void best_experts(const Arguments& a, int64_t row) {
+    __shared__ uint32_t keys[EACH * 32];
+    __shared__ float scores[EACH * 32];
+    constexpr int ROUNDS = (EACH * 32 + THREADS - 1) / THREADS;
+    const int lane = threadIdx.x, thread = threadIdx.x;
+    float bias[ROUNDS];
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) {
+        const int e = thread + i * THREADS;
+        bias[i] = a.bias != nullptr && e < a.experts ? a.bias[e] : 0.0f;
+    }
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < ROUNDS; ++i) {
+        const int e = thread + i * THREADS;
+        if (e >= EACH * 32) break;
+        const float s = e < a.experts ? score(a.logits[row * a.stride + e]) : 0.0f;
+        scores[e] = s, keys[e] = e < a.experts ? order(s + bias[i]) : 0;
+    }
+    __syncthreads();
+    if (thread >= 32) return;
+    uint32_t key[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) key[i] = keys[lane + 32 * i];
+    uint32_t chosen = 0;
+    for (int k = 0; k < a.topk; ++k) {
+        uint32_t best = key[0], at = lane;
+#pragma unroll
+        for (int i = 1; i < EACH; ++i)
+            if (key[i] > best) best = key[i], at = lane + 32 * i;
+        const uint32_t top = __reduce_max_sync(ALL, best);
+        const uint32_t expert = __reduce_min_sync(ALL, best == top ? at : ALL);
+        if (lane == k) chosen = expert;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (lane + 32 * i == expert) key[i] = 0;
+    }
+    put(a, row, chosen, lane < a.topk ? scores[chosen] : 0.0f);
+}
+
+// One warp: the experts are those of the token.
+__device__ inline void experts_of_token(const Arguments& a, int64_t row) {
+    wait_for_previous();
+    const int lane = threadIdx.x;
+    const int64_t token = a.tokens[row];
+    assert(token >= 0 && token < a.vocabulary && "router: a token id outside tid2eid");
+    int64_t chosen = 0;
+    if (lane < a.topk) chosen = a.tid2eid[token * a.topk + lane];
+    assert(chosen >= 0 && chosen < a.experts && "router: tid2eid names an expert that does not exist");
+    put(a, row, chosen, lane < a.topk ? score(a.logits[row * a.stride + chosen]) : 0.0f);
+}
+
+// The block's part of a launch; waits for the kernel in front.
+template <int EACH>
+__device__ __forceinline__ void route(const Arguments& a, int64_t row) {
+    if (a.tid2eid == nullptr) {
+        best_experts<EACH>(a, row);
+    } else if (threadIdx.x < 32) {
+        experts_of_token(a, row);
+    } else {
+        wait_for_previous();
+    }
+}
+
+}  // namespace dsv4::router
