@@ -147,18 +147,20 @@ def test_bytes_that_differ_at_one_length_prove_nothing():
     assert f"argument 0 is {hex(5 << 32 | 9)} at 5 tokens, {hex(300 << 32 | 8)}" in finding.what and unstable == 1
 
 
-def test_addresses_in_the_graphs_own_memory_may_move():
-    """Both must lie there: from the pool to elsewhere, or anywhere else, is a finding."""
-    pool = [range(0x7000_0000_0000, 0x7000_0000_1000)]
+def test_an_address_counts_only_in_memory_that_lives_outside_the_graphs():
+    """A pointer to one position of the cache is baked; one into the graphs' own memory or to nothing is not."""
+    live = [range(0x7F00_0000_0000, 0x7F00_0000_1000)]
 
-    def found(a: int, b: int) -> int:
-        first, second = ([[kernel("k", i32(1) + i32(2) + n.to_bytes(8, "little"))]] * 2 for n in (a, b))
+    def found(a: int, b: int, before: bytes = i32(1) + i32(2)) -> int:
+        first, second = ([[kernel("k", before + n.to_bytes(8, "little"))]] * 2 for n in (a, b))
         captures = scalars.Captures("5 tokens", first), scalars.Captures("300 tokens", second)
-        return len(scalars.findings(*captures, pool)[0])
+        return len(scalars.findings(*captures, live)[0])
 
-    assert found(0x7000_0000_0010, 0x7000_0000_0ABC) == 0
-    assert found(0x7000_0000_0010, 0x7000_0000_1000) == 1
-    assert found(0x6000_0000_0010, 0x6000_0000_0ABC) == 1
+    assert found(0x7F00_0000_0010, 0x7F00_0000_0ABC) == 1
+    assert found(0x7F00_0000_0010, 0x7F00_0000_1000) == 0
+    assert found(0x7E00_0000_0010, 0x7E00_0000_0ABC) == 0
+    assert found(0x7E00_0000_0010, 0x7E00_0000_0ABC, before=i32(1)) == 0  # left on the stack, at any multiple of 4
+    assert found(5, 300) == 1
 
 
 def test_launch_shapes_and_other_kernels_count_too():

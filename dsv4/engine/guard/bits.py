@@ -82,22 +82,28 @@ def _poison(what: str, rows: Tensor, label: str) -> list[Finding]:
     return [Finding("bits", "poison", f"{what % count}, first at {list(_first(rows))} ({label})")] if count else []
 
 
-def pool_memory(pool: tuple[int, int]) -> list[range]:
-    """The addresses of a memory pool, by segment."""
-    return [
-        range(segment["address"], segment["address"] + segment["total_size"])
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment["segment_pool_id"]) == tuple(pool)
-    ]
+def live_memory(*, apart_from: tuple[int, int]) -> list[range]:
+    """The addresses of tensors on the GPU that are not in the memory pool `apart_from`."""
+    found = []
+    for segment in torch.cuda.memory_snapshot():
+        if tuple(segment["segment_pool_id"]) != tuple(apart_from):
+            at = segment["address"]
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    found.append(range(at, at + block["size"]))
+                at += block["size"]
+    return found
 
 
 def poison_pool(step: Step) -> None:
     """Overwrite the memory of the graph's private pool: whatever a replay reads there it must have written."""
     if step.graph is None:
         return
+    pool = tuple(step.graph.pool())
     torch.cuda.synchronize()
-    for segment in pool_memory(step.graph.pool()):
-        driver().fill(segment.start, POISON, len(segment))
+    for segment in torch.cuda.memory_snapshot():
+        if tuple(segment["segment_pool_id"]) == pool and segment["total_size"]:
+            driver().fill(segment["address"], POISON, segment["total_size"])
     torch.cuda.synchronize()
 
 

@@ -189,13 +189,13 @@ def _baked(step: Step, subject: Subject, tokens: list[int], report: BatchReport)
             graphs.append(census.read(graph, log))
         captures.append(scalars.Captures(label, graphs[-_CAPTURES:]))
     for other in captures[1:]:
-        found, unstable = scalars.findings(captures[0], other, bits.pool_memory(pool))
+        found, unstable = scalars.findings(captures[0], other, bits.live_memory(apart_from=pool))
         report.findings += found
         report.scalars.append(f"{captures[0].label} and {other.label}: {len(captures[0].graphs[0])} nodes")
         if unstable:
             report.notes.append(
                 f"baked scalars, {report.scalars[-1]}: {unstable} argument bytes differ between captures at one length "
-                "too, or are addresses in the graphs' own memory, and were left out"
+                "too, or are addresses of no tensor outside the graphs, and were left out"
             )
 
 

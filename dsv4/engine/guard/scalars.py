@@ -3,8 +3,9 @@
 A length that reached a kernel as a number is in the graph for good: the replay of the next step would still use it.
 The step is captured more than once at each length. What differs between captures at one length (struct padding that
 nobody wrote, addresses that the allocator chose anew) says nothing about lengths and is left out, and counted. So are
-addresses in the graphs' own memory pool: what a kernel finds there the step itself has written, which the comparison
-of replay and eager checks, and the allocator may hand out another piece of it when other captures came before.
+addresses, unless they lie in tensors that live outside the graphs' own memory: what a kernel finds in the graphs' memory
+the step itself has written, which the comparison of replay and eager checks; and addresses of nothing are what was left
+on the stack where an argument has room that its kernel does not use.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dsv4.engine.guard.census import Node
 from dsv4.engine.guard.findings import Finding
 
 
+_ADDRESSES = range(0x7000_0000_0000, 0x8000_0000_0000)  # where a 64-bit Linux maps libraries, stacks and GPU memory
+
+
 @dataclass(frozen=True)
 class Captures:
     """Captures of one step at one set of lengths; `label` says which."""
@@ -25,9 +29,9 @@ class Captures:
     graphs: Sequence[list[Node]]
 
 
-def findings(first: Captures, second: Captures, pool: Sequence[range] = ()) -> tuple[list[Finding], int]:
-    """What differs between two lengths and not between captures at one length, addresses in `pool` apart; and how many
-    bytes were left out.
+def findings(first: Captures, second: Captures, live: Sequence[range] = ()) -> tuple[list[Finding], int]:
+    """What differs between two lengths and not between captures at one length; and how many bytes were left out. live:
+    the memory of tensors outside the graphs' own; an address elsewhere proves nothing.
     """
     found: list[Finding] = []
     shapes = [[(node.type, node.name) for node in graph] for captures in (first, second) for graph in captures.graphs]
@@ -43,7 +47,7 @@ def findings(first: Captures, second: Captures, pool: Sequence[range] = ()) -> t
             )
         for p, ((what, x), (_, y)) in enumerate(zip(a.parameters, b.parameters, strict=True)):
             loose = [_differing(n.parameters[p][1], m.parameters[p][1]) for n, m in repeats]
-            ignored = set().union(*loose) | _moved_within(pool, x, y)
+            ignored = set().union(*loose) | _stray_addresses(live, x, y)
             unstable += len(ignored)
             moved = sorted(_differing(x, y) - ignored)
             if moved:
@@ -53,12 +57,13 @@ def findings(first: Captures, second: Captures, pool: Sequence[range] = ()) -> t
     return found, unstable
 
 
-def _moved_within(pool: Sequence[range], x: bytes, y: bytes) -> set[int]:
-    """Bytes of aligned words that differ and are addresses in the pool on both sides."""
+def _stray_addresses(live: Sequence[range], x: bytes, y: bytes) -> set[int]:
+    """Bytes of words that differ, look like addresses on both sides and are not both of memory in `live`."""
     found: set[int] = set()
-    for at in range(0, min(len(x), len(y)) - 7, 8):
+    for at in range(0, min(len(x), len(y)) - 7, 4):
         words = [int.from_bytes(data[at : at + 8], "little") for data in (x, y)]
-        if words[0] != words[1] and all(any(word in piece for piece in pool) for word in words):
+        addresses = all(word in _ADDRESSES for word in words) and words[0] != words[1]
+        if addresses and not all(any(word in piece for piece in live) for word in words):
             found |= {at + i for i in _differing(x[at : at + 8], y[at : at + 8])}
     return found
 

@@ -451,7 +451,7 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
                            int tokens, int columns, int mode, int window, int batch, int streams, int stages,
                            int shared_bytes, cudaStream_t stream) {
     if (count < 1 || count > MAX_PARTS) return cudaErrorInvalidValue;
-    Task task;
+    Task task = {};  // all of it: a graph holds every byte, also of parts that are not there
     for (int i = 0; i < count; ++i) task.parts.part[i] = parts[i];
     task.parts.count = count, task.parts.tiles = tiles;
     task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
