@@ -3,9 +3,9 @@
 A length that reached a kernel as a number is in the graph for good: the replay of the next step would still use it.
 The step is captured more than once at each length. What differs between captures at one length (struct padding that
 nobody wrote, addresses that the allocator chose anew) says nothing about lengths and is left out, and counted. So are
-addresses, unless they lie in tensors that live outside the graphs' own memory: what a kernel finds in the graphs' memory
-the step itself has written, which the comparison of replay and eager checks; and addresses of nothing are what was left
-on the stack where an argument has room that its kernel does not use.
+addresses, unless they lie in tensors that live outside the graphs' own memory: what a kernel finds in that memory the
+step itself has written, which the comparison of replay and eager checks; and addresses of nothing are what was left on
+the stack where an argument has room that its kernel does not use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from dsv4.engine.guard.census import Node
 from dsv4.engine.guard.findings import Finding
-
 
 _ADDRESSES = range(0x7000_0000_0000, 0x8000_0000_0000)  # where a 64-bit Linux maps libraries, stacks and GPU memory
 
