@@ -69,7 +69,7 @@ def bench_decode(
             tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
             step = make_step(model, cache, batch)
             step.stage(slots, tokens)
-            with recording(timer.capturing, None if per_op else {"router"}) as calls:
+            with recording(timer.capturing, None if per_op else {"ffn_inputs"}) as calls:
                 step.capture()
             step.stage(slots, tokens)
             times = timer.times(step.replay, repeats=repeats, warmup=warmup)

@@ -67,7 +67,7 @@ def distinct_experts(calls: list[Call], layers: int) -> list[float] | None:
 
     Reads device memory: call it after a replay, and what the replay chose is counted.
     """
-    chosen = [_ids(call.result) for call in calls if call.op == "router"][-layers:]
+    chosen = [_ids(call.result) for call in calls if call.op == "ffn_inputs"][-layers:]
     if len(chosen) < layers:
         return None
     return [float(len(ids[ids >= 0].unique())) for ids in chosen]

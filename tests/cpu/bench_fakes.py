@@ -36,7 +36,7 @@ class FakeTimer:
 
     def kernels_of(self, launch: Launch) -> list[tuple[str, float]]:
         launch()
-        return [("void (anonymous namespace)::router<6>(float const*)", 2.0), ("void other<int>(int)", 5.0)] * 3
+        return [("void (anonymous namespace)::ffn_inputs<6>(float const*)", 2.0), ("void other<int>(int)", 5.0)] * 3
 
     def reset_peak(self) -> None:
         pass

@@ -132,14 +132,14 @@ def test_calls_are_recorded_where_layers_make_them_and_nothing_stays(tiny: Model
         tiny.forward([(slot, torch.arange(10))], cache)
     assert layer.linear is before is linear
     layers = len(tiny.config.layers)
-    assert sum(call.op == "moe" for call in calls) == sum(call.op == "router" for call in calls) == layers
+    assert sum(call.op == "moe" for call in calls) == sum(call.op == "ffn_inputs" for call in calls) == layers
     distinct = distinct_experts(calls, layers)
-    routed = [call.result[0] for call in calls if call.op == "router"]
+    routed = [call.result[0] for call in calls if call.op == "ffn_inputs"]
     assert distinct == [len(set(ids.flatten().tolist())) for ids in routed]
     assert distinct_experts(calls[:3], layers) is None
-    with recording(lambda: True, {"router"}) as only:
+    with recording(lambda: True, {"ffn_inputs"}) as only:
         tiny.forward([(slot, torch.tensor([1]))], cache)
-    assert {call.op for call in only} == {"router"}
+    assert {call.op for call in only} == {"ffn_inputs"}
     with recording(lambda: False) as none:
         tiny.forward([(slot, torch.tensor([1]))], cache)
     assert none == []

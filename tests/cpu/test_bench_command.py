@@ -51,14 +51,14 @@ def test_decode_gives_medians_and_shares_per_batch_and_context(tiny: Model) -> N
     assert rows[0].more["distinct_experts"] == 3 and rows[2].more["distinct_experts"] > 3
     with_ops = next(bench_decode(tiny, stored, RUN, FakeTimer(), FakeStep, **(sweep | {"per_op": True})))
     ops = {op["op"]: op for op in with_ops.more["per_op"]}
-    assert ops["router"]["us"] == 6 and ops["router"]["launches"] == 3 and ops["router"]["gb_s"] > 0
+    assert ops["ffn_inputs"]["us"] == 6 and ops["ffn_inputs"]["launches"] == 3 and ops["ffn_inputs"]["gb_s"] > 0
     assert ops["torch: other"]["us"] == 15 and ops["torch: other"]["bytes"] is None
 
 
 def test_kernels_gives_a_row_per_op_and_shape(tiny: Model) -> None:
     rows = list(bench_kernels(tiny, RUN, FakeTimer(), FakeStep, batch=2, context=40, repeats=5))
     ops = [row.values["op"] for row in rows]
-    assert {"linear", "moe", "router", "sparse_attention", "mhc_pre"} <= set(ops)
+    assert {"linear", "moe", "ffn_inputs", "sparse_attention", "mhc_pre"} <= set(ops)
     assert all(row.values["us"] > 0 and row.values["bytes"] > 0 for row in rows)
     moe = [row for row in rows if row.values["op"] == "moe"]
     assert sum(row.values["calls"] for row in moe) == len(tiny.config.layers)

@@ -7,10 +7,10 @@ using namespace dsv4;
 
 namespace {
 
-constexpr int THREADS = router::THREADS, W = wide_elements<bf16>;
+constexpr int THREADS = routing::THREADS, W = wide_elements<bf16>;
 
 struct Arguments {
-    router::Arguments route;
+    routing::Arguments route;
     const bf16 *gate, *up;
     bf16* out;
     int width;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(THREADS) ffn_inputs(const __grid_constant__ Ar
     let_next_start();
     const int64_t row = blockIdx.x;
     if (blockIdx.y == 0) {
-        router::route<EACH>(a.route, row);
+        routing::route<EACH>(a.route, row);
         return;
     }
     wait_for_previous();

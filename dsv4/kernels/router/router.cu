@@ -5,13 +5,13 @@ using namespace dsv4;
 
 namespace {
 
-using dsv4::router::Arguments;
-using dsv4::router::THREADS;
+using routing::Arguments;
+using routing::THREADS;
 
 template <int EACH>
-__global__ void __launch_bounds__(THREADS) choose(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(THREADS) router(const __grid_constant__ Arguments a) {
     let_next_start();
-    dsv4::router::route<EACH>(a, blockIdx.x);
+    routing::route<EACH>(a, blockIdx.x);
 }
 
 }  // namespace
@@ -22,6 +22,6 @@ extern "C" int dsv4_router(const float* logits, const float* bias, const int64_t
     if (rows == 0) return cudaSuccess;
     if (experts > 1024) return cudaErrorInvalidValue;
     const Arguments args = {logits, bias, tid2eid, tokens, ids, weights, experts, topk, stride, vocabulary, route_scale};
-    auto kernel = experts <= 256 ? choose<8> : experts <= 384 ? choose<12> : choose<32>;
+    auto kernel = experts <= 256 ? router<8> : experts <= 384 ? router<12> : router<32>;
     return launch_dependent(kernel, rows, 1, tid2eid == nullptr ? THREADS : 32, 0, stream, args);
 }

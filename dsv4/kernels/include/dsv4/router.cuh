@@ -4,7 +4,7 @@
 #include <cassert>
 #include <dsv4/dependent.cuh>
 
-namespace dsv4::router {
+namespace dsv4::routing {
 
 constexpr int THREADS = 256;
 constexpr unsigned ALL = 0xffffffffu;
@@ -105,4 +105,4 @@ __device__ __forceinline__ void route(const Arguments& a, int64_t row) {
     }
 }
 
-}  // namespace dsv4::router
+}  // namespace dsv4::routing
