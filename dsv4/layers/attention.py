@@ -12,7 +12,6 @@ from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import grouped_operand
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
-from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.compressor import Compressor
@@ -67,7 +66,6 @@ class Attention:
         written = cis, cache.ring, window.write_rows, window.write_to, self._compressions(pooled, cache, step)
         qr, entry = attn_inputs(qr, self.q_norm, kv, self.kv_norm, *written, eps=self.eps, quantize=self.kv_quant)
         (q,) = linear(qr, self.wq_b)
-        q = q_norm_rope(q.unflatten(-1, (self.heads, self.head_dim)), cis, self.eps)
         local = cache.ring if before is None else torch.cat([before, entry])
         rows = window.rows
         if window.in_ring and rows.shape[1] < self.window:
@@ -78,8 +76,9 @@ class Attention:
             pool, pool_rows = cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
         if self.spec.kind == "csa":
             pool_rows = self.indexer(qr, pooled[-1], cache, step)
-        scale = self.head_dim**-0.5
-        o = sparse_attention(q, local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec), scale=scale)
+        heads = q.unflatten(-1, (self.heads, self.head_dim))
+        seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)
+        o = sparse_attention(heads, *seen, scale=self.head_dim**-0.5, turn=cis, eps=self.eps)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 

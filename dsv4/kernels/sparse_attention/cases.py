@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.case import BF16_ULP, F32_ULP, Case, Maker, Tolerances, bits, nbytes, pairs
+from dsv4.kernels.case import BF16_ULP, EPS, F32_ULP, Case, Maker, Tolerances, bits, nbytes, pairs
+from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.sparse_attention.sparse_attention_ref import LOWEST, sparse_attention_ref
 from dsv4.quant.kv import pack_entry, unpack_entry
@@ -116,8 +117,22 @@ def exact(make: Maker, rows: int, heads: int, window: int, selected: int) -> Ite
     yield made(f"{both} one each", one, bits)
 
 
+def apart(*args: Any, turn: Tensor, eps: float, **how: Any) -> Tensor:
+    return sparse_attention(q_norm_rope(args[0], turn, eps), *args[1:], **how)
+
+
+def turned(make: Maker, rows: int, heads: int, window: int, selected: int) -> Case:
+    """Queries as the projection leaves them: bit for bit what q_norm_rope and the attention of its result give."""
+    args = tuple(inputs(make, rows, heads, window, selected, packed=(True, True)))
+    how = {"scale": SCALE, "turn": make.cis(rows, ROPE), "eps": EPS}
+    name = f"[{rows}, {heads}] {window} + {selected} turned"
+    return Case("sparse_attention", name, "bf16", sparse_attention, apart, args, bits, how, moved=nbytes(args[0]) * 2)
+
+
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
     packed = True, True
+    for rows, heads in ((1, 64), (3, 4), (5, 128), (66, 64), (67, 20)):
+        yield turned(make, rows, heads, 128, 100)
     yield made("[0, 64]", inputs(make, 0, 64, 128, 64, packed=packed))
     for rows, heads, window, selected, form in [
         (1, 64, 128, 40, packed),

@@ -39,13 +39,15 @@ struct Source {
 
 struct Arguments {
     const uint8_t* q;  // [T, H, 512] BF16, contiguous
+    const float2* turn;  // queries are normed and turned first; null: they have been
+    int64_t turn_stride;
     Source local, pool;
     const float* sink;
     const float2* cis;
     int64_t cis_stride;
     bf16* out;
     int heads, groups, rope, local_positions;
-    float scale;
+    float scale, eps;
 };
 
 template <int HG, int TILES>
@@ -129,6 +131,57 @@ struct Block {
                 copy_async16(to, from + static_cast<int64_t>(i) * 16);
             else
                 *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // Two of the warp's heads as they came: channels 8 l .. 8 l + 7 and 256 + those; zeros where there is no head.
+    __device__ void load_raw(uint4 (&raw)[2][2], int head, int pair) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = warp + (2 * pair + i) * WARPS;
+            const uint4* from = reinterpret_cast<const uint4*>(a.q + (token * a.heads + head + row) * (DH * 2)) + lane;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                raw[i][half] = head + row < a.heads ? from[32 * half] : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // The rotations of a lane's upper channels.
+    __device__ void load_turns(float2 (&turns)[4]) const {
+        const int first = DH - a.rope;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int channel = DH / 2 + lane * 8 + 2 * k;
+            turns[k] = channel >= first ? a.turn[token * a.turn_stride + (channel - first) / 2] : make_float2(1.0f, 0.0f);
+        }
+    }
+
+    // A query normed and turned: the same steps, in the same order, as the kernel of q_norm_rope.
+    __device__ void norm_rope(const uint4 (&raw)[2], const float2 (&turns)[4], int row) {
+        float v[2][8], sum = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t words[4] = {raw[half].x, raw[half].y, raw[half].z, raw[half].w};
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                v[half][k] = __uint_as_float(k % 2 ? words[k / 2] & 0xFFFF0000u : words[k / 2] << 16);
+                sum += rounded<bf16>(v[half][k] * v[half][k]);
+            }
+        }
+        const float mean = rounded<bf16>(warp_sum(sum) / static_cast<float>(DH));
+        const float root = rounded<bf16>(rsqrtf(rounded<bf16>(mean + a.eps)));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int k = 0; k < 8; ++k) v[half][k] = rounded<bf16>(v[half][k] * root);
+            if (half == 1) {
+#pragma unroll
+                for (int k = 0; k < 8; k += 2)
+                    if (DH / 2 + lane * 8 + k >= DH - a.rope) rotate(v[half][k], v[half][k + 1], turns[k / 2]);
+            }
+            *reinterpret_cast<uint4*>(s.q + row * ROW + half * DH + lane * 16) =
+                make_uint4(bf16x2(v[half][0], v[half][1]), bf16x2(v[half][2], v[half][3]),
+                           bf16x2(v[half][4], v[half][5]), bf16x2(v[half][6], v[half][7]));
         }
     }
 
@@ -296,10 +349,23 @@ struct Block {
     }
 
     __device__ void run(int head) {
-        load_queries(head);
+        uint4 raw[2][2];
+        float2 turns[4];
+        if (a.turn == nullptr)
+            load_queries(head);
+        else
+            load_raw(raw, head, 0), load_turns(turns);
         for (int i = threadIdx.x; i < HG; i += THREADS) s.top[i] = LOWEST, s.total[i] = 0.0f;
         scan();  // ends behind a barrier
         fetch(0, s.rows[0]);
+        if (a.turn != nullptr) {  // while entries arrive
+#pragma unroll
+            for (int pair = 0; pair < HG / WARPS / 2; ++pair) {
+                if (pair > 0) load_raw(raw, head, pair);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) norm_rope(raw[i], turns, warp + (2 * pair + i) * WARPS);
+            }
+        }
         for (int stage = 0; stage < stages; ++stage) {
             const int* rows = s.rows[stage % 2];
             const int used = used_tiles(rows);
@@ -432,10 +498,11 @@ static cudaError_t run(const Arguments& a, int64_t rows, bool split, cudaStream_
 }  // namespace
 
 extern "C" int dsv4_sparse_attention(const void* q, const void* local, const void* local_rows, const void* pool,
-                                     const void* pool_rows, const void* sink, const void* cis, void* out, int64_t rows,
-                                     int64_t local_stride, int64_t pool_stride, int64_t cis_stride, int heads,
-                                     int local_width, int pool_width, int local_packed, int pool_packed, int rope,
-                                     int split, float scale, cudaStream_t stream) {
+                                     const void* pool_rows, const void* sink, const void* cis, const void* turn,
+                                     void* out, int64_t rows, int64_t turn_stride, int64_t local_stride,
+                                     int64_t pool_stride, int64_t cis_stride, int heads, int local_width,
+                                     int pool_width, int local_packed, int pool_packed, int rope, int split,
+                                     float scale, float eps, cudaStream_t stream) {
     if (rows == 0 || heads == 0) return cudaSuccess;
     if (!aligned16(q) || !aligned16(local) || !aligned16(pool) || !aligned16(out)) return cudaErrorMisalignedAddress;
     Arguments a = {};
@@ -448,7 +515,8 @@ extern "C" int dsv4_sparse_attention(const void* q, const void* local, const voi
     a.cis = static_cast<const float2*>(cis);
     a.cis_stride = cis_stride;
     a.out = static_cast<bf16*>(out);
-    a.heads = heads, a.rope = rope, a.scale = scale;
+    a.heads = heads, a.rope = rope, a.scale = scale, a.eps = eps;
+    a.turn = static_cast<const float2*>(turn), a.turn_stride = turn_stride;
     a.local_positions = max((local_width + WINDOW - 1) / WINDOW, 1) * WINDOW;
     int device = 0, shared = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;

@@ -10,7 +10,7 @@ from dsv4.kernels.op import op
 from dsv4.kernels.sparse_attention.sparse_attention_ref import sparse_attention_ref
 from dsv4.quant.kv import entry_bytes
 
-_KERNEL = Kernel("sparse_attention", "ppppppppqqqqiiiiiiif")
+_KERNEL = Kernel("sparse_attention", "pppppppppqqqqqiiiiiiiff")
 HEAD_DIM, ROPE_DIMS = 512, 64  # of V4: what the kernel and its packed entries are written for
 SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, spread a row's entries over 8 blocks
 
@@ -26,6 +26,8 @@ def sparse_attention(
     cis: Tensor,
     *,
     scale: float,
+    turn: Tensor | None = None,
+    eps: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax over (window | compressed | sink), times the entries, then the inverse RoPE of the query's position.
@@ -34,6 +36,7 @@ def sparse_attention(
     [T, W] i64 rows of it; pool [P, 64, Dh] pages of compressed entries, pool_rows [T, E] i64; -1 = nothing there.
     Either may be u8 [..., X] packed entries instead (dsv4/quant/kv.py). sink [H] f32 is a logit that takes probability
     and adds nothing. scale = Dh^-0.5; cis [T, R/2] complex64, conjugated: it rotates back. -> [T, H, Dh] in q's dtype.
+    With turn [T, R/2] complex64, q is as `wq_b` leaves it: q_norm_rope(q, turn, eps) comes first.
     Logits and sums float32; unnormalised probabilities are rounded to q's dtype before they multiply the entries, as in
     DeepSeek's kernel. A row with nothing visible returns zeros.
 
@@ -54,6 +57,7 @@ def sparse_attention(
         pool_rows=pool_rows,
         sink=sink,
         cis=cis,
+        turn=turn,
     )
     if sink.shape != (heads,) or sink.dtype != torch.float32:
         raise KernelError(f"sparse_attention: 'sink' is {list(sink.shape)} {sink.dtype}; expected [{heads}] float32")
@@ -66,9 +70,16 @@ def sparse_attention(
     out = result("sparse_attention", out, (rows, heads, width), q.dtype, q.device)
     if pool_width == 0:
         pool = pool_rows = None
-    strides = local_stride, pool_stride, cis_stride
+    turn_stride = 0 if turn is None else rotations("sparse_attention", turn, rows, width)
+    if turn is not None and (turn.shape != cis.shape or 4 * turn.shape[1] > width):
+        raise KernelError(
+            f"sparse_attention: 'turn' is {list(turn.shape)}, 'cis' {list(cis.shape)}; expected the same, of at most "
+            f"{width // 2} channels"
+        )
+    strides = turn_stride, local_stride, pool_stride, cis_stride
     sizes = heads, local_width, pool_width, packed[0], packed[1], 2 * cis.shape[1], rows <= SPLIT_ROWS
-    _KERNEL(q.device, q, local, local_rows, pool, pool_rows, sink, cis, out, rows, *strides, *sizes, scale)
+    tensors = q, local, local_rows, pool, pool_rows, sink, cis, turn, out
+    _KERNEL(q.device, *tensors, rows, *strides, *sizes, scale, eps)
     return out
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv4.kernels.q_norm_rope.q_norm_rope_ref import q_norm_rope_ref
 from dsv4.kernels.rope.rope_ref import rope_ref
 from dsv4.quant.kv import unpack_entry
 from dsv4.quant.scalars import scalar
@@ -51,7 +52,11 @@ def sparse_attention_ref(
     cis: Tensor,
     *,
     scale: float,
+    turn: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
+    if turn is not None:
+        q = q_norm_rope_ref(q, turn, eps)
     sources = [(local, local_rows)]
     if pool is not None and pool_rows is not None and pool_rows.shape[1]:
         sources.append((pool, pool_rows))

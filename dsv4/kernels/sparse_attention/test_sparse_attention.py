@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4.kernels.q_norm_rope.q_norm_rope import q_norm_rope
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.quant.kv import pack_entry, unpack_entry
 
@@ -64,3 +65,12 @@ def test_packed_entries_count_as_what_they_hold(dtype):
     rest = local_rows, pool_rows, sink, cis
     got = sparse_attention(q.to(dtype), packed[0], rest[0], packed[1], *rest[1:], scale=0.05)
     assert torch.equal(got, sparse_attention(q.to(dtype), plain[0], rest[0], plain[1], *rest[1:], scale=0.05))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_may_come_as_the_projection_leaves_them(dtype):
+    q, local, *rest, cis = case(11, 4, 512, 24, 40)
+    q, held, turn = q.to(dtype), (local.to(dtype), *rest), cis.conj_physical()
+    got = sparse_attention(q, *held, cis, scale=0.05, turn=turn, eps=1e-6)
+    assert torch.equal(got, sparse_attention(q_norm_rope(q, turn, 1e-6), *held, cis, scale=0.05))
+    assert not torch.equal(got, sparse_attention(q, *held, cis, scale=0.05))
