@@ -161,7 +161,9 @@ def test_bytes_of_a_call_are_its_tensors_its_share_of_experts_and_the_rows_it_na
     assert moved_bytes(moe, held, config) == pytest.approx(operand + rest, abs=1)
     attention = next(call for call in calls if call.op == "sparse_attention")
     q, ring, rows = attention.args[:3]
-    rest = [t for t in (q, rows, *attention.args[5:], attention.kwargs["turn"], attention.result) if isinstance(t, Tensor)]
+    rest = [
+        t for t in (q, rows, *attention.args[5:], attention.kwargs["turn"], attention.result) if isinstance(t, Tensor)
+    ]
     size = sum(t.numel() * t.element_size() for t in rest)
     assert moved_bytes(attention, held, config) == size + int((rows >= 0).sum()) * ring.shape[-1] * 2
 
