@@ -22,6 +22,8 @@ from dsv4.layers.moe import MoE
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings, check_device
 from dsv4.layers.step import Rotaries, Step
+from dsv4.parallel.mesh import Mesh
+from dsv4.parallel.shard import Share
 from dsv4.quant.weights import Weight
 
 Observe = Callable[[str, Tensor], None]
@@ -129,7 +131,10 @@ class Model:
 
     def head(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """h [T, M, D] -> logits [T, V] f32."""
-        (logits,) = linear(self.stream_head(h), self.lm_head, out=None if out is None else (out,))
+        tp, x = self.settings.tp, self.stream_head(h)
+        if tp is not None:
+            return tp.all_gather(linear(x, self.lm_head)[0], out)
+        (logits,) = linear(x, self.lm_head, out=None if out is None else (out,))
         return logits
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:
@@ -161,14 +166,19 @@ def load(
     index_quant: bool = True,
     weights: Policy = "native",
     layers: int | None = None,
+    tp: Mesh | None = None,
 ) -> Model:
     """Load a checkpoint folder (or one .safetensors beside its config.json), `nano`, or seeded weights without a file:
     `random:tiny`, or `random:flash` and `random:pro` in the real sizes, of which `layers` keeps the first so many.
 
     dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4`
     (W4A4). kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4`
-    (every large linear requantised at load). Raises ConfigError or CheckpointError, each listing everything found.
+    (every large linear requantised at load). tp: the ranks to share the model with (dsv4/parallel): this process loads
+    its part onto the mesh's device, whatever `device` says, and takes part in every step. Raises ConfigError or
+    CheckpointError, each listing everything found.
     """
+    device, share = (device, Share()) if tp is None else (tp.device, tp.share)
     check_device(device)
-    config, tensors, folder = load_model_weights(path, policy=weights, device=device, layers=layers)
-    return Model(config, tensors, Settings.parse(config, dtype, act, kv_quant, index_quant), device=device, path=folder)
+    config, tensors, folder = load_model_weights(path, policy=weights, device=device, layers=layers, share=share)
+    settings = Settings.parse(config, dtype, act, kv_quant, index_quant, tp)
+    return Model(config, tensors, settings, device=device, path=folder)

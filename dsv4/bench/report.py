@@ -26,10 +26,13 @@ OP_COLUMNS = tuple("model layers batch context act op shape calls us bytes gb_s 
 
 @dataclass(frozen=True)
 class Run:
-    """What all rows of one run share. copy_gb_s: the copy bandwidth measured in this run."""
+    """What all rows of one run share. tp: ranks; bytes and speeds are those of one of them. copy_gb_s: the copy
+    bandwidth measured in this run.
+    """
 
     model: str
     layers: int
+    tp: int
     act: str
     gpu: str
     copy_gb_s: float
@@ -48,7 +51,7 @@ class Row:
     @property
     def columns(self) -> dict[str, Any]:
         about = {key: value for key, value in vars(self.run).items() if key != "copy_gb_s"}
-        return about | {"tp": 1} | self.values
+        return about | self.values
 
 
 def speed(nbytes: float, us: float, copy_gb_s: float) -> dict[str, float]:

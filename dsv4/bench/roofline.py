@@ -13,6 +13,7 @@ from dsv4.checkpoint.sizes import SCHEMES, format_bytes, kv_bytes, kv_sizes
 from dsv4.checkpoint.synthetic import SYNTHETIC, form_of, shortened, stacked
 from dsv4.config import ModelConfig
 from dsv4.kvcache import KVCache
+from dsv4.parallel.shard import Share
 
 Stored = list[tuple[TensorSpec, int]]  # every tensor with its bytes; the experts of a layer may be one entry or many
 
@@ -32,22 +33,26 @@ class StepBytes:
         return self.linears + self.experts + self.mhc + self.other + self.kv
 
 
-def stored_bytes(name: str, policy: Policy, layers: int | None = None) -> Stored:
-    """The trunk's tensors as `load(name, weights=policy, layers=layers)` holds them; reads headers at most."""
+def stored_bytes(name: str, policy: Policy, layers: int | None = None, share: Share = Share()) -> Stored:
+    """The trunk's tensors as a rank's `load(name, weights=policy, layers=layers)` holds them; reads headers at most."""
+
+    def held(spec: TensorSpec, form: str) -> int:
+        cut = share.cut(spec.split, spec.shape)
+        return format_bytes(spec.shape if cut is None else cut.shape(spec.shape), form)
+
     if name in SYNTHETIC:
         config = shortened(ModelConfig.from_name(name), layers)
         every = stacked(config).values()
-        return [(spec, format_bytes(spec.shape, form_of(spec, policy)) * max(experts, 1)) for spec, experts in every]
+        return [(spec, held(spec, form_of(spec, policy)) * max(experts, 1)) for spec, experts in every]
     faults = Faults()
     source, config = open_source(name, faults)
-    plan = make_plan(source, config, faults, mixed_experts=True)
+    plan = make_plan(source, config, faults, mixed_experts=True, share=share)
     faults.raise_if_any(name)
     if policy == "native":
         return [(item.spec, item.nbytes) for item in plan.items()]
     form = SCHEMES["nvfp4"]
     return [
-        (item.spec, format_bytes(item.spec.shape, "nvfp4") if form(item.spec) == "nvfp4" else item.nbytes)
-        for item in plan.items()
+        (item.spec, held(item.spec, "nvfp4") if form(item.spec) == "nvfp4" else item.nbytes) for item in plan.items()
     ]
 
 

@@ -56,6 +56,10 @@ class Layout(ABC):
     def signature(self, found: Mapping[str, TensorEntry]) -> str:
         """What must be equal between the experts of one stack: the format, and the dtype where a format has two."""
 
+    def step(self, whole: int, stored: int) -> int:
+        """How many logical entries of a dimension one stored entry covers, where `stored` are there for `whole`."""
+        return whole // stored
+
     def header_faults(self, module: str, shape: tuple[int, int], found: Mapping[str, TensorEntry]) -> list[str]:
         """What is wrong with the parts by their header alone: missing, unexpected, wrong dtype, wrong shape."""
         n, k = shape

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from dsv4.checkpoint.reader import Checkpoint, TensorSource
 from dsv4.checkpoint.synthetic import SYNTHETIC, check_capacity, shortened, synthesize, synthetic_bytes
 from dsv4.config import ModelConfig
 from dsv4.errors import CheckpointError, ConfigError
+from dsv4.parallel.shard import Share, misfits
 from dsv4.quant.weights import Weight
 
 Policy = Literal["native", "nvfp4"]
@@ -45,6 +47,7 @@ def load_model_weights(
     mtp: bool = False,
     report: list[Conversion] | None = None,
     layers: int | None = None,
+    share: Share = Share(),
 ) -> LoadedModel:
     """The config, every weight by canonical key, and the folder they came from.
 
@@ -56,19 +59,20 @@ def load_model_weights(
     policy: "native" keeps every format; "nvfp4" makes NVFP4 of every large linear, MXFP4 by exact cast.
     progress: a bar on stderr; None shows it on a terminal only. mtp: load the draft blocks too.
     report: gets one `Conversion` per linear that the policy covers. layers: of random:flash and random:pro, the first
-    so many layers.
+    so many layers. share: of what ranks divide (`split` in names.py), the part that this one holds; only its bytes are
+    read, except of weights that the policy converts, whose scales are of the whole.
     Peak memory is the result plus a few copies of the largest single weight. Raises ConfigError, CapacityError (made-up
     weights that do not fit) or CheckpointError, which lists every fault of files, names, shapes, dtypes and scales.
     """
     if policy not in POLICIES:
         raise CheckpointError(f"policy {policy!r} is unknown; expected one of {', '.join(POLICIES)}")
     if path in SYNTHETIC:
-        return _synthetic(str(path), layers, policy, torch.device(device), progress, mtp)
+        return _synthetic(str(path), layers, policy, torch.device(device), progress, mtp, share)
     if layers is not None:
         raise ConfigError(f"layers = {layers} shortens {' and '.join(SYNTHETIC)}; {_label(path)} is loaded whole")
     faults = Faults()
     source, config = open_source(path, faults)
-    plan = make_plan(source, config, faults, mtp=mtp, mixed_experts=policy == "nvfp4")
+    plan = make_plan(source, config, faults, mtp=mtp, mixed_experts=policy == "nvfp4", share=share)
     if len(faults):
         _scan_values(plan, faults)
         faults.raise_if_any(_label(path))
@@ -82,14 +86,18 @@ def load_model_weights(
 
 
 def _synthetic(
-    name: str, layers: int | None, policy: Policy, device: torch.device, progress: bool | None, mtp: bool
+    name: str, layers: int | None, policy: Policy, device: torch.device, progress: bool | None, mtp: bool, share: Share
 ) -> LoadedModel:
     config = shortened(ModelConfig.from_name(name), layers)
-    check_capacity(name, config, policy, device, mtp)
+    faults = Faults()
+    for text in misfits(config, share.size):
+        faults.add(text)
+    faults.raise_if_any(name)
+    check_capacity(name, config, policy, device, mtp, share)
     weights: dict[str, Weight | Tensor] = {}
     with progress_bar(progress) as bar:
-        task = bar.add_task(f"making {name}", total=sum(synthetic_bytes(config, policy, mtp).values()))
-        for key, weight in synthesize(config, policy, device, mtp=mtp):
+        task = bar.add_task(f"making {name}", total=sum(synthetic_bytes(config, policy, mtp, share).values()))
+        for key, weight in synthesize(config, policy, device, mtp=mtp, share=share):
             weights[key] = weight
             bar.advance(task, weight.nbytes)
     return LoadedModel(config, weights, None)
@@ -116,8 +124,8 @@ def open_source(path: str | Path | TensorSource, faults: Faults) -> tuple[Tensor
 
 
 def read_linear(source: TensorSource, linear: LinearPlan, faults: Faults) -> Weight | None:
-    """The weight as stored, viewing the mapped file; None when its numbers are at fault."""
-    parts = {suffix: source.tensor(entry.name) for suffix, entry in linear.parts.items()}
+    """What is wanted of the weight, as stored, viewing the mapped file; None when its numbers are at fault."""
+    parts = {suffix: linear.of(source.tensor(entry.name)) for suffix, entry in linear.parts.items()}
     before = len(faults)
     for suffix, tensor in parts.items():
         check_values(linear.parts[suffix], suffix, tensor, faults)
@@ -125,8 +133,10 @@ def read_linear(source: TensorSource, linear: LinearPlan, faults: Faults) -> Wei
 
 
 def read_param(source: TensorSource, param: ParamPlan, config: ModelConfig, faults: Faults) -> Tensor:
-    """The tensor as stored, viewing the mapped file."""
+    """What is wanted of the tensor, as stored, viewing the mapped file."""
     tensor = source.tensor(param.entry.name)
+    if param.cut is not None:
+        tensor = param.cut.of(tensor)
     check_values(param.entry, "", tensor, faults)
     if param.spec.stored == "i64" and tensor.numel():
         low, high = int(tensor.min()), int(tensor.max())
@@ -175,13 +185,18 @@ class _Loader:
         self.weights[param.spec.name] = tensor.to(self.device, dtype, copy=True)
 
     def _group(self, group: list[LinearPlan]) -> None:
-        read = {linear.spec.name: read_linear(self.plan.source, linear, self.faults) for linear in group}
+        convert = self.policy == "nvfp4" and group[0].spec.nvfp4
+        wanted = [replace(linear, cut=None) for linear in group] if convert else group
+        read = {linear.spec.name: read_linear(self.plan.source, linear, self.faults) for linear in wanted}
         weights = {name: weight for name, weight in read.items() if weight is not None}
         if len(weights) < len(read):
             return
-        if self.policy == "nvfp4" and group[0].spec.nvfp4:
+        if convert:
             converted, conversions = to_nvfp4(weights)
-            weights = dict(converted)
+            cuts = {linear.spec.name: linear.cut for linear in group}
+            weights = {
+                name: weight if (cut := cuts[name]) is None else cut.of(weight) for name, weight in converted.items()
+            }
             self.report += conversions
         for name, weight in weights.items():
             key = stack_name(name)

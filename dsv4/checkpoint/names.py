@@ -21,6 +21,7 @@ from dsv4.config import LayerSpec, ModelConfig
 
 Role = Literal["linear", "expert", "param"]
 Stored = Literal["fp4", "fp8", "bf16", "f32", "i64"]
+Split = Literal["", "rows", "columns"]
 
 # What may follow the module path of a linear: the weight itself (plain, or packed by compressed-tensors), then scales.
 # official FP4/FP8: scale; ModelOpt: weight_scale, weight_scale_2, input_scale;
@@ -40,6 +41,10 @@ class Row:
     shape: logical shape, products of dimension letters. stored: format in DeepSeek's release.
     component: which line of the parameter table it counts in. nvfp4: policy `nvfp4` requantises it.
     aliases: the name below its owner in transformers' modules, then in files that transformers writes.
+    split: what tensor parallelism divides evenly among ranks: heads (rows of wq_b, attn_sink, and by groups wo_a; their
+    counterpart are columns of wo_b), the inner width of every expert, the vocabulary of the head. The rest is held by
+    every rank: the embedding (a row per token is read), whatever makes the one key and value, and the indexer, for
+    adding up its scores over ranks would take longer than reading all of its weights.
     """
 
     name: str
@@ -50,32 +55,34 @@ class Row:
     component: str
     nvfp4: bool = False
     aliases: tuple[str, ...] = ()
+    split: Split = ""
 
 
 def _linear(name: str, owner: str, shape: str, stored: Stored, component: str, alias: str = "", nvfp4: bool = True,
-            role: Role = "linear") -> Row:  # fmt: skip
-    return Row(name, owner, tuple(shape.split()), role, stored, component, nvfp4, tuple(alias.split()))
+            role: Role = "linear", split: Split = "") -> Row:  # fmt: skip
+    return Row(name, owner, tuple(shape.split()), role, stored, component, nvfp4, tuple(alias.split()), split)
 
 
-def _param(name: str, owner: str, shape: str, stored: Stored, component: str, alias: str = "") -> Row:
-    return Row(name, owner, tuple(shape.split()), "param", stored, component, False, tuple(alias.split()))
+def _param(name: str, owner: str, shape: str, stored: Stored, component: str, alias: str = "",
+           split: Split = "") -> Row:  # fmt: skip
+    return Row(name, owner, tuple(shape.split()), "param", stored, component, False, tuple(alias.split()), split)
 
 
 ROWS: tuple[Row, ...] = (
     # top level
     _param("embed.weight", "top", "V D", "bf16", "embedding", "embed_tokens.weight"),
-    _linear("head", "top", "V D", "bf16", "lm_head", "lm_head"),
+    _linear("head", "top", "V D", "bf16", "lm_head", "lm_head", split="rows"),
     _param("norm.weight", "top", "D", "bf16", "norms"),
     _param("hc_head_fn", "top", "M M*D", "f32", "mhc", "hc_head.hc_fn"),
     _param("hc_head_base", "top", "M", "f32", "mhc", "hc_head.hc_base"),
     _param("hc_head_scale", "top", "1", "f32", "mhc", "hc_head.hc_scale"),
     # attention
     _linear("attn.wq_a", "block", "Q D", "fp8", "attention", "self_attn.q_a_proj"),
-    _linear("attn.wq_b", "block", "H*Dh Q", "fp8", "attention", "self_attn.q_b_proj"),
+    _linear("attn.wq_b", "block", "H*Dh Q", "fp8", "attention", "self_attn.q_b_proj", split="rows"),
     _linear("attn.wkv", "block", "Dh D", "fp8", "attention", "self_attn.kv_proj"),
-    _linear("attn.wo_a", "block", "G*O H*Dh/G", "fp8", "attention", "self_attn.o_a_proj"),
-    _linear("attn.wo_b", "block", "D G*O", "fp8", "attention", "self_attn.o_b_proj"),
-    _param("attn.attn_sink", "block", "H", "f32", "attention", "self_attn.sinks"),
+    _linear("attn.wo_a", "block", "G*O H*Dh/G", "fp8", "attention", "self_attn.o_a_proj", split="rows"),
+    _linear("attn.wo_b", "block", "D G*O", "fp8", "attention", "self_attn.o_b_proj", split="columns"),
+    _param("attn.attn_sink", "block", "H", "f32", "attention", "self_attn.sinks", split="rows"),
     _param("attn.q_norm.weight", "block", "Q", "bf16", "norms", "self_attn.q_a_norm.weight"),
     # transformers 5.23 writes kv_norm back as attn.norm: its rename table is not one to one.
     _param("attn.kv_norm.weight", "block", "Dh", "bf16", "norms", "self_attn.kv_norm.weight attn.norm.weight"),
@@ -110,12 +117,18 @@ ROWS: tuple[Row, ...] = (
     _linear("ffn.gate", "block", "E D", "bf16", "router", "mlp.gate", nvfp4=False),
     _param("ffn.gate.bias", "score", "E", "f32", "router", "mlp.gate.e_score_correction_bias"),
     _param("ffn.gate.tid2eid", "hash", "V K", "i64", "hash_table", "mlp.gate.tid2eid"),
-    _linear("ffn.experts.{e}.w1", "block", "F D", "fp4", "experts", "mlp.experts.{e}.gate_proj", role="expert"),
-    _linear("ffn.experts.{e}.w2", "block", "D F", "fp4", "experts", "mlp.experts.{e}.down_proj", role="expert"),
-    _linear("ffn.experts.{e}.w3", "block", "F D", "fp4", "experts", "mlp.experts.{e}.up_proj", role="expert"),
-    _linear("ffn.shared_experts.w1", "block", "F D", "fp8", "shared_experts", "mlp.shared_experts.gate_proj"),
-    _linear("ffn.shared_experts.w2", "block", "D F", "fp8", "shared_experts", "mlp.shared_experts.down_proj"),
-    _linear("ffn.shared_experts.w3", "block", "F D", "fp8", "shared_experts", "mlp.shared_experts.up_proj"),
+    _linear("ffn.experts.{e}.w1", "block", "F D", "fp4", "experts", "mlp.experts.{e}.gate_proj", role="expert",
+            split="rows"),
+    _linear("ffn.experts.{e}.w2", "block", "D F", "fp4", "experts", "mlp.experts.{e}.down_proj", role="expert",
+            split="columns"),
+    _linear("ffn.experts.{e}.w3", "block", "F D", "fp4", "experts", "mlp.experts.{e}.up_proj", role="expert",
+            split="rows"),
+    _linear("ffn.shared_experts.w1", "block", "F D", "fp8", "shared_experts", "mlp.shared_experts.gate_proj",
+            split="rows"),
+    _linear("ffn.shared_experts.w2", "block", "D F", "fp8", "shared_experts", "mlp.shared_experts.down_proj",
+            split="columns"),
+    _linear("ffn.shared_experts.w3", "block", "F D", "fp8", "shared_experts", "mlp.shared_experts.up_proj",
+            split="rows"),
     # the original MTP block
     _linear("e_proj", "mtp", "D D", "fp8", "draft"),
     _linear("h_proj", "mtp", "D D", "fp8", "draft"),
@@ -140,7 +153,8 @@ class TensorSpec:
     """What one tensor must be. name: the canonical key (module path of a linear). shape: logical, (N, K) for linears.
 
     role: `linear`, `expert` (one routed expert's linear) or `param`. stored: format in DeepSeek's own release.
-    block: `layers.3`, `mtp.0`, or empty at the top level. nvfp4: requantised under the policy `nvfp4`.
+    block: `layers.3`, `mtp.0`, or empty at the top level. nvfp4: requantised under the policy `nvfp4`. split: which
+    dimension ranks divide, "rows" (of a vector: its entries) or "columns"; empty for what each of them holds whole.
     """
 
     name: str
@@ -150,6 +164,7 @@ class TensorSpec:
     component: str
     nvfp4: bool
     block: str
+    split: Split = ""
 
     @property
     def weight_name(self) -> str:
@@ -212,9 +227,8 @@ def _owned(config: ModelConfig, block: str, layer: LayerSpec | None, owners: set
         shape = tuple(_evaluate(axis, dims) for axis in row.shape)
         for expert in range(config.n_routed_experts) if row.role == "expert" else (0,):
             tail = row.name.replace("{e}", str(expert))
-            yield TensorSpec(
-                f"{block}.{tail}" if block else tail, shape, row.role, row.stored, row.component, row.nvfp4, block
-            )
+            name, about = f"{block}.{tail}" if block else tail, (row.role, row.stored, row.component, row.nvfp4)
+            yield TensorSpec(name, shape, *about, block, row.split)
 
 
 def _evaluate(axis: str, dims: dict[str, int]) -> int:

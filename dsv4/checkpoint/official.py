@@ -28,6 +28,9 @@ class OfficialFP8(Layout):
         scale = Part(("F8_E8M0", "F32"), ((-(-n // rows), -(-k // columns)),))
         return {"weight": Part(("F8_E4M3",), ((n, k),)), name: scale}
 
+    def step(self, whole: int, stored: int) -> int:
+        return 1 if stored == whole else FP8Weight.block[0]
+
     def decode(self, parts: Mapping[str, Tensor]) -> Weight:
         return FP8Weight(parts["weight"], next(parts[s] for s in BLOCK_SCALES if s in parts))
 

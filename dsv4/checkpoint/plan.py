@@ -6,6 +6,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
+
+from torch import Tensor
 
 from dsv4.checkpoint.compressed_tensors import COMPRESSED_TENSORS
 from dsv4.checkpoint.faults import Faults
@@ -17,6 +20,7 @@ from dsv4.checkpoint.names import TensorSpec, canonical_name, expected_tensors, 
 from dsv4.checkpoint.official import FP8, MXFP4, PLAIN
 from dsv4.checkpoint.reader import TensorSource
 from dsv4.config import ModelConfig
+from dsv4.parallel.shard import Cut, Share, misfit, misfits
 
 LAYOUTS: tuple[Layout, ...] = (COMPRESSED_TENSORS, MODELOPT, FP8, MXFP4, PLAIN)  # the first that owns the parts
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -25,27 +29,44 @@ _PARAM_DTYPES = {"i64": ("I64", "I32")}
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear weight [N, K] and the stored tensors it is made of, by suffix."""
+    """One linear weight [N, K] and the stored tensors it is made of, by suffix. cut: what is wanted of it."""
 
     spec: TensorSpec
     layout: Layout
     parts: dict[str, TensorEntry]
+    cut: Cut | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.parts.values())
+        """Stored bytes of what is wanted."""
+        return sum(int(entry.nbytes * self._share(entry.shape)) for entry in self.parts.values())
+
+    def of(self, stored: Tensor) -> Tensor:
+        """What is wanted of one stored tensor, a view; factors of the whole weight stay."""
+        if self.cut is None or stored.ndim < 2:
+            return stored
+        return self.cut.stored(stored, self.layout.step(self.cut.whole, stored.shape[self.cut.dim]))
+
+    def _share(self, shape: tuple[int, ...]) -> Fraction:
+        if self.cut is None or len(shape) < 2:
+            return Fraction(1)
+        stored = shape[self.cut.dim]
+        step = self.layout.step(self.cut.whole, stored)
+        return Fraction(-(-self.cut.stop // step) - self.cut.start // step, stored)
 
 
 @dataclass(frozen=True)
 class ParamPlan:
-    """One tensor that is used as it is."""
+    """One tensor that is used as it is, or of which `cut` is wanted."""
 
     spec: TensorSpec
     entry: TensorEntry
+    cut: Cut | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.entry.nbytes
+        whole = self.entry.nbytes
+        return whole if self.cut is None else whole * (self.cut.stop - self.cut.start) // self.cut.whole
 
 
 @dataclass
@@ -78,13 +99,22 @@ def stack_name(name: str) -> str:
 
 
 def make_plan(
-    source: TensorSource, config: ModelConfig, faults: Faults, *, mtp: bool = False, mixed_experts: bool = False
+    source: TensorSource,
+    config: ModelConfig,
+    faults: Faults,
+    *,
+    mtp: bool = False,
+    mixed_experts: bool = False,
+    share: Share = Share(),
 ) -> LoadPlan:
     """The plan to load `source`; every header fault goes to `faults` and leaves that tensor out of the plan.
 
     mtp: the draft blocks are wanted; else their tensors are `unused`, whatever they are.
     mixed_experts: experts of one projection may differ in format (they will be converted to one).
+    share: the rank's part is wanted; a dimension that cannot be divided so is a fault.
     """
+    for text in misfits(config, share.size):
+        faults.add(text)
     source = SplitExperts(source)
     expected = expected_tensors(config, mtp)
     plan = LoadPlan(source, config)
@@ -99,9 +129,9 @@ def make_plan(
             if not source.unknown:
                 faults.add(f"{spec.weight_name}: missing, expected shape {list(spec.shape)}")
         elif spec.role == "param":
-            _plan_param(plan, spec, parts[""], faults)
+            _plan_param(plan, spec, parts[""], faults, share)
         else:
-            _plan_linear(plan, spec, parts, faults)
+            _plan_linear(plan, spec, parts, faults, share)
     if not mixed_experts:
         _check_stacks(plan.linears, faults)
     return plan
@@ -124,15 +154,15 @@ def _collect(plan: LoadPlan, expected: dict[str, TensorSpec], mtp: bool, faults:
             found[key][part] = entry
 
 
-def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults) -> None:
+def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults, share: Share) -> None:
     found = entry_faults(entry, _PARAM_DTYPES.get(spec.stored, ("BF16", "F32")), (spec.shape,))
     for fault in found:
         faults.add(fault)
     if not found:
-        plan.params.append(ParamPlan(spec, entry))
+        plan.params.append(ParamPlan(spec, entry, share.cut(spec.split, spec.shape)))
 
 
-def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults) -> None:
+def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults, share: Share) -> None:
     layout = next((layout for layout in LAYOUTS if layout.owns(parts)), None)
     if layout is None:
         stored = ", ".join(f"{suffix} {entry.dtype}" for suffix, entry in parts.items())
@@ -144,8 +174,13 @@ def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry]
     found = layout.header_faults(spec.name, (spec.shape[0], spec.shape[1]), parts)
     for fault in found:
         faults.add(fault)
-    if not found:
-        plan.linears.append(LinearPlan(spec, layout, parts))
+    if found:
+        return
+    cut = share.cut(spec.split, spec.shape)
+    trouble = None if cut is None else misfit(cut, layout.signature(parts).split()[0])
+    if trouble is not None:
+        faults.add(f"{_EXPERT.sub('.experts.*.', spec.name)}: {trouble}")
+    plan.linears.append(LinearPlan(spec, layout, parts, cut))
 
 
 def _check_stacks(linears: list[LinearPlan], faults: Faults) -> None:

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from dsv4.checkpoint.names import TensorSpec, expected_tensors
+from dsv4.checkpoint.pack import place
 from dsv4.checkpoint.plan import stack_name
 from dsv4.checkpoint.random import gain, random_param, seed_of
 from dsv4.checkpoint.sizes import Format, format_bytes
 from dsv4.config import ModelConfig
 from dsv4.errors import CapacityError, ConfigError
+from dsv4.parallel.shard import Share
 from dsv4.quant import fp8, mxfp4, nvfp4
 from dsv4.quant.formats import E2M1_VALUES, E8M0_BIAS, e4m3_decode
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, NVFP4Weight, PlainWeight, Weight
@@ -74,12 +76,16 @@ def stacked(config: ModelConfig, mtp: bool = False) -> dict[str, tuple[TensorSpe
     return found
 
 
-def synthetic_bytes(config: ModelConfig, policy: Literal["native", "nvfp4"], mtp: bool = False) -> dict[str, int]:
-    """Bytes of the weights by block (`layers.3`; the empty name is the top level), NVFP4's globals included."""
+def synthetic_bytes(
+    config: ModelConfig, policy: Literal["native", "nvfp4"], mtp: bool = False, share: Share = Share()
+) -> dict[str, int]:
+    """Bytes of a rank's weights by block (`layers.3`; the empty name is the top level), NVFP4's globals included."""
     blocks: dict[str, int] = {}
     for spec, experts in stacked(config, mtp).values():
         form = form_of(spec, policy)
-        one = format_bytes(spec.shape, form) + (4 if form == "nvfp4" else 0)
+        cut = share.cut(spec.split, spec.shape)
+        shape = spec.shape if cut is None else cut.shape(spec.shape)
+        one = format_bytes(shape, form) + (4 if form == "nvfp4" else 0)
         blocks[spec.block] = blocks.get(spec.block, 0) + one * max(experts, 1)
     return blocks
 
@@ -93,10 +99,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_capacity(
-    name: str, config: ModelConfig, policy: Literal["native", "nvfp4"], device: torch.device, mtp: bool = False
+    name: str,
+    config: ModelConfig,
+    policy: Literal["native", "nvfp4"],
+    device: torch.device,
+    mtp: bool = False,
+    share: Share = Share(),
 ) -> None:
     """Raise CapacityError, with the number of layers that would fit, when the weights do not fit on `device`."""
-    blocks = synthetic_bytes(config, policy, mtp)
+    blocks = synthetic_bytes(config, policy, mtp, share)
     needed, room = sum(blocks.values()), int(free_bytes(device) * USABLE)
     if needed <= room:
         return
@@ -119,28 +130,45 @@ def synthesize(
     *,
     seed: int = 0,
     mtp: bool = False,
+    share: Share = Share(),
 ) -> Iterator[tuple[str, Weight | Tensor]]:
-    """(canonical key, weight) one by one: Weights for linears, experts stacked [E, N, K], tensors for the rest."""
+    """(canonical key, weight) one by one: Weights for linears, experts stacked [E, N, K], tensors for the rest.
+
+    A rank gets its share of the same values: each tensor is made whole, then cut.
+    """
+    for key, spec, whole in _synthesize(config, policy, device, seed, mtp):
+        cut = share.cut(spec.split, spec.shape)
+        if cut is None:
+            yield key, whole
+        elif isinstance(whole, Tensor):
+            yield key, cut.of(whole).clone()
+        else:
+            yield key, place(cut.of(whole), whole.device)
+
+
+def _synthesize(
+    config: ModelConfig, policy: Literal["native", "nvfp4"], device: torch.device | str, seed: int, mtp: bool
+) -> Iterator[tuple[str, TensorSpec, Weight | Tensor]]:
     device = torch.device(device)
     for key, (spec, experts) in stacked(config, mtp).items():
         form = form_of(spec, policy)
         source = torch.Generator(device).manual_seed(seed_of(seed, key))
         if spec.role == "param":
-            yield key, _param(spec, config, source)
+            yield key, spec, _param(spec, config, source)
             continue
         shape = (experts, *spec.shape) if experts else spec.shape
         deviation = gain(key) / math.sqrt(spec.shape[1])
         if form == "nvfp4":
             # w1 and w3 feed one GEMM and share their global, as in checkpoints.
             joint = torch.Generator(device).manual_seed(seed_of(seed, key.replace(".w3", ".w1") + " global"))
-            yield key, _nvfp4(shape, deviation, source, joint)
+            yield key, spec, _nvfp4(shape, deviation, source, joint)
         elif form == "fp4":
-            yield key, _mxfp4(shape, deviation, source)
+            yield key, spec, _mxfp4(shape, deviation, source)
         elif form == "fp8":
-            yield key, _fp8(shape, deviation, source)
+            yield key, spec, _fp8(shape, deviation, source)
         else:
             data = torch.empty(shape, dtype=_DTYPES[form], device=device)
-            yield key, PlainWeight(data.normal_(0, deviation, generator=source))
+            yield key, spec, PlainWeight(data.normal_(0, deviation, generator=source))
 
 
 def _param(spec: TensorSpec, config: ModelConfig, source: torch.Generator) -> Tensor:

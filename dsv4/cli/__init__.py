@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dsv4.cli import console
+from dsv4.cli import ranks
 from dsv4.cli.bench import bench
 from dsv4.cli.chat import chat
 from dsv4.cli.check import check
@@ -41,5 +41,5 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args, prog_name="dsv4")
     except Dsv4Error as error:
-        console.error(str(error))
+        ranks.failed(error)
         sys.exit(1)

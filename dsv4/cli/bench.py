@@ -17,11 +17,12 @@ from dsv4.bench.plot import plot
 from dsv4.bench.prefill import bench_prefill
 from dsv4.bench.roofline import Stored, stored_bytes
 from dsv4.bench.timing import CudaTimer, Timer
-from dsv4.cli.console import note, put
+from dsv4.cli.console import note, put, speaks
 from dsv4.cli.groups import command
 from dsv4.cli.options import LoadOptions, ModelArgument
 from dsv4.errors import RequestError
 from dsv4.model import Model
+from dsv4.parallel.shard import Share
 
 bench = typer.Typer(help="Measure decode, prefill and kernels on a CUDA GPU.", no_args_is_help=True)
 
@@ -41,7 +42,7 @@ class Output:
     csv: Annotated[bool, typer.Option("--csv/--no-csv", help="Write it.")] = True
 
     def write(self, what: str, rows: Sequence[report.Row], columns: Sequence[str] = report.COLUMNS) -> None:
-        path = report.write_csv(self.results, what, rows, columns) if self.csv else None
+        path = report.write_csv(self.results, what, rows, columns) if self.csv and speaks() else None
         if path is not None:
             note(f"{len(rows)} rows added to {path}")
 
@@ -163,22 +164,26 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _open(name: str, load: LoadOptions) -> tuple[Timer, Model, Stored, report.Run]:
     """Everything is checked, and the copy measured, before the model takes the memory."""
+    tp = load.ranks()
     timer = make_timer()
     if isinstance(timer, CudaTimer):
         if torch.device(load.device).type != "cuda":
             raise RequestError(f"dsv4 bench measures the GPU, not device {load.device!r}; leave --device out")
-        torch.cuda.set_device(torch.device(load.device).index or 0)
+        if tp is None:
+            torch.cuda.set_device(torch.device(load.device).index or 0)
     copied = round(timer.copy_gb_s(), 1)
     note(f"{timer.name()}: copies {copied:,.0f} GB/s, read and written")
-    stored = stored_bytes(name, load.weights, load.layers)
+    stored = stored_bytes(name, load.weights, load.layers, Share() if tp is None else tp.share)
     model = load.load(name)
     layers = len(model.config.layers)
     commit, typed = report.this_commit(), report.this_command()
-    return timer, model, stored, report.Run(name, layers, load.act, timer.name(), copied, commit, typed)
+    run = report.Run(name, layers, load.tp, load.act, timer.name(), copied, commit, typed)
+    return timer, model, stored, run
 
 
 def _about(run: report.Run) -> str:
-    return f"{run.model}, {run.layers} layers, act={run.act}; {run.gpu}, copy {run.copy_gb_s:,.0f} GB/s"
+    ranks = f", {run.tp} ranks" if run.tp > 1 else ""
+    return f"{run.model}, {run.layers} layers{ranks}, act={run.act}; {run.gpu}, copy {run.copy_gb_s:,.0f} GB/s"
 
 
 def _collect(rows: Iterable[report.Row]) -> list[report.Row]:

@@ -40,6 +40,8 @@ def chat(
     load: LoadOptions,
 ) -> None:
     """Talk to a model. Reasoning is shown dim; answers go to stdout, everything else to stderr."""
+    if load.tp > 1:
+        raise RequestError(f"dsv4 chat runs in one process, got --tp {load.tp}; dsv4 generate --chat takes it")
     with load.open(model.resolve(), max_model_len) as llm:
         params = sampling.params(llm, None, max_tokens=max_tokens)
         session = Session(llm, params, system=system, thinking=thinking, effort=reasoning_effort)

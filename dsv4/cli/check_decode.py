@@ -13,8 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dsv4.cli.console import note, put_json
+from dsv4.cli.console import note, put_json, speaks
 from dsv4.cli.options import EMBEDDED
+from dsv4.cli.ranks import start
 from dsv4.engine.guard import cupti
 from dsv4.engine.guard.certificate import certify
 from dsv4.engine.guard.decode import Decode
@@ -23,6 +24,7 @@ from dsv4.engine.guard.findings import BatchReport, Report
 from dsv4.engine.guard.step import Subject
 from dsv4.errors import KernelError, RequestError
 from dsv4.model import load
+from dsv4.parallel.mesh import Mesh
 
 
 def decode(
@@ -33,39 +35,43 @@ def decode(
     batch: Annotated[str, typer.Option(help="Batch buckets to check, with commas.")] = "1,4,64",
     act: Annotated[Literal["bf16", "fp8", "nvfp4"], typer.Option(help="Inputs of linears.")] = "bf16",
     weights: Annotated[Literal["native", "nvfp4"], typer.Option(help="As stored, or requantised at load.")] = "native",
+    tp: Annotated[int, typer.Option(help="Share the model among so many processes, each on a GPU of its own.")] = 1,
     inventory: Annotated[bool, typer.Option("--inventory", help="Also list kernels and lines of the graphs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
 ) -> None:
-    """Prove that a decode step is one graph launch and nothing else, on every thread.
+    """Prove that a decode step is one graph launch and nothing else, on every thread (with --tp, of every rank).
 
     Records every CUDA call of the step (CUPTI) and every allocation of torch; reads the captured graph; captures the
     step at several lengths, which must give the same graph; compares replay with eager bit for bit at the edges of the
     cache's layout, with padding rows and poisoned memory. Exits with 1 when anything is found that no allow() names.
     """
-    rows = parse_batches(batch)
+    rows, mesh = parse_batches(batch), start(tp, "cuda")
     if not torch.cuda.is_available():
         raise KernelError("the certificate is of a GPU's step, and torch sees no CUDA GPU")
     settings = {"layers": layers, "act": act, "weights": weights}
-    subject = open_subject(max(rows), model, **settings)
-    report = Report({"model": model, **settings, **software(), "command": shown_command(sys.argv)})
+    subject = open_subject(max(rows), model, mesh, **settings)
+    report = Report({"model": model, **settings, "tp": tp, **software(), "command": shown_command(sys.argv)})
     for count in rows:
         report.batches.append(certify(subject, count, say=note))
     if as_json:
         put_json(report.as_json())
     else:
         show(report, inventory)
-    if out is not None:
+    if out is not None and speaks():
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     refused = sum(finding.count for part in report.batches for finding in part.refused)
     note("clean: the step is quiet" if report.clean else f"{refused} findings: the step is not quiet")
+    if refused and mesh is not None and mesh.rank:
+        lines = [f.line() for part in report.batches for f in part.refused]
+        raise KernelError("\n".join([f"{refused} findings: the step is not quiet", *lines]))
     raise typer.Exit(report.exit_status)
 
 
-def open_subject(most_rows: int, model: str, **settings: Any) -> Subject:
-    """The model's decode step on this GPU."""
-    return Decode(load(model, device="cuda", **settings), most_rows)
+def open_subject(most_rows: int, model: str, tp: Mesh | None = None, **settings: Any) -> Subject:
+    """The model's decode step on this GPU, or this rank's part of it."""
+    return Decode(load(model, device="cuda", tp=tp, **settings), most_rows)
 
 
 def parse_batches(text: str) -> list[int]:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 from rich.console import Console
+
+_silent = False
+
+
+def silence() -> None:
+    """From now on nothing but errors is said: another process of the same command says it."""
+    global _silent
+    _silent, sys.stdout = True, open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def speaks() -> bool:
+    """Whether this process is the one that writes results."""
+    return not _silent
 
 
 def stderr() -> Console:
@@ -16,7 +30,8 @@ def stderr() -> Console:
 
 def note(text: str) -> None:
     """One line about the run."""
-    stderr().print(text, style="dim", markup=False)
+    if speaks():
+        stderr().print(text, style="dim", markup=False)
 
 
 def error(text: str) -> None:

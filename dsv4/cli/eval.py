@@ -56,6 +56,9 @@ def evaluate(
     --table runs the same texts under several settings. Rows bf16 and official take their weights from --master if it
     is given; a weight that is stored in another format than the row's is rounded anew from what there is.
     """
+    if table and load.tp > 1:
+        raise RequestError(f"--table runs in one process, got --tp {load.tp}; leave one of them out")
+    load.ranks()
     name, texts = model.resolve(), {str(path): _read(path) for path in files}
     source, _ = open_source(name, Faults())
     tokenizer = require_tokenizer(find_tokenizer(source.path if isinstance(source, Checkpoint) else None))

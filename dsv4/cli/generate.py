@@ -40,7 +40,7 @@ def generate(
     load: LoadOptions,
 ) -> None:
     """Complete a prompt. The text goes to stdout as it is written, the speed to stderr."""
-    text = read_prompt(prompt)
+    text = read_prompt(prompt, load.ranks())
     name = model.resolve()
     with load.open(name, max_model_len) as llm:
         params = sampling.params(llm, load.seed, max_tokens=max_tokens, logprobs=logprobs)

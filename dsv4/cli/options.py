@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from dsv4.cli.console import note
+from dsv4.cli.ranks import start
 from dsv4.engine.llm import LLM
 from dsv4.engine.params import SamplingParams
 from dsv4.errors import RequestError
 from dsv4.model import Model, load
+from dsv4.parallel.mesh import Mesh
 
 EMBEDDED = "nano"
 # Steps that read less than this are made of operations so short that handing them to a second thread costs more than it
@@ -55,6 +58,10 @@ class LoadOptions:
     layers: Annotated[
         int | None, _loading("Of random:flash and random:pro, the first so many layers.", env="DSV4_LAYERS")
     ] = None
+    tp: Annotated[
+        int, _loading("Share the model among so many processes, each on a GPU of its own (or all on the CPU).",
+                      env="DSV4_TP")
+    ] = 1  # fmt: skip
     seed: Annotated[int, _loading("What sampling draws from.", env="DSV4_SEED")] = 0
 
     threads: Annotated[
@@ -65,10 +72,19 @@ class LoadOptions:
         ),
     ] = None  # fmt: skip
 
+    def ranks(self) -> Mesh | None:
+        """The ranks that share the model, None for one. To be called first, with the same result when called again:
+        the process that starts them does not come back (see ranks.py).
+        """
+        return _ranks(self.tp, self.device)
+
     def load(self, model: str) -> Model:
         """The model, and torch set to the threads asked for."""
+        tp = self.ranks()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        elif tp is not None and tp.device == "cpu":
+            torch.set_num_threads(max(torch.get_num_threads() // tp.size, 1))
         return load(
             model,
             device=self.device,
@@ -78,6 +94,7 @@ class LoadOptions:
             kv_quant=self.kv_quant,
             index_quant=self.index_quant,
             layers=self.layers,
+            tp=tp,
         )
 
     def open(self, model: str, max_model_len: int | None = None) -> LLM:
@@ -86,6 +103,11 @@ class LoadOptions:
         if self.threads is None and llm.weight_bytes_per_token < SMALL_BYTES:
             torch.set_num_threads(1)
         return llm
+
+
+@cache
+def _ranks(size: int, device: str) -> Mesh | None:
+    return start(size, device)
 
 
 @dataclass(frozen=True)
@@ -147,8 +169,10 @@ class SamplingOptions:
         return SamplingParams(**given, max_tokens=max_tokens)
 
 
-def read_prompt(prompt: str | None) -> str:
-    """The text of -p; `-` reads stdin to its end."""
+def read_prompt(prompt: str | None, tp: Mesh | None = None) -> str:
+    """The text of -p; `-` reads stdin to its end, which rank 0 has and tells the others."""
+    if prompt == "-" and tp is not None:
+        return tp.comm.tell("" if tp.rank else read_prompt(prompt))
     if prompt is None:
         raise typer.BadParameter('give a prompt with -p "text", or -p - to read it from stdin', param_hint="--prompt")
     if prompt != "-":

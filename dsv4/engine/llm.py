@@ -21,6 +21,7 @@ from dsv4.engine.scheduler import Limits
 from dsv4.engine.stream import ChatStream, TextStream
 from dsv4.errors import RequestError
 from dsv4.model import Model, load
+from dsv4.parallel.mesh import Mesh
 from dsv4.text.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -35,7 +36,7 @@ class LLM:
             print(out.outputs[0].text)
 
     model            a checkpoint folder, "nano", "random:tiny", or a loaded Model (then the load options are not used)
-    device ... layers    as for dsv4.load
+    device ... tp    as for dsv4.load; with `tp`, every rank makes the same calls and gets the same answers
     max_num_seqs     sequences that run at once; more wait
     max_model_len    tokens of prompt and output together, default the model's max_position_embeddings
     max_total_tokens cache entries of all running sequences, default enough for one of max_model_len and at most
@@ -61,6 +62,7 @@ class LLM:
         kv_quant: bool = True,
         index_quant: bool = True,
         layers: int | None = None,
+        tp: Mesh | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         max_total_tokens: int | None = None,
@@ -78,6 +80,7 @@ class LLM:
                 index_quant=index_quant,
                 weights=weights,
                 layers=layers,
+                tp=tp,
             )
         self.folder = model.path
         self.tokenizer = find_tokenizer(self.folder)

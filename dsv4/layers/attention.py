@@ -27,20 +27,17 @@ class Attention:
     """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
-        self.spec, self.heads, self.head_dim, self.eps = (
-            spec,
-            config.num_attention_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-        )
+        self.spec, self.head_dim, self.eps, self.tp = spec, config.head_dim, config.rms_norm_eps, settings.tp
         self.kv_quant = settings.kv_quant
         self.window = config.sliding_window if settings.dtype == torch.float32 else 0
         act = settings.act
         self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
-        self.wo_a = grouped_operand(scope.weight("wo_a"), config.o_groups, act=act)
-        self.wo_b = linear_operand(scope.weight("wo_b"), act=act)
+        wo_a, wo_b = scope.weight("wo_a"), scope.weight("wo_b")
+        self.wo_a = grouped_operand(wo_a, wo_a.shape[0] // config.o_lora_rank, act=act)
+        self.wo_b = linear_operand(Projection(wo_b, f32=self.tp is not None), act=act)
         self.q_norm, self.kv_norm = scope.f32("q_norm.weight"), scope.f32("kv_norm.weight")
         self.sink = scope.f32("attn_sink")
+        self.heads = len(self.sink)  # those of this rank
         inputs = [Projection(scope.weight("wq_a")), Projection(scope.weight("wkv"))]
         pooled: list[str] = []
         if spec.kind != "window":
@@ -80,7 +77,7 @@ class Attention:
         seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)
         o = sparse_attention(heads, *seen, scale=self.head_dim**-0.5, turn=cis, eps=self.eps)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
-        return out
+        return out if self.tp is None else self.tp.all_reduce(out, x.dtype)
 
     def _compressions(self, pooled: list[Tensor], cache: LayerCache, step: Step) -> list[Compression]:
         """pooled: what the input projections gave for the compressor and, in CSA, for the indexer's."""

@@ -8,6 +8,7 @@ import torch
 
 from dsv4.config import ModelConfig
 from dsv4.errors import ConfigError
+from dsv4.parallel.mesh import Mesh
 from dsv4.quant.activations import ACTS, Act
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -16,16 +17,20 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 @dataclass(frozen=True)
 class Settings:
     """dtype: of everything between ops. act: how linear inputs are quantised. kv_quant, index_quant: the roundings the
-    model was trained with, FP8 of KV entries and Hadamard + FP4 of index queries and keys.
+    model was trained with, FP8 of KV entries and Hadamard + FP4 of index queries and keys. tp: the ranks that share
+    the model; with them wo_b and the experts give partial sums in float32, which are rounded once they are added up.
     """
 
     dtype: torch.dtype
     act: Act
     kv_quant: bool
     index_quant: bool
+    tp: Mesh | None = None
 
     @staticmethod
-    def parse(config: ModelConfig, dtype: str, act: str, kv_quant: bool, index_quant: bool) -> Settings:
+    def parse(
+        config: ModelConfig, dtype: str, act: str, kv_quant: bool, index_quant: bool, tp: Mesh | None = None
+    ) -> Settings:
         """Check the flags, and that the model's sizes allow the trained-in quantisation (groups of 64, Hadamard of
         2^n).
         """
@@ -45,7 +50,7 @@ class Settings:
                 f"index_quant needs index_head_dim to be a power of two and a multiple of 32, got {n}; "
                 "load with index_quant=False"
             )
-        return Settings(DTYPES[dtype], act, kv_quant, index_quant)
+        return Settings(DTYPES[dtype], act, kv_quant, index_quant, tp)
 
 
 def check_device(device: str) -> None:

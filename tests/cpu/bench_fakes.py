@@ -12,7 +12,7 @@ from dsv4.bench.timing import Launch
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
-RUN = report.Run("random:tiny", 5, "bf16", "Fake GPU", 4000.0, "abc", "dsv4 bench decode")
+RUN = report.Run("random:tiny", 5, 1, "bf16", "Fake GPU", 4000.0, "abc", "dsv4 bench decode")
 
 
 class FakeTimer:

@@ -49,7 +49,7 @@ def pretend_gpu(monkeypatch):
     """A machine whose certificate says what `reports` holds."""
     reports = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(check_decode, "open_subject", lambda most_rows, model, **settings: None)
+    monkeypatch.setattr(check_decode, "open_subject", lambda most_rows, model, tp, **settings: None)
     monkeypatch.setattr(check_decode, "software", lambda: {"gpu": "none"})
     monkeypatch.setattr(check_decode, "certify", lambda subject, rows, say: reports.pop(0))
     return reports

@@ -42,7 +42,7 @@ def gate_up_ref(x: Tensor, operand: ExpertsOperand, order: Order, weights: Tenso
 def down_ref(mid: Tensor, operand: ExpertsOperand, order: Order, shared: Tensor) -> Tensor:
     down = _by_expert(treat(mid, operand.mid_treatment), operand.down, order.groups, mid.dtype).float()
     routed = torch.zeros_like(shared, dtype=torch.float32).index_add_(0, order.tokens, down)  # experts in their order
-    return routed.add_(shared).to(mid.dtype)
+    return routed.add_(shared).to(shared.dtype)
 
 
 def moe_ref(

@@ -1,0 +1,108 @@
+"""Who this process is among the ranks of one model, and how it joins them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv4.errors import ConfigError
+from dsv4.parallel.comm import Comm, CpuComm, GpuComm
+from dsv4.parallel.shard import Share
+
+STORE_FD = "DSV4_STORE_FD"  # rank 0 of our own launcher inherits the listening socket of the store
+_TIMEOUT = timedelta(minutes=30)  # one rank may read a cold checkpoint while another waits
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One process of those that run a model together, each on a device of its own.
+
+    Every rank runs the same steps on the same requests: what is not divided is computed by all of them, bit for bit
+    alike, so tokens need no exchange.
+    """
+
+    rank: int
+    size: int
+    device: str
+    comm: Comm
+
+    @property
+    def share(self) -> Share:
+        return Share(self.rank, self.size)
+
+    def all_reduce(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The ranks' partial sums x [T, D] f32 -> their sum, rounded once to `dtype`; see Comm.all_reduce."""
+        return self.comm.all_reduce(x, dtype)
+
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Each rank's columns x [T, N] -> [T, size * N]; see Comm.all_gather."""
+        return self.comm.all_gather(x, out)
+
+
+def is_rank() -> bool:
+    """Whether torchrun, or `dsv4 --tp`, started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(size: int, device: str = "cpu") -> Mesh:
+    """Meet the other ranks, of whom the environment tells (torchrun's variables). device: `cpu` (gloo), or `cuda`, of
+    which each rank takes the one with its local number (NCCL and symmetric memory).
+
+    ConfigError when this process is none of `size` ranks or has no device. Waits until all have come.
+    """
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"tp = {size} needs {size} processes that know of each other, and this one lacks {', '.join(missing)}; "
+            f"start it with `dsv4 ... --tp {size}` or `torchrun --nproc-per-node {size}`"
+        )
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world != size:
+        raise ConfigError(f"tp = {size}, but {world} processes were started (WORLD_SIZE); make them the same number")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or number:
+        raise ConfigError(
+            f"device {device!r} with tp = {size}: give cpu or cuda; each rank takes the GPU of its number"
+        )
+    if kind == "cuda":
+        found = torch.cuda.device_count()
+        if local >= found:
+            raise ConfigError(
+                f"rank {rank} is process {local} of this host, which has {found} GPUs; start at most {found}"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    if not dist.is_initialized():
+        _meet(rank, size, device)
+    return Mesh(rank, size, device, CpuComm(size) if kind == "cpu" else GpuComm(size, torch.device(device)))
+
+
+def _meet(rank: int, size: int, device: str) -> None:
+    inherited = os.environ.pop(STORE_FD, None)
+    # torchrun has a store of its own; ours listens on this host alone, on the socket that the launcher opened.
+    serves = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=serves,
+        timeout=_TIMEOUT,
+        master_listen_fd=None if inherited is None else socket.dup(int(inherited)),
+    )
+    gpu = None if device == "cpu" else torch.device(device)
+    backend = "gloo" if gpu is None else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT, device_id=gpu)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
