@@ -179,7 +179,8 @@ def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry]
     cut = share.cut(spec.split, spec.shape)
     trouble = None if cut is None else misfit(cut, layout.signature(parts).split()[0])
     if trouble is not None:
-        faults.add(f"{_EXPERT.sub('.experts.*.', spec.name)}: {trouble}")
+        below = spec.name.removeprefix(f"{spec.block}.")  # every block is alike
+        faults.add(f"{_EXPERT.sub('.experts.*.', below)}: {trouble}")
     plan.linears.append(LinearPlan(spec, layout, parts, cut))
 
 

@@ -13,7 +13,7 @@ from dsv4.errors import RequestError
 from dsv4.parallel.launch import run_ranks
 from dsv4.parallel.mesh import Mesh, is_rank, join
 
-_LATER = 0.5  # seconds: what every rank refuses is said by the first, which ends the others
+_LATER = 3.0  # seconds: what every rank refuses is said by the first, which ends the others
 
 
 def start(size: int, device: str) -> Mesh | None:

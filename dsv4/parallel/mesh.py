@@ -76,7 +76,8 @@ def join(size: int, device: str = "cpu") -> Mesh:
         found = torch.cuda.device_count()
         if local >= found:
             raise ConfigError(
-                f"rank {rank} is process {local} of this host, which has {found} GPUs; start at most {found}"
+                f"process {local} of this host has no GPU: torch sees {found} here; start as many processes as there "
+                "are GPUs, or give device cpu"
             )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"

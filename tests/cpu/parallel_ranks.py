@@ -1,0 +1,74 @@
+"""What the tests of tensor parallelism compute, in one process or, run as a script, as one of several."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import dsv4
+from dsv4.engine.step import DecodeStep
+from dsv4.parallel.mesh import Mesh, join
+
+PROMPTS = [[5, 9, 2, 7, 30, 11], list(range(40, 75))]
+EXACT: dict[str, Any] = {"dtype": "float32", "kv_quant": False, "index_quant": False}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact": EXACT,
+    "nvfp4": EXACT | {"weights": "nvfp4"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+def logits_of(model: dsv4.model.Model, seed: int) -> torch.Tensor:
+    """Of chunks and of single tokens of one random text, float32 [T, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (60,), generator=generator)
+    return model.logits(ids, prefill=48, chunk=20)
+
+
+def tokens_of(model: dsv4.model.Model) -> list[list[int]]:
+    """Greedy and sampled answers of a batch."""
+    params = [dsv4.SamplingParams(temperature=t, max_tokens=20, ignore_eos=True) for t in (0.0, 1.0)]
+    with dsv4.LLM(model, seed=3) as llm:
+        return [out.outputs[0].token_ids for p in params for out in llm.generate(PROMPTS, p)]
+
+
+def stepped(model: dsv4.model.Model) -> list[list[int]]:
+    """Tokens of the step at fixed shapes that a GPU captures, two of three rows used."""
+    cache = model.new_cache(3, 64)
+    slots = [cache.acquire() for _ in range(2)]
+    for slot in slots:
+        cache.reserve([(slot, 8)])
+    step, lines = DecodeStep(model, cache, 3), []
+    step.stage(slots, [3, 4])
+    for _ in range(4):
+        step.run()
+        lines.append(step.wait()[:2])
+        for slot in slots:
+            cache.advance(slot, 1)
+    return lines
+
+
+def measure(path: str, tp: Mesh | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    logits, facts = {}, {}
+    for name, settings in SETTINGS.items():
+        model = dsv4.load(path, tp=tp, **settings)
+        logits[name] = logits_of(model, 1)
+        if name == "exact":
+            facts = {"tokens": tokens_of(model), "stepped": stepped(model)}
+    return logits, facts
+
+
+def main(size: int, path: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    mesh = join(size)
+    logits, facts = measure(path, mesh)
+    said = mesh.comm.tell("what the first says, \u00fc" if mesh.rank == 0 else "and no other")
+    save_file(logits, folder / f"{mesh.rank}.safetensors")
+    (folder / f"{mesh.rank}.json").write_text(json.dumps(facts | {"said": said}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

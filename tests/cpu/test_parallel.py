@@ -1,0 +1,180 @@
+"""Tensor parallelism: ranks over gloo against one process; the parts of the weights; what cannot be divided."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_ranks
+import pytest
+import torch
+from checkpoint_files import SMALL
+from safetensors.torch import load_file
+
+import dsv4
+import dsv4.parallel.mesh as mesh_module
+from dsv4.bench.roofline import stored_bytes
+from dsv4.checkpoint.faults import Faults
+from dsv4.checkpoint.load import load_model_weights, open_source
+from dsv4.checkpoint.names import expected_tensors
+from dsv4.checkpoint.plan import make_plan, stack_name
+from dsv4.checkpoint.synthetic import synthesize, synthetic_bytes
+from dsv4.config import ModelConfig
+from dsv4.errors import CheckpointError, ConfigError
+from dsv4.parallel.launch import run_ranks
+from dsv4.parallel.shard import Share
+from dsv4.quant.weights import Weight
+from dsv4.testing.checkpoints import FORMATS, write_random_checkpoint
+
+# Divides by four in every format: FP8 shares of whole blocks (wq_b), and within one (wo_a, wo_b, experts).
+FOUR = SMALL | {
+    "vocab_size": 332, "hidden_size": 128, "num_attention_heads": 8, "head_dim": 128, "qk_rope_head_dim": 64,
+    "q_lora_rank": 64, "o_groups": 4, "o_lora_rank": 32, "moe_intermediate_size": 128, "index_head_dim": 64,
+}  # fmt: skip
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def run(request, tmp_path_factory):
+    """(path, per rank: logits by setting, facts), of the embedded model by 2 ranks and a random one by 4."""
+    folder, size = tmp_path_factory.mktemp("ranks"), request.param
+    path = "nano" if size == 2 else str(write_random_checkpoint(folder / "model", FOUR, format="modelopt", mtp=False))
+    assert run_ranks(size, [str(HERE / "parallel_ranks.py"), str(size), path, str(folder)]) == 0
+    ranks = range(size)
+    facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in ranks]
+    return path, [load_file(folder / f"{rank}.safetensors") for rank in ranks], facts
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    return parallel_ranks.measure(run[0])
+
+
+def test_ranks_give_the_logits_and_tokens_of_one_process(run, alone):
+    _, logits, facts = run
+    expected, told = alone
+    for name in ("exact", "nvfp4"):
+        difference = (logits[0][name] - expected[name]).norm() / expected[name].norm()
+        assert difference < 1e-5, name
+    assert facts[0]["tokens"] == told["tokens"] and facts[0]["stepped"] == told["stepped"]
+
+
+def test_ranks_agree_bit_for_bit(run):
+    _, logits, facts = run
+    for rank in range(1, len(logits)):
+        assert all(torch.equal(logits[0][name], logits[rank][name]) for name in parallel_ranks.SETTINGS)
+        assert facts[rank] == facts[0]
+    assert facts[0]["said"] == "what the first says, \u00fc"
+
+
+def test_bfloat16_is_as_near_to_float32_as_in_one_process(run, alone):
+    """Where a sum is rounded differs, so single roundings do; the error against float32 must not grow, chance apart."""
+    _, logits, _ = run
+    true, here = alone[0]["exact"], alone[0]["bfloat16"]
+    assert (logits[0]["bfloat16"] - true).norm() < 1.3 * (here - true).norm()
+
+
+def joined(parts, split):
+    """What the ranks hold together, as float64 values."""
+    values = [part.dequantize(torch.float64) if isinstance(part, Weight) else part for part in parts]
+    return torch.cat(values, -1 if split == "columns" else values[0].dim() - (2 if values[0].dim() > 1 else 1))
+
+
+@pytest.mark.parametrize("policy", ["native", "nvfp4"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_shares_make_up_the_whole(tmp_path, format, policy):
+    write_random_checkpoint(tmp_path, FOUR, format=format, mtp=False)
+    whole = load_model_weights(tmp_path, policy=policy)
+    shares = [load_model_weights(tmp_path, policy=policy, share=Share(rank, 4)).weights for rank in range(4)]
+    splits = {stack_name(spec.name): spec.split for spec in expected_tensors(whole.config).values()}
+    divided = 0
+    for name, weight in whole.weights.items():
+        parts = [share[name] for share in shares]
+        split = splits[name]
+        if split:
+            divided += 1
+            assert torch.equal(joined(parts, split), joined([weight], split)), name
+            assert len({tuple(part.shape) for part in parts}) == 1 and parts[0].shape != weight.shape
+        else:
+            assert torch.equal(joined(parts[3:], split), joined([weight], split)), name
+        assert all(t.is_contiguous() for t in (parts[0].tensors().values() if isinstance(parts[0], Weight) else ()))
+    assert divided == 10 * len(whole.config.layers) + 1
+
+
+def held_bytes(weights):
+    return sum(weight.nbytes for weight in weights.values())
+
+
+@pytest.mark.parametrize("format", ["official", "modelopt-all"])
+def test_a_rank_reads_and_holds_its_bytes_alone(tmp_path, format):
+    write_random_checkpoint(tmp_path, FOUR, format=format, mtp=False)
+    source, config = open_source(tmp_path, Faults())
+    counts = []
+    for share in (Share(), Share(1, 2), Share(3, 4)):
+        planned = make_plan(source, config, faults := Faults(), share=share).nbytes
+        assert not len(faults)
+        assert planned == sum(nbytes for _, nbytes in stored_bytes(str(tmp_path), "native", share=share))
+        held = held_bytes(load_model_weights(tmp_path, share=share).weights)
+        counts.append(planned)
+        assert planned == held, "every stored byte of the share, and no other, is held"
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_synthetic_shares_are_parts_of_the_same_values():
+    config = ModelConfig.from_dict(FOUR | {"moe_intermediate_size": 256, "o_lora_rank": 64})
+    for policy in ("native", "nvfp4"):
+        whole = dict(synthesize(config, policy))
+        shares = [dict(synthesize(config, policy, share=Share(rank, 2))) for rank in range(2)]
+        splits = {stack_name(spec.name): spec.split for spec in expected_tensors(config).values()}
+        for name, weight in whole.items():
+            if splits[name]:
+                both = joined([share[name] for share in shares], splits[name])
+                assert torch.equal(both, joined([weight], splits[name])), name
+        assert held_bytes(shares[0]) == sum(synthetic_bytes(config, policy, share=Share(0, 2)).values())
+    for name in ("random:flash", "random:pro"):
+        per_rank = [sum(n for _, n in stored_bytes(name, "nvfp4", share=Share(0, size))) for size in (1, 2, 8)]
+        assert per_rank[1] < 0.52 * per_rank[0] and per_rank[2] < 0.15 * per_rank[0]
+
+
+def test_everything_that_does_not_divide_is_said_at_once():
+    with pytest.raises(CheckpointError) as error:
+        load_model_weights("random:tiny", share=Share(0, 4))
+    text = str(error.value)
+    for words in ("num_attention_heads = 6 does not divide by 4", "o_groups = 2", "vocab_size = 331"):
+        assert words in text
+    assert "ffn.experts.*.w2: 160 columns give shares of 40" in text and text.count("shared_experts.w2") == 1
+    with pytest.raises(CheckpointError, match="o_groups = 8 does not divide by 3"):
+        load_model_weights("random:flash", share=Share(0, 3))
+
+
+def test_a_process_that_is_no_rank_is_told_how_to_become_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"lacks RANK.*torchrun --nproc-per-node 2"):
+        mesh_module.join(2)
+    there = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="tp = 2, but 4 processes were started"):
+        mesh_module.join(2)
+    with pytest.raises(ConfigError, match="each rank takes the GPU of its number"):
+        mesh_module.join(4, "cuda:1")
+
+
+def test_a_rank_that_fails_ends_the_others():
+    sleepy = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    assert run_ranks(2, ["-c", sleepy]) == 7
+
+
+def test_the_command_line_starts_the_ranks_and_one_of_them_speaks():
+    prompt = "def read(self):\n"
+    options = ["-p", "-", "--dtype", "float32", "--max-tokens", "6", "--temperature", "0", "--ignore-eos", "--json"]
+    command = [sys.executable, "-m", "dsv4.cli", "generate", "nano", *options, "--tp", "2"]
+    done = subprocess.run(command, input=prompt, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    with dsv4.LLM("nano", dtype="float32") as llm:
+        params = dsv4.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+        assert llm.generate(prompt, params)[0].outputs[0].token_ids == two["token_ids"]
+        assert two["metrics"]["weight_bytes_per_token"] < 0.8 * llm.weight_bytes_per_token
+    assert two["settings"]["tp"] == 2 and done.stderr.count("tok/s") == 2, "one line with both speeds"
