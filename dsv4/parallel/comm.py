@@ -13,7 +13,7 @@ from dsv4.errors import ConfigError, KernelError
 
 SUM = "DSV4_ALL_REDUCE"  # "nccl": without symmetric memory, for GPUs that cannot read each other's, and to compare
 SYMMETRIC_BYTES = 1 << 26  # that peers may read: the shares of logits of a batch, and far more than any partial sum
-ONE_SHOT_BYTES = 1 << 20  # up to here every rank reads all partial sums; more take NCCL
+ONE_SHOT_BYTES = 1 << 22  # up to here every rank reads all partial sums, so any decode step; prompts take NCCL
 _ONE_SHOT_SIZES = (2, 4, 8)  # of a group: torch's kernel adds in the order of ranks for these alone
 
 

@@ -88,8 +88,8 @@ def join(size: int, device: str = "cpu") -> Mesh:
 
 def _meet(rank: int, size: int, device: str) -> None:
     inherited = os.environ.pop(STORE_FD, None)
-    # torchrun has a store of its own; ours listens on this host alone, on the socket that the launcher opened.
-    serves = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    # torchrun's agent may serve the store itself; ours listens on this host alone, on the launcher's socket.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -23,7 +23,7 @@ STREAM_BLOCKS = 128  #: of 64 columns: what the warps of a block hold
 STREAM_GROUP, WIDE_GROUP = 8, 64
 MAX_EXPERTS = 1024
 
-_KERNEL = Kernel("moe", "ppqiiiqpppfpppqppi")
+_KERNEL = Kernel("moe", "ppqiiiqpppfpppqpipi")
 
 
 class _Projection(ctypes.Structure):
@@ -90,7 +90,7 @@ def gate_up(work: Work, x: Tensor, row_scale: Tensor | None, out: Tensor | None 
 
 
 def down(work: Work, mid: Tensor, row_scale: Tensor | None, shared: Tensor, out: Tensor | None = None) -> Tensor:
-    """mid [T * K, F] bf16 in the order of the experts, shared [T, D] bf16 -> [T, D] bf16. Needs the plan."""
+    """mid [T * K, F] bf16 in the order of the experts, shared [T, D] bf16 or f32 -> [T, D] like it. Needs the plan."""
     _expect("mid", mid, (work.pairs, work.second.columns), torch.bfloat16)
     out = _result(work, shared, out)
     parts = work.empty(work.pairs, work.first.columns)
@@ -100,8 +100,8 @@ def down(work: Work, mid: Tensor, row_scale: Tensor | None, shared: Tensor, out:
 
 
 def both(work: Work, x: Tensor, row_scale: Tensor | None, shared: Tensor, out: Tensor | None = None) -> Tensor:
-    """x, shared [T, D] bf16 -> [T, D] bf16: `gate_up` and `down`, nothing being treated in between, where weights are
-    streamed."""
+    """x [T, D] bf16, shared [T, D] bf16 or f32 -> [T, D] like it: `gate_up` and `down`, nothing being treated in
+    between, where weights are streamed."""
     _expect("x", x, (len(work.ids), work.first.columns), torch.bfloat16)
     out, mid = _result(work, shared, out), work.empty(work.pairs, work.second.columns)
     parts = work.empty(work.pairs, work.first.columns)
@@ -136,8 +136,9 @@ def treated(x: Tensor, how: Treatment) -> tuple[Tensor, Tensor | None]:
 
 def _result(work: Work, shared: Tensor, out: Tensor | None) -> Tensor:
     shape = len(work.ids), work.first.columns
-    _expect("shared", shared, shape, torch.bfloat16)
-    return result("moe", out, shape, torch.bfloat16, shared.device)
+    dtype = torch.float32 if shared.dtype == torch.float32 else torch.bfloat16
+    _expect("shared", shared, shape, dtype)
+    return result("moe", out, shape, dtype, shared.device)
 
 
 def _projection(
@@ -176,7 +177,8 @@ def _launch(
         x.device,
         *(work.ids, work.plan, *work.ids.shape, len(work.first.tiles), work.group, work.groups),
         *(ctypes.addressof(first), ctypes.addressof(second), work.weights, work.limit, half, scale),
-        *(shared, 0 if shared is None else row_stride("moe", "shared", shared), out, work.arrivals, phases),
+        *(shared, 0 if shared is None else row_stride("moe", "shared", shared), out),
+        *(shared is not None and shared.dtype == torch.float32, work.arrivals, phases),
     )
 
 

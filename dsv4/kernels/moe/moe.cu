@@ -12,9 +12,11 @@ namespace {
 
 enum Phase : int { ALIGN = 1, GATE_UP = 2, DOWN = 4 };  // the codes of dsv4/kernels/moe/launch.py
 
-// out = (sum over the token's places, rising) + shared, rounded once; a thread has 8 columns of a token.
-__global__ void __launch_bounds__(128) moe_combine(const bf16* down, const int* places, const bf16* shared,
-                                                   int64_t shared_row, bf16* out, int topk, int width, bool wide) {
+// out = (sum over the token's places, rising) + shared, rounded once (T bf16) or not at all (float); a thread has 8
+// columns of a token.
+template <typename T>
+__global__ void __launch_bounds__(128) moe_combine(const bf16* down, const int* places, const T* shared,
+                                                   int64_t shared_row, T* out, int topk, int width, bool wide) {
     wait_for_previous();
     const int64_t token = blockIdx.x;
     const int column = (blockIdx.y * 128 + threadIdx.x) * 8;
@@ -118,8 +120,8 @@ static_assert(sizeof(Projection) == 56, "kernels/moe/launch.py lays it out");
 // every row of x, the padded columns of it. arrivals: [2] zeros. Phases that need a plan find the one ALIGN has made.
 extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk, int experts, int group,
                         int64_t groups, const Projection* first, const Projection* second, const float* weights,
-                        float limit, uint16_t* half, float* scale, const bf16* shared, int64_t shared_row, bf16* out,
-                        unsigned* arrivals, int phases, cudaStream_t stream_) {
+                        float limit, uint16_t* half, float* scale, const void* shared, int64_t shared_row, void* out,
+                        int out_f32, unsigned* arrivals, int phases, cudaStream_t stream_) {
     const int64_t pairs = tokens * topk;
     if (pairs == 0 || second->rows == 0) return cudaSuccess;
     int* places = lists + 4 * groups;
@@ -133,7 +135,7 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
     if (auto e = describe(device)) return e;
     const bool wide = group > TOKENS;
     if (!wide && tokens <= FEW_TOKENS && pairs <= FEW_PAIRS) {
-        Few f = {gate_up, down, ids, shared, shared_row, out, arrivals, static_cast<int>(tokens), experts};
+        Few f = {gate_up, down, ids, shared, shared_row, out, out_f32 != 0, arrivals, static_cast<int>(tokens), experts};
         size_t bytes;
         if (fit_few(device, f, bytes)) {
             if (phases & GATE_UP && phases & DOWN) return run_few<true, true>(device, f, bytes, stream_);
@@ -158,9 +160,15 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
                  : choose_stream<false>(device, down, pairs, stream_);
         const int width = 16 * down.rows;
         const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
-        if (e == cudaSuccess)
-            e = launch_dependent(moe_combine, tokens, (width + 1023) / 1024, 128, 0, stream_, down.out, plan.places,
-                                 shared, shared_row, out, topk, width, whole);
+        const int across = (width + 1023) / 1024;
+        if (e == cudaSuccess && out_f32)
+            e = launch_dependent(moe_combine<float>, tokens, across, 128, 0, stream_, down.out, plan.places,
+                                 static_cast<const float*>(shared), shared_row, static_cast<float*>(out), topk, width,
+                                 whole);
+        else if (e == cudaSuccess)
+            e = launch_dependent(moe_combine<bf16>, tokens, across, 128, 0, stream_, down.out, plan.places,
+                                 static_cast<const bf16*>(shared), shared_row, static_cast<bf16*>(out), topk, width,
+                                 whole);
     }
     return e;
 }

@@ -20,9 +20,10 @@ constexpr int MOST_SLICES = 16, NOBODY = 0x7fffffff;
 struct Few {
     Job first, second;  // their plans are not used
     const int64_t* ids;
-    const bf16* shared;
+    const void* shared;  // bf16, or float where out is
     int64_t shared_row;
-    bf16* out;
+    void* out;
+    bool out_f32;
     unsigned* arrivals;  // [2], zero between launches
     int tokens, experts;
     int room;    // rows of mid that are staged at a time
@@ -352,9 +353,13 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
         // The thread's first element of the result, while there is time.
         const int elements = share.tiles * f.tokens * 16;
         const auto row_of = [&](int i) { return (share.first_tile + i / 16 / f.tokens) * 16 + i % 16; };
-        const auto shared_at = [&](int i) { return f.shared[i / 16 % f.tokens * f.shared_row + row_of(i)]; };
+        const auto shared_at = [&](int i) {
+            const int64_t at = i / 16 % f.tokens * f.shared_row + row_of(i);
+            return f.out_f32 ? static_cast<const float*>(f.shared)[at]
+                             : to_float(static_cast<const bf16*>(f.shared)[at]);
+        };
         const int mine = threadIdx.x;
-        bf16 added = {};
+        float added = 0.0f;
         if (mine < elements) added = shared_at(mine);
         if (FIRST) all_blocks_meet(f.arrivals);
         for (int from = 0, to; from < share.places; from = to) {
@@ -388,8 +393,12 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
                 if (place < 0) break;
                 y += to_float(result[place * 16]);
             }
-            y += to_float(i == mine ? added : shared_at(i));
-            f.out[token * 16 * static_cast<int64_t>(job.rows) + row_of(i)] = from_float<bf16>(y);
+            y += i == mine ? added : shared_at(i);
+            const int64_t to = token * 16 * static_cast<int64_t>(job.rows) + row_of(i);
+            if (f.out_f32)
+                static_cast<float*>(f.out)[to] = y;
+            else
+                static_cast<bf16*>(f.out)[to] = from_float<bf16>(y);
         }
     }
 }

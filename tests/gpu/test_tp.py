@@ -1,0 +1,71 @@
+"""Tensor parallelism on two GPUs: the embedded model against itself on one, collectives inside graphs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import tp_ranks
+from safetensors.torch import load_file, save_file
+
+import dsv4
+from dsv4.parallel.launch import run_ranks
+
+SIZE = 2
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < SIZE, reason=f"needs {SIZE} GPUs")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Text of one GPU and its logits there, with roundings and without; per rank, logits on that text, and facts."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = dsv4.load("nano", device="cuda")
+    text = {str(i): torch.tensor(ids) for i, ids in enumerate(tp_ranks.greedy(model))}
+    alone = {name: model.logits(ids, prefill=48).cpu() for name, ids in text.items()}
+    exact = dsv4.load("nano", dtype="float32")
+    true = {name: exact.logits(ids, prefill=48) for name, ids in text.items()}
+    save_file(text, folder / "text.safetensors")
+    assert run_ranks(SIZE, [str(Path(tp_ranks.__file__)), str(SIZE), str(folder)]) == 0
+    facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
+    logits = [load_file(folder / f"{rank}.safetensors") for rank in range(SIZE)]
+    return text, alone, true, logits, facts
+
+
+def rms(differences):
+    return float(torch.cat([d.flatten() for d in differences]).square().mean().sqrt())
+
+
+def test_ranks_agree_bit_for_bit(run):
+    text, _, _, logits, facts = run
+    assert all(torch.equal(logits[0][name], logits[1][name]) for name in text)
+    assert facts[0]["tokens"] == facts[1]["tokens"]
+
+
+def test_two_gpus_choose_the_tokens_of_one(run):
+    """Partial sums are rounded elsewhere, so logits move within the noise of BF16; a token may change only where the
+    two best of one GPU are nearer to each other than that noise."""
+    text, alone, _, logits, facts = run
+    noise = rms([logits[0][name] - alone[name] for name in text])
+    for name in text:
+        best = alone[name].topk(2).values
+        for row in (logits[0][name].argmax(-1) != alone[name].argmax(-1)).nonzero().flatten().tolist():
+            assert best[row, 0] - best[row, 1] < 6 * noise, f"text {name}, token {row}"
+    written = [list(ids) for ids in facts[0]["tokens"]]
+    alike = sum(a == b for name, ids in text.items() for a, b in zip(ids.tolist(), written[int(name)], strict=True))
+    assert alike > 0.5 * sum(len(ids) for ids in text.values())
+
+
+def test_two_gpus_are_as_near_to_float32_as_one(run):
+    text, alone, true, logits, _ = run
+    assert rms([logits[0][n] - true[n] for n in text]) < 1.2 * rms([alone[n] - true[n] for n in text])
+
+
+def test_captured_sums_replay(run):
+    for rows in ("1", "3", "64", "300"):
+        sums = [facts["sums"][rows] for facts in run[4]]
+        assert sums[0]["bits"] == sums[1]["bits"], rows
+        assert all(one["replay_equals_eager"] and one["worst"] < 2**-7 for one in sums), rows
+
+
+def test_captured_gathers_replay(run):
+    assert all(all(facts["gathers"]) for facts in run[4])

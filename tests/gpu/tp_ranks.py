@@ -1,0 +1,88 @@
+"""What a rank of the GPU tests of tensor parallelism does: `python tp_ranks.py N FOLDER`, started by run_ranks."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import dsv4
+from dsv4.parallel.mesh import Mesh, join
+
+PROMPTS = ["def read(self, path):\n", "import os\n\n\nclass Cache:\n", "try:\n    import json\nexcept"]
+WIDTH, LAYERS, VOCAB = 4096, 43, 129280
+
+
+def greedy(model: dsv4.model.Model) -> list[list[int]]:
+    """Text of the captured step, prompts included."""
+    params = dsv4.SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    with dsv4.LLM(model, max_num_seqs=4) as llm:
+        return [[*out.prompt_token_ids, *out.outputs[0].token_ids] for out in llm.generate(PROMPTS, params)]
+
+
+def partial(mesh: Mesh, rows: int, turn: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * turn + rank)
+    return torch.randn(rows, WIDTH, generator=generator).to(mesh.device)
+
+
+def captured_sums(mesh: Mesh, rows: int) -> dict[str, Any]:
+    """A graph of as many all-reduces as a step has, each fed by the one before it; replayed with other inputs."""
+    x = partial(mesh, rows, 0, mesh.rank)
+
+    def step() -> torch.Tensor:
+        total = mesh.all_reduce(x.clone(), torch.float32)
+        for _ in range(2 * LAYERS - 1):
+            total = mesh.all_reduce(total / mesh.size, torch.float32)
+        return total.bfloat16()
+
+    eager = step().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    worst, same = 0.0, True
+    for turn in range(20):
+        x.copy_(partial(mesh, rows, turn, mesh.rank))
+        graph.replay()
+        parts = [partial(mesh, rows, turn, rank).double() for rank in range(mesh.size)]
+        true = torch.stack(parts).sum(0)
+        worst = max(worst, float((out.double() - true).abs().max() / true.abs().max()))
+        same &= turn > 0 or torch.equal(out, eager)
+    return {"worst": worst, "replay_equals_eager": same, "bits": out.flatten()[:4096].view(torch.int16).sum().item()}
+
+
+def captured_gather(mesh: Mesh, rows: int) -> bool:
+    share = VOCAB // mesh.size
+    x, out = torch.zeros(rows, share, device=mesh.device), torch.zeros(rows, VOCAB, device=mesh.device)
+    mesh.all_gather(x, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mesh.all_gather(x, out)
+    right = True
+    for turn in range(20):
+        x.fill_(turn + 100 * mesh.rank)
+        graph.replay()
+        expected = torch.arange(mesh.size, device=mesh.device).repeat_interleave(share) * 100 + turn
+        right &= torch.equal(out, expected.float().expand(rows, -1))
+    return right
+
+
+def main(size: int, folder: Path) -> None:
+    mesh = join(size, "cuda")
+    facts: dict[str, Any] = {
+        "sums": {rows: captured_sums(mesh, rows) for rows in (1, 3, 64, 300)},
+        "gathers": [captured_gather(mesh, rows) for rows in (1, 64, 300)],
+    }
+    model = dsv4.load("nano", tp=mesh)
+    text = load_file(folder / "text.safetensors")
+    logits = {name: model.logits(ids, prefill=48).cpu() for name, ids in text.items()}
+    facts["tokens"] = greedy(model)
+    save_file(logits, folder / f"{mesh.rank}.safetensors")
+    (folder / f"{mesh.rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
