@@ -135,7 +135,7 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
     if (auto e = describe(device)) return e;
     const bool wide = group > TOKENS;
     if (!wide && tokens <= FEW_TOKENS && pairs <= FEW_PAIRS) {
-        Few f = {gate_up, down, ids, shared, shared_row, out, out_f32 != 0, arrivals, static_cast<int>(tokens), experts};
+        Few f = {gate_up, down, ids, shared, shared_row, out, arrivals, static_cast<int>(tokens), experts, out_f32};
         size_t bytes;
         if (fit_few(device, f, bytes)) {
             if (phases & GATE_UP && phases & DOWN) return run_few<true, true>(device, f, bytes, stream_);

@@ -23,9 +23,8 @@ struct Few {
     const void* shared;  // bf16, or float where out is
     int64_t shared_row;
     void* out;
-    bool out_f32;
     unsigned* arrivals;  // [2], zero between launches
-    int tokens, experts;
+    int tokens, experts, out_f32;
     int room;    // rows of mid that are staged at a time
     int staged;  // bytes for staged rows
     int chunks;  // of all rings together
