@@ -176,8 +176,9 @@ def _baked(step: Step, subject: Subject, tokens: list[int], report: BatchReport)
     plans[f"{longest} tokens"] = [longest, *[min(LONG, longest)] * (step.rows - 1)]
     pool = torch.cuda.graph_pool_handle()
     kept: list[torch.cuda.CUDAGraph] = []  # a pool lives as long as a graph of it
-    captures = []
-    for label, lengths in plans.items():
+    taken: dict[str, list[list[census.Node]]] = {label: [] for label in plans}
+    first = next(iter(plans.items()))
+    for label, lengths in [*plans.items(), first]:  # the first once more: what differs by then is no matter of length
         slots = subject.place(lengths)
         step.stage(slots, tokens)
         torch.cuda.synchronize()
@@ -187,7 +188,8 @@ def _baked(step: Step, subject: Subject, tokens: list[int], report: BatchReport)
             graph, log = _capture_body(step, pool)
             kept.append(graph)
             graphs.append(census.read(graph, log))
-        captures.append(scalars.Captures(label, graphs[-_CAPTURES:]))
+        taken[label] += graphs[-_CAPTURES:]
+    captures = [scalars.Captures(label, graphs) for label, graphs in taken.items()]
     for other in captures[1:]:
         found, unstable = scalars.findings(captures[0], other, bits.live_memory(apart_from=pool))
         report.findings += found
