@@ -36,8 +36,6 @@ SAME = (
     "index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps max_position_embeddings "
     "rope_theta compress_rope_theta"
 )
-# What from_pretrained keeps in float32 (DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict).
-WIDE = ("_hc", "hc_head", "sinks", "position_bias", "correction_bias", "norm")
 GRAPH_STEPS = 4
 MOST_STEPS = 512  # of one cache
 PREFILL_CHUNK = 512
@@ -91,6 +89,7 @@ def build(config: ModelConfig, device: str) -> DeepseekV4ForCausalLM:
             model = DeepseekV4ForCausalLM(config_of(config)).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    wide = set(model._keep_in_fp32_modules_strict or ())  # what from_pretrained of this version keeps in float32
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("tid2eid"):
@@ -99,7 +98,7 @@ def build(config: ModelConfig, device: str) -> DeepseekV4ForCausalLM:
                     rows.copy_(scores.topk(rows.shape[1]).indices)
             elif "inv_freq" not in name and tensor.is_floating_point():
                 draw_(name, tensor)
-                if any(word in name for word in WIDE):
+                if wide.intersection(name.split(".")):
                     tensor.data = tensor.data.float()
     return model
 
