@@ -17,6 +17,15 @@ def dtype_code(name: str, arg: str, x: Tensor) -> int:
     return code
 
 
+def bf16_only(name: str, arg: str, x: Tensor) -> None:
+    """For ops whose kernel is written for BF16 alone."""
+    if x.dtype != torch.bfloat16:
+        raise KernelError(
+            f"{name}: '{arg}' is {x.dtype}; the kernel takes torch.bfloat16, and float32 on a GPU runs through the "
+            f"twin: set DSV4_REF={name}, or DSV4_REF=all"
+        )
+
+
 def same_dtype(name: str, arg: str, x: Tensor, other: str, y: Tensor) -> None:
     if x.dtype != y.dtype:
         raise KernelError(

@@ -80,14 +80,6 @@ def _into(out: Any, result: Any) -> Any:
     return out.copy_(result)
 
 
-def no_kernel(name: str) -> KernelError:
-    """The error of an op that has no CUDA kernel in this build."""
-    return KernelError(
-        f"op '{name}' has no CUDA kernel in this build; run it with its PyTorch twin (DSV4_REF={name}, or DSV4_REF=all "
-        "for every op) or load the model with device='cpu'"
-    )
-
-
 def _parse(spec: str) -> tuple[list[str], tuple[torch.dtype, ...]]:
     dims, _, dtypes = spec.partition(":")
     return dims.split(), tuple(_DTYPES[d] for d in dtypes.split())

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dsv4.cli import app
 from dsv4.errors import KernelError
-from dsv4.kernels import cases, check, compiler
+from dsv4.kernels import cases, check, compiler, launch
 from dsv4.kernels.loader import bind
 from dsv4.kernels.q_norm_rope.q_norm_rope_ref import q_norm_rope_ref
 from dsv4.kernels.rms_norm.rms_norm_ref import rms_norm_ref
@@ -99,6 +99,12 @@ def test_a_rounding_left_out_is_found_in_the_exact_case():
 
     rows = faulty("q_norm_rope", smooth)
     assert [row.ok for row in rows if row.case == "exact sums"] == [False]
+
+
+def test_a_dtype_that_a_kernel_does_not_take_is_refused_with_the_way_out():
+    launch.bf16_only("moe", "x", torch.zeros(1, dtype=torch.bfloat16))
+    with pytest.raises(KernelError, match=r"moe: 'x' is torch\.float32; .* twin: set DSV4_REF=moe, or DSV4_REF=all"):
+        launch.bf16_only("moe", "x", torch.zeros(1))
 
 
 def test_checking_needs_a_gpu(monkeypatch):

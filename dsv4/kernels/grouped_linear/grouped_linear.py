@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.grouped_linear.grouped_linear_ref import grouped_linear_ref
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
-from dsv4.kernels.launch import result, row_stride, same_device
+from dsv4.kernels.launch import bf16_only, result, row_stride, same_device
 from dsv4.kernels.op import op
 from dsv4.kernels.quantize.quantize_act import quantize_act
 
@@ -24,11 +23,7 @@ def grouped_linear(o: Tensor, operand: GroupedOperand, *, out: Tensor | None = N
     if operand.launcher is None:
         raise KernelError("grouped_linear: o is on a GPU and the operand's weights are not; make it of weights there")
     groups, (rank, columns) = len(operand.tiled), operand.tiled[0].shape
-    if o.dtype != torch.bfloat16:
-        raise KernelError(
-            f"grouped_linear: o is {o.dtype}; the kernel takes torch.bfloat16, and float32 on a GPU runs through the "
-            "twin: set DSV4_REF=grouped_linear, or DSV4_REF=all"
-        )
+    bf16_only("grouped_linear", "o", o)
     if o.shape[1] != groups * columns:
         raise KernelError(f"grouped_linear: o has {o.shape[1]} columns, expected {groups} groups of {columns}")
     same_device("grouped_linear", operand.launcher.device, o=o)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
-from dsv4.kernels.launch import result, row_stride, same_device
+from dsv4.kernels.launch import bf16_only, result, row_stride, same_device
 from dsv4.kernels.linear.linear_ref import linear_ref
 from dsv4.kernels.linear.operand import LinearOperand
 from dsv4.kernels.op import op
@@ -30,11 +30,7 @@ def linear(x: Tensor, operand: LinearOperand, *, out: Tensor | Sequence[Tensor] 
     if operand.launcher is None:
         raise KernelError("linear: x is on a GPU and the operand's weights are not; make it of weights on that GPU")
     columns = operand.launcher.columns
-    if x.dtype != torch.bfloat16:
-        raise KernelError(
-            f"linear: x is {x.dtype}; the kernel takes torch.bfloat16, and float32 on a GPU runs through the twin: set "
-            "DSV4_REF=linear, or DSV4_REF=all"
-        )
+    bf16_only("linear", "x", x)
     if x.shape[-1] != columns:
         raise KernelError(f"linear: x has {x.shape[-1]} columns, the operand's weights {columns}")
     same_device("linear", operand.launcher.device, x=x)

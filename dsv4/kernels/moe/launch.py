@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
-from dsv4.kernels.launch import contiguous, result, row_stride, same_device
+from dsv4.kernels.launch import bf16_only, contiguous, result, row_stride, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kernels.moe.tiled import TiledExperts
@@ -118,11 +118,7 @@ def make_plan(work: Work) -> None:
 def launch_moe(
     x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared: Tensor, limit: float, out: Tensor | None
 ) -> Tensor:
-    if x.dtype != torch.bfloat16:
-        raise KernelError(
-            f"moe: 'x' is {x.dtype}; the kernel takes bfloat16. dtype float32 on a GPU runs through the twins: set "
-            "DSV4_REF=moe (or all)"
-        )
+    bf16_only("moe", "x", x)
     work = work_of(operand, ids, weights, limit)
     if operand.mid_treatment == "none" and work.group == STREAM_GROUP and work.arrivals is not None:
         return both(work, *treated(x, operand.in_treatment), shared, out)

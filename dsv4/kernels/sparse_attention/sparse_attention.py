@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
-from dsv4.kernels.launch import contiguous, result, rotations, same_device
+from dsv4.kernels.launch import bf16_only, contiguous, result, rotations, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.kernels.sparse_attention.sparse_attention_ref import sparse_attention_ref
@@ -84,11 +84,7 @@ def sparse_attention(
 
 
 def _supported(q: Tensor, cis: Tensor) -> None:
-    if q.dtype != torch.bfloat16:
-        raise KernelError(
-            f"sparse_attention: 'q' is {q.dtype} and the kernel takes torch.bfloat16; float32 on a GPU runs through "
-            "the twins: set DSV4_REF=sparse_attention, or DSV4_REF=all"
-        )
+    bf16_only("sparse_attention", "q", q)
     if q.shape[2] != HEAD_DIM:
         raise KernelError(
             f"sparse_attention: head_dim is {q.shape[2]} and the kernel is written for {HEAD_DIM}; run the twin "
