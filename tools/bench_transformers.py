@@ -89,7 +89,8 @@ def build(config: ModelConfig, device: str) -> DeepseekV4ForCausalLM:
             model = DeepseekV4ForCausalLM(config_of(config)).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    wide = set(model._keep_in_fp32_modules_strict or ())  # what from_pretrained of this version keeps in float32
+    # What from_pretrained keeps in float32, but for norms: their float32 results would meet BF16 linears.
+    wide = {name for name in model._keep_in_fp32_modules_strict or () if "norm" not in name}
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("tid2eid"):

@@ -126,7 +126,7 @@ def test_a_watch_leaves_nothing_behind():
 
 
 def status_of(make, monkeypatch) -> int:
-    monkeypatch.setattr(check_decode, "open_subject", lambda most_rows, model, **settings: steps.Notebook(make))
+    monkeypatch.setattr(check_decode, "open_subject", lambda *model, **settings: steps.Notebook(make))
     with pytest.raises(SystemExit) as exit_:
         cli.main(["check", "decode", "--batch", "2"])
     return exit_.value.code
