@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 
 from dsv4.bench.context import fill_context
-from dsv4.bench.per_op import OpTime, by_op
 from dsv4.bench.record import distinct_experts, recording
 from dsv4.bench.report import Row, Run, speed
 from dsv4.bench.roofline import Stored, expected_distinct, predicted_bytes, step_bytes
 from dsv4.bench.timing import Timer
-from dsv4.bench.traffic import bytes_by_op, storages
+from dsv4.bench.traffic import storages, work_of
+from dsv4.bench.waterfall import Bar, bars, layers_of, table
+from dsv4.bench.waterfall_plot import svg
+from dsv4.config import ModelConfig
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
@@ -50,14 +52,15 @@ def bench_decode(
     contexts: Sequence[int],
     repeats: int = 30,
     warmup: int = 5,
-    per_op: bool = False,
+    waterfall: bool = False,
     seed: int = 0,
 ) -> Iterator[Row]:
     """A row per batch and context: the median replay, the bytes it had to move, and the memory it took.
 
     The sequences have no past: their cache is filled with random entries (context.py). The routed experts that count
-    are those the last replay chose; where the step does not tell, the expected number. per_op: also `per_op` in the
-    row's `more`, the time of each op inside the step, which keeps every tensor of the step and so spoils the memory.
+    are those the last replay chose; where the step does not tell, the expected number. waterfall: also where one replay
+    went, as a table (`waterfall` in the row's `more`) and its picture; every tensor of the step is kept for that, which
+    spoils the memory.
     """
     for batch in batches:
         for context in contexts:
@@ -69,7 +72,7 @@ def bench_decode(
             tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
             step = make_step(model, cache, batch)
             step.stage(slots, tokens)
-            with recording(timer.capturing, None if per_op else {"ffn_inputs"}) as calls:
+            with recording(timer.capturing, None if waterfall else {"ffn_inputs"}) as calls:
                 step.capture()
             step.stage(slots, tokens)
             times = timer.times(step.replay, repeats=repeats, warmup=warmup)
@@ -98,27 +101,22 @@ def bench_decode(
                 "peak_bytes": timer.peak_bytes(),
                 "predicted_bytes": predicted_bytes(stored, model.config, batch, context + steps),
             }
-            if per_op:
-                found = by_op(timer.kernels_of(step.replay))
-                more["per_op"] = op_rows(found, bytes_by_op(calls, storages(cache), model.config), us, layers, run)
-            yield Row(run, values, more)
+            picture = None
+            if waterfall:
+                step_bars = bars(timer.kernels_of(step.replay), work_of(calls, storages(cache), model.config))
+                more["waterfall"] = table(step_bars, layers, run.copy_gb_s)
+                picture = _picture(step_bars, model.config, run, batch, context)
+            yield Row(run, values, more, picture)
             del calls, step, cache
 
 
-def op_rows(found: Sequence[OpTime], moved: dict[str, int], us: float, layers: int, run: Run) -> list[dict[str, Any]]:
-    """Per op: launches, time in the step and per layer, share of the step, and speed where its bytes are known."""
-    rows = []
-    for op in found:
-        nbytes = moved.get(op.op, 0)
-        rows.append(
-            {
-                "op": op.op,
-                "launches": op.launches,
-                "us": round(op.us, 2),
-                "us_per_layer": round(op.us / layers, 3),
-                "of_step": round(op.us / us, 4),
-                "bytes": nbytes or None,
-                **(speed(nbytes, op.us, run.copy_gb_s) if nbytes and op.us else {"gb_s": None, "share": None}),
-            }
-        )
-    return rows
+def _picture(step: Sequence[Bar], config: ModelConfig, run: Run, batch: int, context: int) -> str | None:
+    """The last layer of each kind, drawn; None for a step whose layers cannot be told apart."""
+    found = layers_of(step)
+    if len(found) != len(config.layers):
+        return None
+    last = {spec.kind: place for place, spec in enumerate(config.layers)}
+    shown = {f"layer {place}, {kind}": found[place] for kind, place in sorted(last.items(), key=lambda item: item[1])}
+    ranks = f", one of {run.tp} ranks" if run.tp > 1 else ""
+    title = f"{run.model}, {run.layers} layers{ranks}, batch {batch}, context {context:,}, act={run.act}; {run.gpu}"
+    return svg(shown, run.copy_gb_s, title)

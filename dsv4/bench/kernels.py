@@ -10,14 +10,12 @@ import copy
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv4.bench.context import fill_context
 from dsv4.bench.decode import SPARE_TOKENS, MakeStep
-from dsv4.bench.record import Call, recording
+from dsv4.bench.record import Call, is_operand, recording
 from dsv4.bench.report import Row, Run, speed
 from dsv4.bench.timing import Timer
 from dsv4.bench.traffic import moved_bytes, storages
@@ -69,25 +67,14 @@ def grouped(calls: Sequence[Call]) -> dict[tuple[str, str], list[Call]]:
     """Calls by op and shapes of what they get, in the order in which they first appear."""
     groups: dict[tuple[str, str], list[Call]] = {}
     for call in calls:
-        groups.setdefault((call.op, shape_of(call)), []).append(call)
+        groups.setdefault((call.op, call.shape), []).append(call)
     return groups
-
-
-def shape_of(call: Call) -> str:
-    """`[1, 4096] x fp8 [1536, 4096]`: the first tensor, then the weights of an operand or the next tensor."""
-    words = []
-    for value in call.args[:3]:
-        if isinstance(value, Tensor):
-            words.append(str(list(value.shape)))
-        elif isinstance(getattr(value, "nbytes", None), int):
-            words.append(f"{value.nbytes / 1e6:.2f} MB")
-    return " x ".join(words)
 
 
 def with_copies(group: list[Call], nbytes: int, l2: int) -> list[Call]:
     """The calls, and as many more on copies of their operands as it takes to move COLD times L2 in one turn."""
     wanted = min(MAX_COPIES, math.ceil(COLD * l2 / max(nbytes, 1)))
-    operands = sum(value.nbytes for call in group for value in call.args if _is_operand(value))
+    operands = sum(value.nbytes for call in group for value in call.args if is_operand(value))
     if not operands:
         return list(group)  # activations alone: they are warm in a real step too
     wanted = min(wanted, COPY_LIMIT_BYTES // operands)
@@ -95,9 +82,5 @@ def with_copies(group: list[Call], nbytes: int, l2: int) -> list[Call]:
 
 
 def _copied(call: Call) -> Call:
-    args = tuple(copy.deepcopy(value) if _is_operand(value) else value for value in call.args)
+    args = tuple(copy.deepcopy(value) if is_operand(value) else value for value in call.args)
     return Call(call.op, call.function, args, call.kwargs, call.result)
-
-
-def _is_operand(value: Any) -> bool:
-    return not isinstance(value, Tensor) and isinstance(getattr(value, "nbytes", None), int)

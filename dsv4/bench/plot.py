@@ -48,24 +48,24 @@ def svg(rows: Sequence[Mapping[str, str]], title: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        _text(LEFT, 20, title, "start"),
-        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "batch", "middle"),
-        _text(12, TOP - 8, "share of copy bandwidth", "start"),
+        label(LEFT, 20, title, "start"),
+        label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "batch", "middle"),
+        label(12, TOP - 8, "share of copy bandwidth", "start"),
     ]
     for tenth in range(round(top * 10) + 1):
         parts.append(f'<path d="M{LEFT} {y(tenth / 10):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
-        parts.append(_text(LEFT - 8, y(tenth / 10) + 4, f"{tenth * 10} %", "end"))
-    parts += [_text(x(batch), HEIGHT - BOTTOM + 18, str(batch), "middle") for batch in batches]
+        parts.append(label(LEFT - 8, y(tenth / 10) + 4, f"{tenth * 10} %", "end"))
+    parts += [label(x(batch), HEIGHT - BOTTOM + 18, str(batch), "middle") for batch in batches]
     for place, (name, points) in enumerate(found.items()):
         colour = COLOURS[place % len(COLOURS)]
         path = " ".join(f"{x(batch):.1f},{y(share):.1f}" for batch, share in points.items())
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(b):.1f}" cy="{y(s):.1f}" r="3" fill="{colour}"/>' for b, s in points.items()]
         words = name.split(", ", 1)
-        parts.append(_text(WIDTH - RIGHT + 12, TOP + 34 * place, words[0], "start", colour))
-        parts.append(_text(WIDTH - RIGHT + 12, TOP + 34 * place + 14, words[1], "start", colour))
+        parts.append(label(WIDTH - RIGHT + 12, TOP + 34 * place, words[0], "start", colour))
+        parts.append(label(WIDTH - RIGHT + 12, TOP + 34 * place + 14, words[1], "start", colour))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _text(x: float, y: float, words: str, anchor: str, colour: str = "#1f2328") -> str:
+def label(x: float, y: float, words: str, anchor: str, colour: str = "#1f2328") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'

@@ -27,6 +27,22 @@ class Call:
     def again(self) -> Any:
         return self.function(*self.args, **self.kwargs)
 
+    @property
+    def shape(self) -> str:
+        """`[1, 4096] x 3.54 MB`: of the first arguments, the sizes of tensors and the bytes of operands."""
+        words = []
+        for value in self.args[:3]:
+            if isinstance(value, Tensor):
+                words.append(str(list(value.shape)))
+            elif is_operand(value):
+                words.append(f"{value.nbytes / 1e6:.2f} MB")
+        return " x ".join(words)
+
+
+def is_operand(value: Any) -> bool:
+    """Whether this is what an op made of weights."""
+    return not isinstance(value, Tensor) and isinstance(getattr(value, "nbytes", None), int)
+
 
 @contextmanager
 def recording(when: Callable[[], bool], ops: Collection[str] | None = None) -> Iterator[list[Call]]:

@@ -23,6 +23,11 @@ from dsv4.errors import RequestError
 COLUMNS = tuple("model layers tp batch context act us_per_step bytes gb_s share kernels gpu commit command".split())
 OP_COLUMNS = tuple("model layers batch context act op shape calls us bytes gb_s share gpu commit command".split())
 
+WATERFALL_COLUMNS = tuple(
+    "model layers tp batch context act op shape launches us_per_launch us_per_layer us gap_us bytes gb_s share own_us "
+    "gpu commit command".split()
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,11 +47,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. values: the columns of the CSV that Run does not give. more: what only the JSON has."""
+    """One measurement. values: the columns of the CSV that Run does not give. more: what only the JSON has.
+
+    picture: an SVG, for a file of its own.
+    """
 
     run: Run
     values: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
+    picture: str | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def write_csv(folder: Path, what: str, rows: Sequence[Row], columns: Sequence[st
     """Append to `folder/<gpu>/<today>-bench-<what>.csv`, with a header if it is new; None without rows."""
     if not rows:
         return None
-    path = folder / slug(rows[0].run.gpu) / f"{datetime.date.today().isoformat()}-bench-{what}.csv"
+    path = results_file(folder, rows[0].run, f"bench-{what}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new and path.read_text().partition("\n")[0].split(",") != list(columns):
@@ -99,6 +108,23 @@ def write_csv(folder: Path, what: str, rows: Sequence[Row], columns: Sequence[st
             writer.writeheader()
         for row in rows:
             writer.writerow({name: row.columns[name] for name in columns})
+    return path
+
+
+def results_file(folder: Path, run: Run, name: str) -> Path:
+    """`folder/<gpu>/<today>-name`."""
+    return folder / slug(run.gpu) / f"{datetime.date.today().isoformat()}-{name}"
+
+
+def write_picture(folder: Path, row: Row) -> Path | None:
+    """The row's picture in `folder/<gpu>`, named by what was measured; it replaces an older one of the same day."""
+    if row.picture is None:
+        return None
+    run, values = row.run, row.values
+    subject = f"{run.model}-{run.layers}-tp{run.tp}-{run.act}-batch{values['batch']}-context{values['context']}"
+    path = results_file(folder, run, f"waterfall-{slug(subject)}.svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(row.picture, encoding="utf-8")
     return path
 
 
@@ -139,7 +165,7 @@ def text(name: str, value: Any) -> str:
 def console() -> Console:
     """stdout, wide enough for a table when it is a pipe."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=140)
+    return found if found.is_terminal else Console(highlight=False, width=170)
 
 
 def json_line(what: str, rows: Sequence[Row], **more: Any) -> str:

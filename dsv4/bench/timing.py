@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +16,17 @@ import torch
 from dsv4.errors import KernelError
 
 COPY_BYTES = 1 << 31  # read and written together
+PROFILED = 3  # launches, of which the last counts
 Launch = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, copy or memset that ran: from when to when, in microseconds on the device's clock."""
+
+    name: str
+    start: float
+    end: float
 
 
 class Timer(Protocol):
@@ -33,8 +44,8 @@ class Timer(Protocol):
     def capturing(self) -> bool:
         """Whether launches made now are recorded into a graph."""
 
-    def kernels_of(self, launch: Launch) -> list[tuple[str, float]]:
-        """(name, microseconds) of each kernel that one launch runs."""
+    def kernels_of(self, launch: Launch) -> list[Kernel]:
+        """What one launch runs, by its start. All ranks of a model call it together."""
 
     def reset_peak(self) -> None:
         """Forget the largest amount of memory held up to now."""
@@ -87,16 +98,20 @@ class CudaTimer:
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    def kernels_of(self, launch: Launch) -> list[tuple[str, float]]:
+    def kernels_of(self, launch: Launch) -> list[Kernel]:
+        """Of several launches the last: ranks wait for one another inside a launch, so the first one also holds the
+        time between the starts of their profilers, the second the time between their hosts. The last one is queued.
+        """
         from torch.profiler import ProfilerActivity, profile
 
-        launch()
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
             launch()
             torch.cuda.synchronize()
-        events = profiled.events() or []
-        return [(e.name, e.time_range.elapsed_us()) for e in events if str(e.device_type).endswith("CUDA")]
+            for _ in range(PROFILED - 1):
+                launch()
+            torch.cuda.synchronize()
+        events = [e for e in profiled.events() or [] if str(e.device_type).endswith("CUDA")]
+        return last_launch([Kernel(e.name, e.time_range.start, e.time_range.end) for e in events], PROFILED)
 
     def reset_peak(self) -> None:
         torch.cuda.synchronize()
@@ -111,3 +126,15 @@ class CudaTimer:
 
     def name(self) -> str:
         return torch.cuda.get_device_name()
+
+
+def last_launch(kernels: Sequence[Kernel], launches: int) -> list[Kernel]:
+    """What the last of `launches` equal launches ran. KernelError where they do not come out equal."""
+    found = sorted(kernels, key=lambda kernel: (kernel.start, kernel.end))
+    each, rest = divmod(len(found), launches)
+    last, before = found[len(found) - each :], found[len(found) - 2 * each : len(found) - each]
+    if rest or not each or sorted(k.name for k in last) != sorted(k.name for k in before):
+        raise KernelError(
+            f"the profiler saw {len(found)} kernels of {launches} equal launches, which cannot be told apart"
+        )
+    return last

@@ -6,16 +6,26 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from dsv4.bench.record import Call
+from dsv4.bench.record import Call, is_operand
 from dsv4.config import ModelConfig
 from dsv4.kvcache import KVCache
 
 _TABLES = {"tid2eid", "embed", "table", "weight_rows"}  # of which a row per token is read
 _ROWS_OF = {"local": "local_rows", "pool": "pool_rows"}  # cache argument -> the row numbers that read it
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of an op. shape: of its input and weights, empty for an op without weights."""
+
+    op: str
+    shape: str
+    nbytes: int
 
 
 def storages(cache: KVCache) -> set[int]:
@@ -30,19 +40,19 @@ def moved_bytes(call: Call, cache: set[int], config: ModelConfig) -> int:
     for name, value in named.items():
         if isinstance(value, Tensor):
             total += _argument(name, value, named, cache)
-        elif isinstance(getattr(value, "nbytes", None), int):
+        elif is_operand(value):
             total += round(value.nbytes * _used(named, config))
         elif name != "out":
             total += sum(_size(tensor) for tensor in _tensors(value) if not _held(tensor, cache))
     return total
 
 
-def bytes_by_op(calls: Sequence[Call], cache: set[int], config: ModelConfig) -> dict[str, int]:
-    """Sum over the calls of each op."""
-    sums: dict[str, int] = {}
-    for call in calls:
-        sums[call.op] = sums.get(call.op, 0) + moved_bytes(call, cache, config)
-    return sums
+def work_of(calls: Sequence[Call], cache: set[int], config: ModelConfig) -> list[Work]:
+    """Each call in words and bytes. Synchronises, as `moved_bytes`."""
+    return [
+        Work(call.op, call.shape if any(map(is_operand, call.args)) else "", moved_bytes(call, cache, config))
+        for call in calls
+    ]
 
 
 def _named(call: Call) -> dict[str, Any]:

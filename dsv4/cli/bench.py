@@ -46,6 +46,15 @@ class Output:
         if path is not None:
             note(f"{len(rows)} rows added to {path}")
 
+    def waterfall(self, row: report.Row) -> None:
+        """The table's rows and the picture."""
+        about = {key: row.values[key] for key in ("batch", "context")}
+        lines = [report.Row(row.run, about | line) for line in row.more["waterfall"]]
+        self.write("waterfall", lines, report.WATERFALL_COLUMNS)
+        path = report.write_picture(self.results, row) if self.csv and speaks() else None
+        if path is not None:
+            note(f"drawn in {path}")
+
 
 Numbers = Annotated[str, typer.Option(help="One number, or several joined by commas.")]
 Repeats = Annotated[int, typer.Option(min=3, help="Timed runs; their median counts.")]
@@ -57,7 +66,9 @@ def decode(
     batch: Numbers = "1",
     context: Numbers = "4096",
     repeats: Annotated[int, typer.Option(min=20, help="Timed replays; their median counts.")] = 30,
-    per_op: Annotated[bool, typer.Option("--per-op", help="Also the time of each op inside the step.")] = False,
+    waterfall: Annotated[
+        bool, typer.Option("--waterfall", help="Also where the step goes, by op, and a picture of its layers.")
+    ] = False,
     *,
     load: BenchLoad,
     output: Output,
@@ -65,20 +76,21 @@ def decode(
     """Time one decode step as one replay of its CUDA graph, for every batch and context.
 
     Contexts are random cache entries, so none is read first. share is of the copy bandwidth measured in the same run.
+    --waterfall profiles one replay more. Kernels start while the one in front still runs, so us there is what a launch
+    adds: its end minus the latest end before it, gap_us of that with nothing running. own_us counts waiting twice.
     """
     batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
     timer, loaded, stored, run = _open(model.resolve(), load)
-    found = bench_decode(
-        loaded, stored, run, timer, decode_step(), batches=batches, contexts=contexts, repeats=repeats, per_op=per_op
-    )
+    how: dict[str, Any] = {"repeats": repeats, "waterfall": waterfall}
+    found = bench_decode(loaded, stored, run, timer, decode_step(), batches=batches, contexts=contexts, **how)
     rows = _collect(found)
     _print(f"decode, {_about(run)}", rows, ("batch", "context", "us_per_step", "bytes", "gb_s", "share", "kernels",
            "tokens_per_s", "distinct_experts", "peak_bytes", "predicted_bytes"))  # fmt: skip
-    for row in rows:
-        if per_op:
-            title = f"ops of one step, batch {row.values['batch']}, context {row.values['context']:,}"
-            columns = ("launches", "us", "us_per_layer", "of_step", "bytes", "gb_s", "share")
-            report.console().print(report.table(title, row.more["per_op"], columns, ("op",)))
+    for row in rows if waterfall else ():
+        title = f"where a step goes, batch {row.values['batch']}, context {row.values['context']:,}"
+        columns = report.WATERFALL_COLUMNS[8:-3]
+        report.console().print(report.table(title, row.more["waterfall"], columns, ("op", "shape")))
+        output.waterfall(row)
     output.write("decode", rows)
     put(report.json_line("decode", rows), end="\n")
 

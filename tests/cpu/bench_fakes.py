@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from dsv4.bench import report
-from dsv4.bench.timing import Launch
+from dsv4.bench.timing import Kernel, Launch
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
@@ -34,9 +34,15 @@ class FakeTimer:
     def capturing(self) -> bool:
         return FakeTimer.capture
 
-    def kernels_of(self, launch: Launch) -> list[tuple[str, float]]:
+    def kernels_of(self, launch: Launch) -> list[Kernel]:
+        """A layer's mHC, routing and experts five times over, 2 us each, another 5 us, and what leaves the layers."""
         launch()
-        return [("void (anonymous namespace)::ffn_inputs<6>(float const*)", 2.0), ("void other<int>(int)", 5.0)] * 3
+        layer = ("mhc_seam", 2), ("ffn_inputs", 2), ("few", 2), ("other", 5)
+        found, at = [], 100.0
+        for name, us in (*layer * 5, ("mhc_post", 2)):
+            found.append(Kernel(f"void (anonymous namespace)::{name}<6>(float const*)", at, at + us))
+            at += us
+        return found
 
     def reset_peak(self) -> None:
         pass

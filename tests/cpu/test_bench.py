@@ -9,7 +9,6 @@ from torch import Tensor
 from dsv4 import load
 from dsv4.bench.context import fill_context
 from dsv4.bench.kernels import with_copies
-from dsv4.bench.per_op import by_op, kernel_owners, owner_of
 from dsv4.bench.record import Call, distinct_experts, recording
 from dsv4.bench.roofline import expected_distinct, kv_read_bytes, predicted_bytes, step_bytes, stored_bytes
 from dsv4.bench.traffic import moved_bytes, storages
@@ -176,13 +175,3 @@ def test_operands_are_copied_until_they_pass_the_cache_and_no_further(tiny: Mode
     assert all(one.args[0] is call.args[0] for one in several)
     bare = Call("rms_norm", linear, (torch.zeros(1, 96),), {}, None)
     assert with_copies([bare], 1, l2=10**6) == [bare]
-
-
-def test_kernels_are_told_by_the_sources_that_define_them() -> None:
-    owners = kernel_owners()
-    assert {"router", "rms_norm", "mhc_pre"} <= set(owners.values())
-    assert owners["router"] == owner_of("void (anonymous namespace)::router<256>(float const*, long*)") == "router"
-    assert owner_of("Memcpy DtoD (Device -> Device)") == "memcpy"
-    assert owner_of("void at::native::elementwise<int>(int)").startswith("torch: ")
-    times = by_op([("router", 1.0), ("void rms_norm<__nv_bfloat16>(x)", 2.0), ("router", 3.5)])
-    assert [(op.op, op.launches, op.us) for op in times] == [("router", 2, 4.5), ("rms_norm", 1, 2.0)]

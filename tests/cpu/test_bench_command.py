@@ -49,10 +49,21 @@ def test_decode_gives_medians_and_shares_per_batch_and_context(tiny: Model) -> N
         assert sum(more["bytes_by_part"].values()) == values["bytes"]
         assert values["kernels"] == 77 and more["distinct_measured"] and more["peak_bytes"] == 12345
     assert rows[0].more["distinct_experts"] == 3 and rows[2].more["distinct_experts"] > 3
-    with_ops = next(bench_decode(tiny, stored, RUN, FakeTimer(), FakeStep, **(sweep | {"per_op": True})))
-    ops = {op["op"]: op for op in with_ops.more["per_op"]}
-    assert ops["ffn_inputs"]["us"] == 6 and ops["ffn_inputs"]["launches"] == 3 and ops["ffn_inputs"]["gb_s"] > 0
-    assert ops["torch: other"]["us"] == 15 and ops["torch: other"]["bytes"] is None
+    assert rows[0].picture is None and "waterfall" not in rows[0].more
+
+
+def test_a_waterfall_says_where_the_step_goes(tiny: Model) -> None:
+    stored = stored_bytes("random:tiny", "native")
+    sweep: dict[str, Any] = {"batches": [1], "contexts": [20], "repeats": 20, "waterfall": True}
+    [row] = bench_decode(tiny, stored, RUN, FakeTimer(), FakeStep, **sweep)
+    ops = {op["op"]: op for op in row.more["waterfall"]}
+    assert list(ops) == ["mhc_seam", "ffn_inputs", "moe", "torch: other", "mhc_post", "step"]
+    assert ops["ffn_inputs"]["us"] == 10 and ops["ffn_inputs"]["launches"] == 5 and ops["ffn_inputs"]["gb_s"] > 0
+    assert ops["moe"]["shape"].startswith("[1, ") and ops["moe"]["bytes"] > 0  # as many launches as calls
+    assert ops["torch: other"]["us"] == 25 and ops["torch: other"]["bytes"] is None and ops["step"]["us"] == 57
+    assert row.picture is not None and "layer 4" in row.picture
+    last = {spec.kind: place for place, spec in enumerate(tiny.config.layers)}
+    assert [f"layer {place}, {kind}: 11.0 us" in row.picture for kind, place in last.items()] == [True] * len(last)
 
 
 def test_kernels_gives_a_row_per_op_and_shape(tiny: Model) -> None:
@@ -129,19 +140,24 @@ def dsv4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: Path) -> None:
     common = ("random:tiny", "--device", "cpu", "--results", tmp_path)
-    done = dsv4("bench", "decode", *common, "--batch", "1,2", "--context", "30,60", "--per-op")
+    done = dsv4("bench", "decode", *common, "--batch", "1,2", "--context", "30,60", "--waterfall")
     assert done.code == 0, done.err
     document = json.loads(done.out.splitlines()[-1])
     assert document["bench"] == "decode" and len(document["rows"]) == 4 and document["copy_gb_s"] == 4000
-    assert document["model"] == "random:tiny" and document["layers"] == 5 and document["rows"][0]["per_op"]
-    assert "distinct experts" in done.out and "of step" in done.out and "4 rows added" in done.err
+    assert document["model"] == "random:tiny" and document["layers"] == 5 and document["rows"][0]["waterfall"]
+    assert "distinct experts" in done.out and "gap us" in done.out and "4 rows added" in done.err
     done = dsv4("bench", "prefill", *common, "--context", "40", "--chunk", 16, "--repeats", 3)
     assert done.code == 0 and json.loads(done.out.splitlines()[-1])["rows"][0]["chunk"] == 16, done.err
     done = dsv4("bench", "kernels", *common, "--context", "40", "--repeats", 3, "--no-csv")
     assert done.code == 0 and {row["op"] for row in json.loads(done.out.splitlines()[-1])["rows"]} >= {"moe"}, done.err
-    files = sorted(path.name.split("bench-")[1] for path in (tmp_path / "fake-80gb").iterdir())
-    assert files == ["decode.csv", "prefill.csv"]
-    [decode] = (tmp_path / "fake-80gb").glob("*decode.csv")
+    files = sorted(path.name.split("-", 3)[3] for path in (tmp_path / "fake-80gb").iterdir())
+    pictures = [f"waterfall-random-tiny-5-tp1-bf16-batch{b}-context{c}.svg" for b in (1, 2) for c in (30, 60)]
+    assert files == ["bench-decode.csv", "bench-prefill.csv", "bench-waterfall.csv", *pictures]
+    [falls] = (tmp_path / "fake-80gb").glob("*bench-waterfall.csv")
+    with falls.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == report.WATERFALL_COLUMNS and [line["op"] for line in lines].count("step") == 4
+    [decode] = (tmp_path / "fake-80gb").glob("*bench-decode.csv")
     done = dsv4("bench", "plot", decode)
     assert done.code == 0 and decode.with_suffix(".svg").read_text().startswith("<svg")
 
