@@ -76,7 +76,7 @@ def decode(
     """Time one decode step as one replay of its CUDA graph, for every batch and context.
 
     Contexts are random cache entries, so none is read first. share is of the copy bandwidth measured in the same run.
-    --waterfall profiles one replay more. Kernels start while the one in front still runs, so us there is what a launch
+    --waterfall profiles one replay. Kernels start while the one in front still runs, so us there is what a launch
     adds: its end minus the latest end before it, gap_us of that with nothing running. own_us counts waiting twice.
     """
     batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
