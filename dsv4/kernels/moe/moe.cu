@@ -70,9 +70,12 @@ cudaError_t choose_stream(const Device& device, const Job& job, int64_t pairs, c
     return run_stream<FIRST, 16, 8>(device, job, pairs, stream_);
 }
 
-// Shared memory of the kernels for few tokens. False: it is too small, and the streamed form takes over.
+// Shared memory of the kernels for few tokens, and who takes which tiles. False: the shared memory is too small, or the
+// tiles are too many to be told apart as floats, and the streamed form takes over.
 bool fit_few(const Device& device, Few& f, size_t& bytes) {
     const int pairs = f.tokens * f.first.topk, least = 2 * FEW_WARPS, most = FEW_WARPS * MOST_CHUNKS;
+    if (max(f.first.rows, f.second.rows) >= MOST_ITEMS / FEW_PAIRS) return false;
+    f.of_block = {f.second.rows / device.processors, f.second.rows % device.processors};
     f.room = min(pairs, max((100 << 10) / stride_of(f.second.blocks), TOKENS));
     f.staged = max(f.tokens * stride_of(f.first.blocks), f.room * stride_of(f.second.blocks));
     const int tiles = (f.second.rows + device.processors - 1) / device.processors;

@@ -5,223 +5,172 @@
 // The copy engine does not wait there: down's weights follow into the rings behind those of gate and up. Slices,
 // scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
 #pragma once
-#include <dsv4/bulk.cuh>
 #include <dsv4/dependent.cuh>
 #include <dsv4/half.cuh>
 #include <dsv4/mma.cuh>
-#include <dsv4/moe_job.cuh>
+#include <dsv4/moe_few_plan.cuh>
 
 namespace dsv4::moe {
 
-constexpr int FEW_TOKENS = 8, FEW_PAIRS = 64, FEW_WARPS = 16, FEW_THREADS = FEW_WARPS * 32;
-constexpr int CHUNK_BLOCKS = 4, CHUNK = CHUNK_BLOCKS * w4::BLOCK_BYTES, MOST_CHUNKS = 12;  // of a warp's ring
-constexpr int MOST_SLICES = 16, NOBODY = 0x7fffffff;
-
-struct Few {
-    Job first, second;  // their plans are not used
-    const int64_t* ids;
-    const void* shared;  // bf16, or float where out is
-    int64_t shared_row;
-    void* out;
-    unsigned* arrivals;  // [2], zero between launches
-    int tokens, experts, out_f32;
-    int room;    // rows of mid that are staged at a time
-    int staged;  // bytes for staged rows
-    int chunks;  // of all rings together
-};
+constexpr int MOST_SLICES = 16;
 
 // How a row of K/64 blocks is cut into slices, each scaled and summed by itself: 2^cuts of them.
 __host__ __device__ __forceinline__ int cuts_of(int blocks) { return blocks <= 64 ? 3 : 4; }
 __host__ __device__ __forceinline__ int stride_of(int blocks) { return blocks * 128 + 16; }  // rows off others' banks
 
-// The plan of moe_align.cuh, in shared memory.
-struct FewPlan {
-    uint64_t barriers[FEW_WARPS][MOST_CHUNKS];
-    int4 groups[FEW_PAIRS];                                  // expert, first place, count
-    int expert[FEW_PAIRS], places[FEW_PAIRS];                // by pair; by token, rising
-    int token[FEW_PAIRS], pair[FEW_PAIRS], leads[FEW_PAIRS]; // by place; leads: the size of the group that begins here
-    float weight[FEW_PAIRS];                                 // by place
-    float alpha[FEW_PAIRS][3];                               // by group: gate, up, down
-};
+// The same in every lane, and known to be: what is computed of it is computed once.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
 
-__device__ __forceinline__ uint64_t below(int bit) { return bit < 64 ? (uint64_t{1} << bit) - 1 : ~uint64_t{0}; }
-
-// What a block has to do.
-struct Share {
-    uint64_t leaders;  // places at which a group begins
-    int places;        // pairs whose expert exists
-    int groups;
-    int begin, end;          // tiles of gate and up, of all groups one after the other
-    int first_tile, tiles;   // rows of down
-    int warps, stages;       // warps that work, and how many chunks the ring of each has
-
-    // Where a batch of whole groups ends that begins at place `from` and has at most `room` places (room >= TOKENS).
-    __device__ __forceinline__ int batch_end(int from, int room) const {
-        if (from + room >= places) return places;
-        return 63 - __clzll(leaders & below(from + room + 1));
-    }
-    __device__ __forceinline__ int groups_before(int place) const { return __popcll(leaders & below(place)); }
-};
-
-template <bool FIRST>
-__device__ __forceinline__ Share plan_few(const Few& f, FewPlan& s) {
-    const int topk = f.first.topk, pairs = f.tokens * topk, pair = threadIdx.x, lane = pair % 32;
-    int mine = NOBODY, place = 0, before = 0, alike = 0;
-    float weight = 1.0f;
-    if (pair < FEW_PAIRS) {
-        if (pair < pairs) {
-            const int64_t id = f.ids[pair];
-            if (FIRST) weight = f.first.weights[pair];
-            if (id >= 0 && id < f.experts) mine = static_cast<int>(id);
-        }
-        s.expert[pair] = mine;
-        s.leads[pair] = 0;
-    }
-    __syncthreads();
-    if (pair < pairs) {
-        for (int other = 0; other < pairs; ++other) {
-            const int theirs = s.expert[other];
-            const bool same = theirs == mine;
-            place += theirs < mine || (same && other < pair);
-            before += same && other < pair;
-            alike += same;
-        }
-        const int first = pair / topk * topk;
-        int slot = 0;
-        for (int other = first; other < first + topk; ++other) {
-            const int theirs = s.expert[other];
-            slot += theirs < mine || (theirs == mine && other < pair);
-        }
-        s.places[first + slot] = mine == NOBODY ? -1 : place;
-        if (mine != NOBODY) {
-            s.token[place] = pair / topk, s.pair[place] = pair, s.weight[place] = weight;
-            if (before % TOKENS == 0) s.leads[place] = min(alike - before, TOKENS);
-        }
-    }
-    __syncthreads();
-    Share share;
-    const auto bits = [&](bool low, bool high) {
-        return __ballot_sync(ALL, low) | static_cast<uint64_t>(__ballot_sync(ALL, high)) << 32;
-    };
-    share.leaders = bits(s.leads[lane] != 0, s.leads[lane + 32] != 0);
-    share.places = __popcll(bits(s.expert[lane] != NOBODY, s.expert[lane + 32] != NOBODY));
-    share.groups = __popcll(share.leaders);
-    if (pair < pairs && mine != NOBODY && before % TOKENS == 0)
-        s.groups[share.groups_before(place)] = make_int4(mine, place, min(alike - before, TOKENS), 0);
-    __syncthreads();
-    return share;
+// One lane of a whole warp, the same each time.
+__device__ __forceinline__ bool elected() {
+    uint32_t yes;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(yes));
+    return yes != 0;
 }
 
-// The chunks that a warp has still to ask for, in the order in which it takes its tiles. Lane 0 asks.
+// A warp's ring of chunks, and those that it has still to ask for, in the order in which it takes its tiles.
 template <bool FIRST, bool SECOND>
-struct Requests {
-    const uint8_t* from = nullptr;
-    int left = 0, index, group = 0, groups = 0, places = 0;  // down: of the batch; places: those in it and before it
-    bool second = !FIRST;
-
-    __device__ __forceinline__ explicit Requests(const Share& share, int warp)
-        : index(FIRST ? share.begin + warp : warp) {}
-
-    __device__ __forceinline__ void point(const Job& job, int expert, int tile) {
-        from = job.tiles + (expert * static_cast<int64_t>(job.rows) + tile) * job.blocks * w4::BLOCK_BYTES;
-        left = job.blocks * w4::BLOCK_BYTES;
-    }
-    __device__ __forceinline__ bool open(const Few& f, const FewPlan& s, const Share& share, int warp) {
-        if (FIRST && !second) {
-            if (index < share.end) {
-                const int now = index / f.first.rows;
-                point(f.first, s.groups[now].x, index - now * f.first.rows);
-                index += share.warps;
-                return true;
-            }
-            second = true, index = warp;
-        }
-        if constexpr (SECOND) {
-            while (index >= groups * share.tiles) {
-                if (places >= share.places) return false;
-                group = share.groups_before(places);
-                places = share.batch_end(places, f.room);
-                groups = share.groups_before(places) - group;
-                index = warp;
-            }
-            const int tile = index / groups;
-            point(f.second, s.groups[group + index - tile * groups].x, share.first_tile + tile);
-            index += share.warps;
-        }
-        return SECOND;
-    }
-    __device__ __forceinline__ void request(const Few& f, const FewPlan& s, const Share& share, int warp, uint32_t to,
-                                            uint32_t barrier) {
-        if (left == 0 && !open(f, s, share, warp)) return;
-        const int bytes = min(left, CHUNK);
-        bulk_load(to, from, bytes, barrier);
-        from += bytes, left -= bytes;
-    }
-};
-
-// Rows of BF16 into shared memory as FP16, every slice scaled by a power of two; undo [row][MOST_SLICES] takes it back.
-// row_of(i): where row i is read. What another block has just written is not in this processor's own cache.
-template <typename RowOf>
-__device__ __forceinline__ void stage_rows(const Job& job, int rows, uint8_t* staged, float* undo, RowOf&& row_of) {
-    constexpr int AT_ONCE = 4;
-    const int lane = threadIdx.x % 32, cuts = cuts_of(job.blocks), stride = stride_of(job.blocks);
-    const int tasks = rows << cuts;
-    for (int begin = threadIdx.x / 32; begin < tasks; begin += FEW_WARPS * AT_ONCE) {
-        uint4 low[AT_ONCE], high[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, slice = task & ((1 << cuts) - 1);
-            const int first = slice * job.blocks >> cuts, stop = (slice + 1) * job.blocks >> cuts;
-            const int column = first * 64 + lane * 16;
-            low[i] = high[i] = make_uint4(0, 0, 0, 0);
-            if (task < tasks && column < min(stop * 64, job.columns)) {  // columns are whole groups of 16
-                const uint4* at = reinterpret_cast<const uint4*>(job.x + row_of(task >> cuts) * job.x_row + column);
-                low[i] = __ldcg(at), high[i] = __ldcg(at + 1);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, slice = task & ((1 << cuts) - 1), row = task >> cuts;
-            if (task >= tasks) break;
-            const int first = slice * job.blocks >> cuts, stop = (slice + 1) * job.blocks >> cuts;
-            uint32_t x[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
-            uint32_t most = 0;
-#pragma unroll
-            for (int k = 0; k < 8; ++k) most = magnitudes(most, x[k]);
-            const int shift = f16_shift(__reduce_max_sync(ALL, max(most & 0xFFFFu, most >> 16)));
-            const float factor = power_of_two(shift);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) x[k] = to_f16(x[k], factor);
-            if (lane < 4 * (stop - first)) {
-                uint4* to = reinterpret_cast<uint4*>(staged + row * stride + first * 128 + lane * 32);
-                to[0] = make_uint4(x[0], x[1], x[2], x[3]);
-                to[1] = make_uint4(x[4], x[5], x[6], x[7]);
-            }
-            if (lane == 0) undo[row * MOST_SLICES + slice] = power_of_two(-shift);
-        }
-    }
-}
-
-// A warp's ring of chunks.
 struct FewRing {
+    const Few& f;
+    const FewPlan& s;
+    const Share& share;
+    const Steps &first, &second;
+    const int warp;
     const uint8_t* bytes;
     uint32_t data, barriers;
     int stages, at = 0;
     uint32_t parity = 0;
+    const uint8_t* from = nullptr;
+    int left = 0;  // bytes of the tile
+    bool down = !FIRST;
+    int to = 0;  // places of down that are behind or in the walk
+    Walk walk;
+
+    // The next tile that has weights to load.
+    __device__ __forceinline__ bool open() {
+        while (walk.at >= walk.end) {
+            if (!SECOND || to >= share.places) return false;
+            const Batch batch = share.batch(to, f.room);
+            walk = second.start(batch.group, 0, batch.groups * share.tiles, warp);
+            to = batch.to, down = true;
+        }
+        const int64_t expert = uniform(s.groups[walk.group].x);
+        const bool later = SECOND && down;
+        const int rows = later ? f.second.rows : f.first.rows, blocks = later ? f.second.blocks : f.first.blocks;
+        const uint8_t* tiles = later ? f.second.tiles : f.first.tiles;
+        left = blocks * w4::BLOCK_BYTES;
+        from = tiles + (expert * rows + walk.tile + (later ? share.first_tile : 0)) * left;
+        (later ? second : first).advance(walk);
+        return true;
+    }
+    __device__ __forceinline__ void request(int stage) {
+        if (left == 0 && !open()) return;
+        const int size = min(left, CHUNK);
+        if (elected()) bulk_load(data + stage * CHUNK, from, size, barriers + 8 * stage);
+        from += size, left -= size;
+    }
+    __device__ __forceinline__ void wait() const { barrier_wait(barriers + 8 * at, parity); }
+    __device__ __forceinline__ const uint8_t* chunk() const { return bytes + at * CHUNK; }
+    __device__ __forceinline__ void refill() {
+        __syncwarp();  // every lane has read the chunk
+        request(at);
+        if (++at == stages) at = 0, parity ^= 1;
+    }
+};
+
+// Rows of BF16 into shared memory as FP16, every slice scaled by a power of two; undo [row][MOST_SLICES] takes it back.
+// A warp takes 512 columns: as many slices at once as fit, each in its own 2^bits lanes.
+struct Staging {
+    static constexpr int AT_ONCE = 4;
+    const bf16* x;
+    int64_t x_row;
+    int rows, columns, blocks, cuts, bits;
+    uint4 low[AT_ONCE], high[AT_ONCE];
+
+    __device__ __forceinline__ Staging(const bf16* x, int64_t x_row, int rows, int columns, int blocks)
+        : x(x), x_row(x_row), rows(rows), columns(columns), blocks(blocks), cuts(cuts_of(blocks)) {
+        const int widest = (blocks + (1 << cuts) - 1) >> cuts;  // 1..8 blocks of four lanes
+        bits = 2 + (widest > 1) + (widest > 2) + (widest > 4);
+    }
+
+    struct Place {
+        int row, slice, first, lanes;  // the slice's first block, and how many lanes it needs
+    };
+    __device__ __forceinline__ int tasks() const { return rows << (cuts - (5 - bits)); }
+    __device__ __forceinline__ Place place(int task) const {
+        const int lane = threadIdx.x % 32, more = cuts - (5 - bits);
+        const int slice = ((task & ((1 << more) - 1)) << (5 - bits)) + (lane >> bits);
+        const int first = slice * blocks >> cuts, stop = (slice + 1) * blocks >> cuts;
+        return {task >> more, slice, first, 4 * (stop - first)};
+    }
+    // What another block has just written is not in this processor's own cache.
+    __device__ __forceinline__ void load(int begin) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
+            const Place at = place(task);
+            const int column = at.first * 64 + lane * 16;
+            low[i] = high[i] = make_uint4(0, 0, 0, 0);
+            if (task < tasks() && lane < at.lanes && column < columns) {  // columns are whole groups of 16
+                const uint4* p = reinterpret_cast<const uint4*>(x + at.row * x_row + column);
+                low[i] = __ldcg(p), high[i] = __ldcg(p + 1);
+            }
+        }
+    }
+    __device__ __forceinline__ void store(int begin, uint8_t* staged, float* undo) const {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
+            if (task >= tasks()) break;
+            const Place at = place(task);
+            uint32_t x[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
+            uint32_t most = 0;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) most = magnitudes(most, x[k]);
+            most = max(most & 0xFFFFu, most >> 16);
+            for (int step = 1; step < 1 << bits; step *= 2) most = max(most, __shfl_xor_sync(ALL, most, step));
+            const int shift = f16_shift(most);
+            const float factor = power_of_two(shift);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[k] = to_f16(x[k], factor);
+            if (lane < at.lanes) {
+                uint4* to = reinterpret_cast<uint4*>(staged + at.row * stride_of(blocks) + at.first * 128 + lane * 32);
+                to[0] = make_uint4(x[0], x[1], x[2], x[3]);
+                to[1] = make_uint4(x[4], x[5], x[6], x[7]);
+            }
+            if (lane == 0) undo[at.row * MOST_SLICES + at.slice] = power_of_two(-shift);
+        }
+    }
+    // All rows, of which the first `AT_ONCE` tasks of this warp have been loaded.
+    __device__ __forceinline__ void finish(int warp, uint8_t* staged, float* undo) {
+#pragma unroll 1
+        for (int begin = warp; begin < tasks();) {
+            store(begin, staged, undo);
+            begin += FEW_WARPS * AT_ONCE;
+            if (begin < tasks()) load(begin);
+        }
+    }
 };
 
 // total = a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and 2 t + 1.
-template <typename Refill>
-__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, const uint8_t* x, const float* undo0,
-                                             const float* undo1, FewRing& ring, Refill&& refill) {
-    const int lane = threadIdx.x % 32, cuts = cuts_of(blocks);
+template <typename Ring>
+__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int lane, const uint8_t* x,
+                                             const float* undo0, const float* undo1, Ring& ring) {
+    const int cuts = cuts_of(blocks);
+    const bool sparse = blocks < 1 << cuts;  // slices of less than a block each: some have none
     float even[4] = {}, odd[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] = 0.0f;
     int slice = 0, stop = blocks >> cuts;
-    while (stop == 0) ++slice, stop = (slice + 1) * blocks >> cuts;  // of less than a block each: some have none
-    const auto multiply = [&](const uint8_t* block, const uint8_t* columns) {
-        const w4::Lane part = w4::load(block, lane);
+    const auto skip = [&] { ++slice, ++undo0, ++undo1, stop = (slice + 1) * blocks >> cuts; };
+    while (sparse && stop == 0) skip();
+    const auto multiply = [&](const w4::Lane& part, const uint8_t* columns) {
         const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
         uint32_t scale, scale8, a[4], b[8];
         load_b(b, columns);
@@ -233,172 +182,190 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, cons
         }
     };
     const auto end_slice = [&](int done) {
-        const float back[2] = {undo0[slice], undo1[slice]};
+        const float back[2] = {*undo0, *undo1};
 #pragma unroll
         for (int i = 0; i < 4; ++i) total[i] += __fmul_rn(even[i] + odd[i], back[i % 2]), even[i] = odd[i] = 0.0f;
-        while (stop <= done && done < blocks) ++slice, stop = (slice + 1) * blocks >> cuts;
+        skip();
+        while (sparse && stop <= done && done < blocks) skip();
     };
 #pragma unroll 1
     for (int done = 0; done < blocks;) {
-        barrier_wait(ring.barriers + 8 * ring.at, ring.parity);
-        const uint8_t* block = ring.bytes + ring.at * CHUNK;
+        ring.wait();
+        const uint8_t* block = ring.chunk();
+        w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
+#pragma unroll
+        for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
         if (stop - done >= CHUNK_BLOCKS) {
 #pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(block + k * w4::BLOCK_BYTES, x + k * 128);
-            done += CHUNK_BLOCKS, x += CHUNK_BLOCKS * 128;
+            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(parts[k], x + k * 128);
+            done += CHUNK_BLOCKS;
             if (done == stop) end_slice(done);
         } else {
-            const int last = min(blocks, done + CHUNK_BLOCKS);
-#pragma unroll 1
-            for (; done < last; block += w4::BLOCK_BYTES, x += 128) {
-                multiply(block, x);
+#pragma unroll
+            for (int k = 0; k < CHUNK_BLOCKS; ++k) {
+                if (done == blocks) break;
+                multiply(parts[k], x + k * 128);
                 if (++done == stop) end_slice(done);
             }
         }
-        refill();
+        x += CHUNK_BLOCKS * 128;
+        ring.refill();
     }
 }
 
-// Every block has come here, and what they wrote is visible. The last one to go leaves zeros.
-__device__ __forceinline__ void all_blocks_meet(unsigned* arrivals) {
+// Every block has come here, and what they wrote is visible. Thread 0 is told how many blocks have left before; the
+// last one to leave owes zeros.
+__device__ __forceinline__ unsigned all_blocks_meet(unsigned* arrivals) {
+    unsigned before = 0;
     __syncthreads();
     if (threadIdx.x == 0) {
         unsigned here;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(here) : "l"(arrivals) : "memory");
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrivals) : "memory");
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(arrivals) : "memory");
         while (here < gridDim.x);
-        if (atomicAdd(arrivals + 1, 1) == gridDim.x - 1) arrivals[0] = arrivals[1] = 0;
     }
     __syncthreads();
+    if (threadIdx.x == 0) before = atomicAdd(arrivals + 1, 1);
+    return before;
 }
 
 template <bool FIRST, bool SECOND>
 __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Few f) {
     extern __shared__ __align__(128) uint8_t memory[];  // rings | staged rows | undo | results of down by row and place
     __shared__ FewPlan s;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int thread = threadIdx.x, lane = lane_id(), warp = uniform(thread / 32), g = lane / 4, t = lane % 4;
     const int pairs = f.tokens * f.first.topk;
     uint8_t* staged = memory + f.chunks * CHUNK;
     float* undo = reinterpret_cast<float*>(staged + f.staged);
     bf16* results = reinterpret_cast<bf16*>(undo + max(f.tokens, f.room) * MOST_SLICES);
-    if (lane == 0) {
-        for (int i = 0; i < MOST_CHUNKS; ++i) barrier_init(shared_address(&s.barriers[warp][i]), 1);
+    if (lane < MOST_CHUNKS) {
+        barrier_init(shared_address(&s.barriers[warp][lane]), 1);
         barriers_ready();
     }
     wait_for_previous();
     let_next_start();
 
-    Share share = plan_few<FIRST>(f, s);
-    const int64_t block = blockIdx.x, blocks = gridDim.x;
-    const int64_t total = static_cast<int64_t>(share.groups) * f.first.rows;
-    share.begin = FIRST ? total * block / blocks : 0, share.end = FIRST ? total * (block + 1) / blocks : 0;
-    share.first_tile = SECOND ? f.second.rows * block / blocks : 0;
-    share.tiles = SECOND ? f.second.rows * (block + 1) / blocks - share.first_tile : 0;
-    const int most = max(max(share.end - share.begin, share.tiles * share.groups), 1);
-    const int rounds = (most + FEW_WARPS - 1) / FEW_WARPS;
-    share.warps = (most + rounds - 1) / rounds;
-    share.stages = min(f.chunks / share.warps, MOST_CHUNKS);
-
-    FewRing ring = {memory + warp * share.stages * CHUNK};
-    ring.data = shared_address(ring.bytes), ring.barriers = shared_address(s.barriers[warp]);
-    ring.stages = share.stages;
-    Requests<FIRST, SECOND> requests(share, warp);
-    const bool works = warp < share.warps;
-    if (works && lane == 0)
-        for (int i = 0; i < ring.stages; ++i)
-            requests.request(f, s, share, warp, ring.data + i * CHUNK, ring.barriers + 8 * i);
-    __syncwarp();
-    const auto refill = [&] {
-        __syncwarp();  // every lane has read the chunk
-        if (lane == 0)
-            requests.request(f, s, share, warp, ring.data + ring.at * CHUNK, ring.barriers + 8 * ring.at);
-        if (++ring.at == ring.stages) ring.at = 0, ring.parity ^= 1;
-    };
-    for (int i = threadIdx.x; i < share.groups; i += FEW_THREADS) {
-        const int expert = s.groups[i].x;
-        for (int half = 0; FIRST && half < 2; ++half) s.alpha[i][half] = alpha_of<true>(f.first, expert, half);
-        if (SECOND) s.alpha[i][2] = alpha_of<false>(f.second, expert, 0);
+    int64_t id = -1;
+    float weight = 1.0f;
+    if (thread < pairs) {
+        id = f.ids[thread];
+        if (FIRST) weight = f.first.weights[thread];
     }
-    // A tile of a group whose token m has its columns in staged row row_of(m). Beyond the last token any row will do:
-    // nobody takes the sum.
-    float sum[4];
-    const auto multiply = [&](const Job& job, const int4& now, auto&& row_of) {
-        const auto row = [&](int m) { return row_of(min(m, now.z - 1)); };
-        tile_product(sum, job.blocks, staged + row(g) * stride_of(job.blocks) + 32 * t, undo + row(2 * t) * MOST_SLICES,
-                     undo + row(2 * t + 1) * MOST_SLICES, ring, refill);
-    };
+    Staging rows(f.first.x, f.first.x_row, f.tokens, f.first.columns, f.first.blocks);
+    if (FIRST) rows.load(warp);
+    Share share = plan_few(f, s, id >= 0 && id < f.experts ? static_cast<int>(id) : NOBODY, weight);
+    const int all = FIRST ? share.groups * f.first.rows : 0, each = quotient(all, gridDim.x);
+    const int2 tiles = part_of(make_int2(each, all - each * gridDim.x));
+    const int2 tiles_down = SECOND ? part_of(f.of_block) : make_int2(0, 0);
+    share.begin = tiles.x, share.count = tiles.y, share.first_tile = tiles_down.x, share.tiles = tiles_down.y;
+    const int most = max(max(share.count, share.tiles * share.groups), 1);
+    const int rounds = (most + FEW_WARPS - 1) / FEW_WARPS;
+    share.warps = rounds == 1 ? most : quotient(most + rounds - 1, rounds);
+    const Steps first(share.warps, f.first.rows), second(share.warps, share.tiles);
+    Walk walk = FIRST ? first.start(0, share.begin, share.count, warp) : Walk{};
+    const int stages = min(quotient(f.chunks, share.warps), MOST_CHUNKS);
+    const uint8_t* bytes = memory + min(warp, share.warps - 1) * stages * CHUNK;
+    FewRing<FIRST, SECOND> ring = {f, s, share, first, second, warp, bytes, shared_address(bytes),
+                                   shared_address(s.barriers[warp]), stages};
+    ring.walk = walk;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) ring.request(i);
 
-    if constexpr (FIRST) {
-        const Job& job = f.first;
-        stage_rows(job, f.tokens, staged, undo, [](int row) -> int64_t { return row; });
+    // The thread's first element of the result, while there is time.
+    const int elements = share.tiles * f.tokens * 16;
+    const auto coordinates = [&](int i) {
+        const int tile = quotient(i / 16, f.tokens);
+        return make_int2(tile, i / 16 - tile * f.tokens);
+    };
+    const auto bits_at = [&](int i, int2 at) -> uint32_t {  // of the shared expert; a conversion would wait for them
+        const int64_t from = at.y * f.shared_row + (share.first_tile + at.x) * 16 + i % 16;
+        return f.out_f32 ? static_cast<const uint32_t*>(f.shared)[from] : static_cast<const uint16_t*>(f.shared)[from];
+    };
+    const int2 element = coordinates(thread);
+    const uint32_t added = SECOND && thread < elements ? bits_at(thread, element) : 0;
+    unsigned left_before = 0;
+
+    bool down = !FIRST;
+    Batch batch = {0, 0, 0, 0};
+    if (!FIRST) batch = share.batch(0, f.room), walk = second.start(batch.group, 0, batch.groups * share.tiles, warp);
+#pragma unroll 1
+    while (true) {
+        if (SECOND && down) {
+            rows = Staging(f.second.x + batch.from * f.second.x_row, f.second.x_row, batch.to - batch.from,
+                           f.second.columns, f.second.blocks);
+            rows.load(warp);
+        }
+        rows.finish(warp, staged, undo);
         __syncthreads();
-        for (int at = share.begin + warp; works && at < share.end; at += share.warps) {
-            const int group = at / job.rows, tile = at - group * job.rows;
-            const int4 now = s.groups[group];
-            multiply(job, now, [&](int m) { return s.token[now.y + m]; });
+        const int stride = stride_of(rows.blocks);
+        const Steps steps = SECOND && down ? second : first;
+        const float* row_scale = SECOND && down ? f.second.row_scale : f.first.row_scale;
+        for (; walk.at < walk.end; steps.advance(walk)) {
+            // A tile of a group whose token m has its columns in staged row row_of(m). Beyond the last token any row
+            // will do: nobody takes the sum.
+            const int4 now = s.groups[walk.group];
+            const int tile = walk.tile;
+            const auto row_of = [&](int m) {
+                const int place = now.y + min(m, now.z - 1);
+                return SECOND && down ? place - batch.from : s.token[place];
+            };
+            float alpha[2], scale[2], sum[4];  // asked for while there is time
+            alpha[0] = SECOND && down ? f.second.alpha[now.x] : f.first.alpha[2 * now.x];
+            alpha[1] = SECOND && down ? 0.0f : f.first.alpha[2 * now.x + 1];
+            const int row0 = row_of(2 * t), row1 = row_of(2 * t + 1);
+            scale[0] = row_scale == nullptr ? 1.0f : row_scale[row0 + batch.from];
+            scale[1] = row_scale == nullptr ? 1.0f : row_scale[row1 + batch.from];
+            tile_product(sum, rows.blocks, lane, staged + row_of(g) * stride + 32 * t, undo + row0 * MOST_SLICES,
+                         undo + row1 * MOST_SLICES, ring);
+            alpha[0] *= w4::UNDO;
+            alpha[1] *= w4::UNDO;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int m = 2 * t + i, place = now.y + m;
                 if (m >= now.z) break;
-                const float scale = job.row_scale == nullptr ? 1.0f : job.row_scale[s.token[place]];
-                job.out[static_cast<int64_t>(place) * 8 * job.rows + 8 * tile + g] =
-                    activated(sum[i] * s.alpha[group][0] * scale, sum[i + 2] * s.alpha[group][1] * scale, job.limit,
-                              s.weight[place]);
-            }
-        }
-    }
-    if constexpr (SECOND) {
-        const Job& job = f.second;
-        // The thread's first element of the result, while there is time.
-        const int elements = share.tiles * f.tokens * 16;
-        const auto row_of = [&](int i) { return (share.first_tile + i / 16 / f.tokens) * 16 + i % 16; };
-        const auto shared_at = [&](int i) {
-            const int64_t at = i / 16 % f.tokens * f.shared_row + row_of(i);
-            return f.out_f32 ? static_cast<const float*>(f.shared)[at]
-                             : to_float(static_cast<const bf16*>(f.shared)[at]);
-        };
-        const int mine = threadIdx.x;
-        float added = 0.0f;
-        if (mine < elements) added = shared_at(mine);
-        if (FIRST) all_blocks_meet(f.arrivals);
-        for (int from = 0, to; from < share.places; from = to) {
-            to = share.batch_end(from, f.room);
-            const int first = share.groups_before(from), groups = share.groups_before(to) - first;
-            __syncthreads();  // nobody reads the rows before these any more
-            stage_rows(job, to - from, staged, undo, [&](int row) -> int64_t { return from + row; });
-            __syncthreads();
-            for (int at = warp; works && at < groups * share.tiles; at += share.warps) {
-                const int tile = at / groups, group = first + at - tile * groups;
-                const int4 now = s.groups[group];
-                multiply(job, now, [&](int m) { return now.y + m - from; });
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int m = 2 * t + i, place = now.y + m;
-                    if (m >= now.z) break;
-                    const float scale = job.row_scale == nullptr ? 1.0f : job.row_scale[place];
+                if (SECOND && down) {
                     bf16* result = results + (tile * pairs + place) * 16 + g;
-                    result[0] = from_float<bf16>(sum[i] * s.alpha[group][2] * scale);
-                    result[8] = from_float<bf16>(sum[i + 2] * s.alpha[group][2] * scale);
+                    result[0] = from_float<bf16>(sum[i] * alpha[0] * scale[i]);
+                    result[8] = from_float<bf16>(sum[i + 2] * alpha[0] * scale[i]);
+                } else {
+                    f.first.out[static_cast<int64_t>(place) * 8 * f.first.rows + 8 * tile + g] =
+                        activated(sum[i] * alpha[0] * scale[i], sum[i + 2] * alpha[1] * scale[i], f.first.limit,
+                                  s.weight[place]);
                 }
             }
         }
+        if (!SECOND || batch.to >= share.places) break;
+        if (FIRST && !down)
+            left_before = all_blocks_meet(f.arrivals);
+        else
+            __syncthreads();  // nobody reads the rows any more
+        down = true;
+        batch = share.batch(batch.to, f.room);
+        walk = second.start(batch.group, 0, batch.groups * share.tiles, warp);
+    }
+    if constexpr (SECOND) {
         __syncthreads();
-        for (int i = mine; i < elements; i += FEW_THREADS) {
-            const int token = i / 16 % f.tokens;
-            const bf16* result = results + i / 16 / f.tokens * pairs * 16 + i % 16;
+        for (int i = thread; i < elements; i += FEW_THREADS) {
+            const int2 at = i == thread ? element : coordinates(i);
+            const bf16* result = results + at.x * pairs * 16 + i % 16;
             float y = 0.0f;
-            for (int k = 0; k < job.topk; ++k) {
-                const int place = s.places[token * job.topk + k];
-                if (place < 0) break;
-                y += to_float(result[place * 16]);
+#pragma unroll 4
+            for (int k = 0; k < f.second.topk; ++k) {
+                const int place = s.places[at.y * f.second.topk + k];
+                const float one = to_float(result[max(place, 0) * 16]);
+                y += place < 0 ? 0.0f : one;
             }
-            y += i == mine ? added : shared_at(i);
-            const int64_t to = token * 16 * static_cast<int64_t>(job.rows) + row_of(i);
+            y += __uint_as_float((i == thread ? added : bits_at(i, at)) << (f.out_f32 ? 0 : 16));
+            const int64_t width = 16 * static_cast<int64_t>(f.second.rows);
+            const int64_t to = at.y * width + (share.first_tile + at.x) * 16 + i % 16;
             if (f.out_f32)
                 static_cast<float*>(f.out)[to] = y;
             else
                 static_cast<bf16*>(f.out)[to] = from_float<bf16>(y);
         }
+        if (FIRST && thread == 0 && share.places > 0 && left_before == gridDim.x - 1)
+            f.arrivals[0] = f.arrivals[1] = 0;
     }
 }
 
