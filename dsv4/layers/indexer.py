@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
-from dsv4.kernels.index_query.index_query import index_query
 from dsv4.kernels.index_topk.index_topk import index_topk
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import linear_operand
@@ -39,7 +38,7 @@ class Indexer:
         if rows.most_visible <= self.topk and (not self.keep_order or not rows.most_visible):
             return rows.all_rows
         (q,) = linear(qr, self.wq_b)
-        q = index_query(q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), quantize=self.quantize)
-        keys, numbers = cache.index_pool, (rows.pages, rows.sequence, rows.visible)
-        picked = index_topk(q, head_weights, keys, *numbers, self.topk, self.order, self.scale)
+        queries = q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), head_weights
+        entries = cache.index_pool, rows.pages, rows.sequence, rows.visible
+        picked = index_topk(*queries, *entries, self.topk, self.order, self.scale, quantize=self.quantize)
         return picked[:, : rows.most_visible] if self.keep_order else picked  # no sums over what is not there

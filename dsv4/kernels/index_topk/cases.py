@@ -1,4 +1,7 @@
-"""Cases of index_topk: decode of long contexts, prefill of several sequences, ties, and everything that is hidden."""
+"""Cases of index_topk: decode of short and long contexts, prefill of several sequences, ties, and all that is hidden.
+
+Queries are small integers and rotations quarter turns, so that every order of the transform's sums gives the same bits.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,20 +10,21 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.case import BF16_ULP, F32_ULP, Case, Maker, Tolerances, bits, nbytes
-from dsv4.kernels.index_query.index_query_ref import index_rounding_ref
+from dsv4.kernels.index_query.index_query_ref import index_query_ref, index_rounding_ref
 from dsv4.kernels.index_topk.index_topk import index_topk
 from dsv4.kernels.index_topk.index_topk_ref import index_scores_ref, index_topk_ref
 from dsv4.quant.kv import pack_index_key, unpack_index_key
 
-WIDTH, PAGE = 128, 64
+WIDTH, PAGE, ROPE = 128, 64, 64
 
 
 def inputs(
     make: Maker, heads: int, n_pages: int, sequence: Sequence[int], visible: Sequence[int], *, exact: bool, packed: bool
 ) -> list[Any]:
-    """q, weights, keys, pages, sequence, visible. Pages lie in any order; what no row may see holds NaN.
+    """q, cis, weights, keys, pages, sequence, visible. Pages lie in any order; what no row may see holds NaN.
 
-    `exact`: small integers, whose products and sums no step rounds differently, with many equal scores.
+    `exact`: keys and weights are small integers too, whose products and sums no step rounds differently, with many
+    equal scores.
     """
     rows, count = len(sequence), max(sequence, default=0) + 1
     numbers = torch.tensor(sequence, device=make.device, dtype=torch.int64)
@@ -32,11 +36,13 @@ def inputs(
     pages = torch.full((count, n_pages), -1, device=make.device)
     for b, part in enumerate(order.split(held)):
         pages[b, : held[b]] = part
+    quarter = torch.tensor([1, 1j, -1, -1j], dtype=torch.complex64, device=make.device)
+    cis = quarter[make.integers(0, 4, rows, ROPE // 2)]
     if exact:
         q, keys = make.integers(-1, 2, rows, heads, WIDTH).bfloat16(), make.integers(-2, 3, sum(held) + 1, PAGE, WIDTH)
         keys, weights = keys.bfloat16(), make.integers(-1, 3, rows, heads).bfloat16()
     else:
-        q = index_rounding_ref(make.normal(rows, heads, WIDTH, dtype="bf16", scale=3), True)
+        q = make.integers(-15, 16, rows, heads, WIDTH).bfloat16()
         keys = torch.cat(
             [
                 index_rounding_ref(make.normal(min(4096, sum(held) + 1 - i), PAGE, WIDTH, dtype="bf16", scale=2), True)
@@ -50,14 +56,15 @@ def inputs(
         if most % PAGE:
             keys[pages[b, most // PAGE], most % PAGE :] = float("nan")
     q[numbers < 0] = float("nan")
-    return [q, weights, pack_index_key(keys) if packed else keys, pages, numbers, seen]
+    return [q, cis, weights, pack_index_key(keys) if packed else keys, pages, numbers, seen]
 
 
 def scores_of(args: Sequence[Any]) -> Callable[[list[Tensor]], list[Tensor]]:
     """What the twin scores the picked entries with, float32 [T, k] falling, 0 for none: picks may differ among scores
     that rounding cannot tell apart.
     """
-    q, weights, keys = args[:3]
+    q, cis, weights, keys = args[:4]
+    q = index_query_ref(q, cis, quantize=keys.dtype == torch.uint8)
 
     def view(results: list[Tensor]) -> list[Tensor]:
         picked = results[0]
@@ -81,8 +88,8 @@ def two_scores_off(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
 
 
 def made(name: str, args: list[Any], topk: int, *, exact: bool) -> Case:
-    read = int((args[5] * (args[5] > topk)).sum()) * args[2].shape[-1] * args[2].element_size()
-    width = min(topk, PAGE * args[3].shape[1])
+    read = int((args[6] * (args[6] > topk)).sum()) * args[3].shape[-1] * args[3].element_size()
+    width = min(topk, PAGE * args[4].shape[1])
     return Case(
         "index_topk",
         name,
@@ -91,8 +98,9 @@ def made(name: str, args: list[Any], topk: int, *, exact: bool) -> Case:
         index_topk_ref,
         (*args, topk, "entry", 1.0 if exact else WIDTH**-0.5),
         bits if exact else two_scores_off,
+        {"quantize": args[3].dtype == torch.uint8},
         view=None if exact else scores_of(args),
-        moved=read + nbytes(args[0], args[1]) + 8 * width * len(args[0]),
+        moved=read + nbytes(*args[:3]) + 8 * width * len(args[0]),
     )
 
 
@@ -103,6 +111,17 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         ("[4, 16] three sequences", 16, 6, [0, 1, -1, 2], [300, 64, 77, 384], 64),
         ("[3, 8] all taken", 8, 3, [0, 1, 2], [0, 64, 190], 512),
         ("[2, 64] none chosen, wide", 64, 40, [0, 1], [512, 3], 512),
+        ("[2, 64] 513 and 1024 of 16 pages", 64, 16, [0, 1], [513, 1024], 512),
+        ("[1, 64] 2049 of 33 pages", 64, 33, [0], [2049], 512),
+        (
+            "[17, 8] of others' pages",
+            8,
+            9,
+            [17 - t // 4 for t in range(17)][::-1],
+            [65 * (t % 9) for t in range(17)],
+            64,
+        ),
+        ("[2, 8] 600 of 129 pages", 8, 129, [0, 1], [600, 90], 64),
         ("[70, 8] prefill", 8, 4, [0] * 37 + [2] * 30 + [-1] * 3, [*range(90, 127), *range(60, 90), 5, 0, 200], 64),
         ("[65, 64] prefill", 64, 9, [0] * 65, [*range(510, 575)], 512),
     ]
@@ -113,7 +132,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         args = inputs(make, heads, n_pages, sequence, visible, exact=False, packed=True)
         yield made(name, args, topk, exact=False)
     alike = inputs(make, 64, 12, [0], [700], exact=True, packed=True)
-    alike[1] = torch.zeros_like(alike[1])
+    alike[2] = torch.zeros_like(alike[2])
     yield made("[1, 64] all scores equal", alike, 512, exact=True)
     if quick:
         return

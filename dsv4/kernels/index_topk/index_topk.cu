@@ -1,14 +1,21 @@
-// index_topk in two launches: the scores of a slice of rows, as sortable 16-bit keys, then each row's selection.
+// index_topk. Up to 64 rows: decode blocks take the queries as the projection leaves them, treat them (index_query.cuh)
+// and score. Where no row can have more than TOGETHER entries, a row is a cluster's: each block sends its scores to all
+// of them, then all find the same threshold and each writes its part of the selection, in one launch. Else scores go to
+// memory, as sortable 16-bit keys, and a second launch selects, a block per row. More rows: queries come treated, scores
+// are made for a slice of rows at a time, then selected from.
 //
-// Scores: heads are the rows of the products, entries the columns. A warp keeps the keys of NT x 8 entries in registers
-// and meets them with the queries of one token after another; queries arrive in shared memory one token ahead. Decode:
-// one token a block. Prefill: 16 tokens a block, so keys are read and decoded once for all of them.
+// Scores: heads are the rows of the products, entries the columns. Decode: a warp takes 16 entries at a time. Prefill: a
+// warp keeps the keys of 32 entries in registers and meets them with the queries of 16 tokens, one after another, which
+// arrive in shared memory one token ahead; so keys are read and decoded once for all of them.
 //
-// Selection: a block per row finds the threshold with two histograms (11 bits, then 5) and writes what lies above it,
-// and the first of what equals it, in the order of entries.
+// Selection: histograms of the keys find the threshold; what lies above it is written, and the first of what equals it,
+// in the order of entries.
+#include <dsv4/cluster.cuh>
 #include <dsv4/dependent.cuh>
 #include <dsv4/fragments.cuh>
 #include <dsv4/index_key.cuh>
+#include <dsv4/index_query.cuh>
+#include <dsv4/index_select.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/numbers.cuh>
 
@@ -17,13 +24,20 @@ using namespace dsv4;
 namespace {
 
 using dsv4::index::PAGE;
+using dsv4::index::THREADS;
+using dsv4::index::TOGETHER;
+using dsv4::index::WARPS;
 using dsv4::index::WIDTH;
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE_ROWS = 16, DECODE_ROWS = 64, BLOCKS = 528;  // four blocks for each multiprocessor of an H200
+constexpr int ROW_BYTES = WIDTH * 2;
+constexpr int TILE_ROWS = 16, TILES = 4;               // prefill: tokens of a block, and tiles of 8 entries of a warp
+constexpr int BLOCKS = 264;                            // decode: two blocks for each multiprocessor of an H200
+constexpr int ENTRIES = 16;                            // decode: of a warp at a time
 
 struct Arguments {
-    const uint8_t* q;  // [T, Hi, 128] BF16
+    const uint8_t* q;   // [T, Hi, 128] BF16
+    const float2* cis;  // [T, dims / 2]; null: queries are treated
+    int64_t cis_stride;
     const void* weights;  // [T, Hi] BF16 or float32
     int64_t weight_stride;
     const uint8_t* keys;
@@ -31,27 +45,37 @@ struct Arguments {
     uint16_t* scores;  // [slice, 64 P]
     int64_t* out;      // [T, width]
     int64_t rows, first;  // of all, and the first of this slice
-    int heads, n_pages, topk, width, tile_rows;
+    int heads, dims, n_pages, sequences, topk, width, blocks;  // blocks: of a decode row
     float weight_scale;
-    bool packed, f32_weights;
+    bool packed, f32_weights, quantize;
 };
 
 // Entries that row t has to choose from; 0: it takes all it sees, or is a padding row.
-__device__ __forceinline__ int to_score(const Arguments& a, int64_t t) {
-    const int64_t visible = a.sequence[t] < 0 ? 0 : min(a.visible[t], static_cast<int64_t>(a.n_pages) * PAGE);
+__device__ __forceinline__ int to_score(const Arguments& a, int64_t sequence, int64_t visible) {
+    visible = sequence < 0 ? 0 : min(visible, static_cast<int64_t>(a.n_pages) * PAGE);
     return visible > a.topk ? static_cast<int>(visible) : 0;
 }
 
-// A head's weight, rounded to BF16 before it is scaled.
-__device__ __forceinline__ float weight_of(const Arguments& a, int64_t t, int head) {
-    if (head >= a.heads) return 0.0f;
+__device__ __forceinline__ int64_t pool_row(const int64_t* pages, int e) { return pages[e / PAGE] * PAGE + e % PAGE; }
+
+// The result of a row that takes all it sees: every `step`-th from `e` on.
+__device__ __forceinline__ void take_all(const Arguments& a, int64_t t, int64_t sequence, int64_t visible, int e,
+                                         int step) {
+    const int64_t seen = sequence < 0 ? 0 : visible;
+    for (; e < a.width; e += step)
+        a.out[t * a.width + e] = e < seen ? pool_row(a.pages + sequence * a.n_pages, e) : -1;
+}
+
+// A head's weight, rounded to BF16 before it is scaled and after.
+__device__ __forceinline__ bf16 weight_of(const Arguments& a, int64_t t, int head) {
+    if (head >= a.heads) return from_float<bf16>(0.0f);
     const int64_t at = t * a.weight_stride + head;
     const float w = a.f32_weights ? rounded<bf16>(static_cast<const float*>(a.weights)[at])
                                   : to_float(static_cast<const bf16*>(a.weights)[at]);
-    return __fmul_rn(w, a.weight_scale);
+    return from_float<bf16>(__fmul_rn(w, a.weight_scale));
 }
 
-// BF16 bits to a key that sorts like the value: -0 as 0, NaN above all.
+// BF16 bits to a key that sorts like the value: -0 as 0, NaN above all; never 0.
 __device__ __forceinline__ uint32_t sortable(float score) {
     const uint32_t bits = from_float<bf16>(score).bits;
     if ((bits & 0x7FFF) > 0x7F80) return 0xFFFF;
@@ -59,133 +83,256 @@ __device__ __forceinline__ uint32_t sortable(float score) {
     return bits & 0x8000 ? ~bits & 0xFFFF : bits | 0x8000;
 }
 
-template <int MT>
-struct Queries {
-    // Rows of 16 chunks of 16 bytes. Lane (g, t) reads chunk 4 t + i of row g: where a chunk lies keeps the eight lanes
-    // that are served together in different banks.
-    alignas(16) uint8_t heads[2][MT * 16][WIDTH * 2];
-    bf16 weights[2][MT * 16];
-    int seen[TILE_ROWS], sequence[TILE_ROWS];
+// Where chunk c (of 16 bytes) of a head's row lies. Lane (g, t) reads chunks 4 t .. 4 t + 3 of row g and writes, treated,
+// chunks 2 g and 2 g + 1 of rows 2 t and 2 t + 1: lanes that are served together meet different banks in both. Rows that
+// lie 8 apart have their chunks in the same places.
+__device__ __forceinline__ int chunk_at(int row, int c) {
+    return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
+}
 
-    __device__ uint8_t* chunk(int buffer, int row, int c) {
-        return heads[buffer][row] + (c ^ (c >> 3 & 1) ^ (row & 1) << 1) * 16;
+// sum[n][j]: this lane's heads' share of the score of column 2 t + j of tile n.
+template <int MT, int NT>
+__device__ __forceinline__ void score_tiles(float (&sum)[NT][2], const uint8_t* heads, const bf16* weights,
+                                            const uint32_t (&b)[NT][16], int g, int t) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n) sum[n][0] = sum[n][1] = 0.0f;
+#pragma unroll NT < TILES ? 2 : 1
+    for (int mt = 0; mt < MT; ++mt) {
+        float dot[NT][4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* at = heads + chunk_at(g, 4 * t + i) + mt * (16 * ROW_BYTES);
+            const uint4 x = *reinterpret_cast<const uint4*>(at);
+            const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * ROW_BYTES);
+            const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                mma_bf16(dot[n], a0, b[n][4 * i], b[n][4 * i + 1]);
+                mma_bf16(dot[n], a1, b[n][4 * i + 2], b[n][4 * i + 3]);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t share = weights[mt * 16 + h * 8 + g].bits * 0x10001u;  // twice
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), share);
+                sum[n][0] += __uint_as_float(both << 16);
+                sum[n][1] += __uint_as_float(both & 0xFFFF0000u);
+            }
+        }
     }
+}
+
+// The sum of all heads' shares, in every lane of the column.
+template <int NT>
+__device__ __forceinline__ void add_heads(float (&sum)[NT][2]) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+            sum[n][0] += __shfl_xor_sync(0xffffffffu, sum[n][0], step);
+            sum[n][1] += __shfl_xor_sync(0xffffffffu, sum[n][1], step);
+        }
+}
+
+template <int MT, bool CLUSTER>
+struct Decode {
+    alignas(16) uint8_t heads[MT * 16 * ROW_BYTES];
+    bf16 weights[MT * 16];
+};
+template <int MT>
+struct Decode<MT, true> : Decode<MT, false> {
+    index::Selection selection;
 };
 
-template <int MT, int NT>
+template <int MT, bool CLUSTER>
+__global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant__ Arguments a) {
+    __shared__ Decode<MT, CLUSTER> s;
+    let_next_start();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int local = blockIdx.x / a.blocks, rank = blockIdx.x % a.blocks;
+    const int64_t row = a.first + local;
+    for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
+        *reinterpret_cast<uint4*>(s.heads + i) = make_uint4(0, 0, 0, 0);  // heads that are not there
+    if constexpr (CLUSTER) {
+        cluster_arrive();  // this block runs: its memory may be written
+        index::clear(s.selection);
+    }
+    wait_for_previous();
+
+    // All that no other load must precede; a row of a decode step is the sequence of the same number.
+    const int first = warp * a.blocks + rank, stride = WARPS * a.blocks;  // in sixteens of entries
+    const int64_t sequence = a.sequence[row], visible = a.visible[row];
+    const bool guess = row < a.sequences && first < a.n_pages * (PAGE / ENTRIES);
+    int page = guess ? static_cast<int>(a.pages[row * a.n_pages + first / (PAGE / ENTRIES)]) : -1;
+    const bool treats = warp * index::WARP_HEADS < a.heads;
+    index::HeadShare share;
+    if (treats)
+        share = index::load_head(a.q + (row * a.heads + warp * index::WARP_HEADS + g) * ROW_BYTES,
+                                 a.cis + row * a.cis_stride, a.dims, t);
+    bf16 weight;
+    if (threadIdx.x < MT * 16) weight = weight_of(a, row, threadIdx.x);
+
+    const int n = to_score(a, sequence, visible);
+    if constexpr (CLUSTER) cluster_wait();
+    if (n == 0) {
+        if constexpr (CLUSTER) take_all(a, row, sequence, visible, rank * THREADS + threadIdx.x, a.blocks * THREADS);
+        return;
+    }
+    if (!CLUSTER && rank * ENTRIES >= n) return;
+    const int64_t* pages = a.pages + sequence * a.n_pages;
+    const auto page_of = [&](int i) {
+        return i * ENTRIES < n ? static_cast<int>(pages[i / (PAGE / ENTRIES)]) : -1;
+    };
+    if (sequence != row || first * ENTRIES >= n) page = page_of(first);
+    int next_page = page_of(first + stride);
+    // column c of tile m is entry 4 (c / 2) + 2 m + c % 2 of the sixteen: a lane's four scores are neighbours
+    const auto key_at = [&](int i, int m, int bytes) {
+        const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
+        return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;
+    };
+    index::PackedShare keys[2];
+    const auto fetch = [&](int i) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+            keys[m] = a.packed && page >= 0 ? index::fetch_packed(key_at(i, m, index::PACKED_BYTES), t)
+                                            : index::NO_KEY;
+    };
+    fetch(first);
+    if (treats)
+        index::treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
+            *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * index::WARP_HEADS + head, chunk)) = channels;
+        });
+    if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight;
+    __syncthreads();
+
+    uint32_t low = 0xFFFF, high = 0;
+    for (int i = first; i * ENTRIES < n; i += stride) {
+        uint32_t b[2][16];
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+            if (a.packed || page < 0)
+                index::unpack(b[m], keys[m]);
+            else
+                index::load_plain(b[m], key_at(i, m, index::PLAIN_BYTES), t);
+        page = next_page;
+        fetch(i + stride);
+        next_page = page_of(i + 2 * stride);
+        float sum[2][2];
+        score_tiles<MT>(sum, s.heads, s.weights, b, g, t);
+        add_heads(sum);
+        uint64_t four = 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const uint32_t key = sortable(sum[k / 2][k % 2]);
+            if (i * ENTRIES + 4 * t + k >= n) continue;
+            four |= static_cast<uint64_t>(key) << 16 * k;
+            low = min(low, key), high = max(high, key);
+        }
+        const int at = i * (ENTRIES / 4) + t;
+        if constexpr (CLUSTER) {
+            if (g < a.blocks) put_peer_value(&s.selection.scores[at], g, four);  // lanes of a column, a block each
+        } else if (g == 0) {
+            reinterpret_cast<uint64_t*>(a.scores + static_cast<int64_t>(local) * a.n_pages * PAGE)[at] = four;
+        }
+    }
+    if constexpr (CLUSTER) {
+        low = __reduce_min_sync(0xffffffffu, low), high = __reduce_max_sync(0xffffffffu, high);
+        const uint64_t span = static_cast<uint64_t>(high) << 32 | low;
+        if (lane < a.blocks) put_peer_value(&s.selection.spans[rank * WARPS + warp], lane, span);
+        cluster_barrier();
+        index::select(s.selection, pages, a.out + row * a.width, n, a.topk, rank, a.blocks);
+    }
+}
+
+template <int MT>
+struct Queries {
+    alignas(16) uint8_t heads[2][MT * 16 * ROW_BYTES];
+    bf16 weights[TILE_ROWS][MT * 16];
+    int seen[TILE_ROWS], sequence[TILE_ROWS];
+};
+
+template <int MT>
 __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant__ Arguments a) {
+    constexpr int NT = TILES;
     __shared__ Queries<MT> s;
     take_turn();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int64_t first = a.first + static_cast<int64_t>(blockIdx.y) * a.tile_rows;
-    const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(a.tile_rows)));
+    const int local = blockIdx.y * TILE_ROWS;  // of the slice
+    const int64_t first = a.first + local;
+    const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(TILE_ROWS)));
     if (threadIdx.x < rows) {
-        s.seen[threadIdx.x] = to_score(a, first + threadIdx.x);
-        s.sequence[threadIdx.x] = static_cast<int>(a.sequence[first + threadIdx.x]);
+        const int64_t row = first + threadIdx.x, sequence = a.sequence[row];
+        s.seen[threadIdx.x] = to_score(a, sequence, a.visible[row]);
+        s.sequence[threadIdx.x] = static_cast<int>(sequence);
     }
-    for (int i = a.heads * (WIDTH / 8) + threadIdx.x; i < MT * 16 * (WIDTH / 8); i += THREADS)
+    for (int i = threadIdx.x; i < rows * MT * 16; i += THREADS)
+        s.weights[i / (MT * 16)][i % (MT * 16)] = weight_of(a, first + i / (MT * 16), i % (MT * 16));
+    for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
         for (int buffer = 0; buffer < 2; ++buffer)  // heads that are not there
-            *reinterpret_cast<uint4*>(s.chunk(buffer, i / 16, i % 16)) = make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4*>(s.heads[buffer] + i) = make_uint4(0, 0, 0, 0);
     __syncthreads();
     int most = 0;
     for (int r = 0; r < rows; ++r) most = max(most, s.seen[r]);
 
     const auto fetch = [&](int r, int buffer) {
-        const uint8_t* from = a.q + (first + r) * a.heads * (WIDTH * 2);
-        for (int i = threadIdx.x; i < a.heads * (WIDTH / 8); i += THREADS)
-            copy_async16(s.chunk(buffer, i / 16, i % 16), from + 16 * i);
-        return weight_of(a, first + r, threadIdx.x);  // of this thread's head, stored when it is needed
+        const uint8_t* from = a.q + (first + r) * a.heads * ROW_BYTES;
+        uint8_t* to = s.heads[buffer] + chunk_at(threadIdx.x / 16, threadIdx.x % 16);
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)  // 16 heads by all threads
+            if (mt * 16 + threadIdx.x / 16 < a.heads)
+                copy_async16(to + mt * (16 * ROW_BYTES), from + mt * (16 * ROW_BYTES) + 16 * threadIdx.x);
     };
-    const int swap = (4 * t) >> 3 & 1 ^ (g & 1) << 1;
-    bool fetched = false;  // the queries of a block's only row stay
-    float weight = 0.0f, next_weight = 0.0f;
-
-    for (int entry = blockIdx.x * (WARPS * NT * 8); entry < most; entry += gridDim.x * (WARPS * NT * 8)) {
-        const auto next_row = [&](int r) {
-            do ++r;
-            while (r < rows && s.seen[r] <= entry);
-            return r;
-        };
-        const int mine = entry + warp * (NT * 8);
-        uint32_t b[NT][16];
-        int held = -1, buffer = 0, r = next_row(-1);
-        if (!fetched) weight = fetch(r, 0);
-        fetched = rows == 1;
+    const int entry = blockIdx.x * (WARPS * NT * 8), mine = entry + warp * (NT * 8);
+    if (entry >= most) return;
+    const auto next_row = [&](int r) {
+        do ++r;
+        while (r < rows && s.seen[r] <= entry);
+        return r;
+    };
+    uint32_t b[NT][16];
+    int held = -1, buffer = 0, r = next_row(-1);
+    fetch(r, 0);
+    copies_commit();
+    while (r < rows) {
+        const int next = next_row(r);
+        if (next < rows) fetch(next, buffer ^ 1);
         copies_commit();
-        while (r < rows) {
-            const int next = next_row(r);
-            if (next < rows) next_weight = fetch(next, buffer ^ 1);
-            copies_commit();
-            if (s.sequence[r] != held) {
-                held = s.sequence[r];
-#pragma unroll
-                for (int n = 0; n < NT; ++n) {
-                    const int e = mine + n * 8 + g;
-                    const int64_t page = e < a.n_pages * PAGE ? a.pages[int64_t(held) * a.n_pages + e / PAGE] : -1;
-                    const int64_t row = page * PAGE + e % PAGE;
-                    if (page < 0)
-                        for (int i = 0; i < 16; ++i) b[n][i] = 0;
-                    else if (a.packed)
-                        index::load_packed(b[n], a.keys + row * index::PACKED_BYTES, t);
-                    else
-                        index::load_plain(b[n], a.keys + row * index::PLAIN_BYTES, t);
-                }
-            }
-            if (threadIdx.x < MT * 16) s.weights[buffer][threadIdx.x] = from_float<bf16>(weight);
-            copies_wait_but<1>();
-            __syncthreads();
-            const uint8_t* queries = s.heads[buffer][g] + t * 64;
-            float sum[NT][2] = {};
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                float dot[NT][4] = {};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    // rows that lie an even number apart have their chunks in the same places
-                    const uint8_t* at = queries + (i ^ swap) * 16 + mt * (16 * WIDTH * 2);
-                    const uint4 x = *reinterpret_cast<const uint4*>(at);
-                    const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * WIDTH * 2);
-                    const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
-#pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        mma_bf16(dot[n], a0, b[n][4 * i], b[n][4 * i + 1]);
-                        mma_bf16(dot[n], a1, b[n][4 * i + 2], b[n][4 * i + 3]);
-                    }
-                }
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const uint32_t share = s.weights[buffer][mt * 16 + h * 8 + g].bits * 0x10001u;  // twice
-                        const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), share);
-                        sum[n][0] += __uint_as_float(both << 16);
-                        sum[n][1] += __uint_as_float(both & 0xFFFF0000u);
-                    }
-            }
+        if (s.sequence[r] != held) {
+            held = s.sequence[r];
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-#pragma unroll
-                for (int step = 4; step < 32; step *= 2) {
-                    sum[n][0] += __shfl_xor_sync(0xffffffffu, sum[n][0], step);
-                    sum[n][1] += __shfl_xor_sync(0xffffffffu, sum[n][1], step);
-                }
-                const int e = mine + n * 8 + 2 * t;
-                if (g == n && e < a.n_pages * PAGE)
-                    *reinterpret_cast<uint32_t*>(a.scores + (first - a.first + r) * a.n_pages * PAGE + e) =
-                        sortable(sum[n][0]) | sortable(sum[n][1]) << 16;
+                const int e = mine + n * 8 + g;
+                const int64_t page = e < a.n_pages * PAGE ? a.pages[int64_t(held) * a.n_pages + e / PAGE] : -1;
+                const int64_t row = page * PAGE + e % PAGE;
+                if (page < 0 || a.packed)
+                    index::unpack(b[n], page < 0 ? index::NO_KEY
+                                                 : index::fetch_packed(a.keys + row * index::PACKED_BYTES, t));
+                else
+                    index::load_plain(b[n], a.keys + row * index::PLAIN_BYTES, t);
             }
-            __syncthreads();  // nobody reads the buffer any more
-            r = next, buffer ^= 1;
-            if (r < rows) weight = next_weight;
         }
+        copies_wait_but<1>();
+        __syncthreads();
+        float sum[NT][2];
+        score_tiles<MT>(sum, s.heads[buffer], s.weights[r], b, g, t);
+        add_heads(sum);
+        float mine0 = 0.0f, mine1 = 0.0f;  // lanes (n, t) store tile n
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            if (g == n) mine0 = sum[n][0], mine1 = sum[n][1];
+        const int e = mine + g * 8 + 2 * t;
+        if (g < NT && e < a.n_pages * PAGE)
+            *reinterpret_cast<uint32_t*>(a.scores + static_cast<int64_t>(local + r) * a.n_pages * PAGE + e) = sortable(mine0) | sortable(mine1) << 16;
+        r = next, buffer ^= 1;
+        __syncthreads();  // nobody reads the other buffer any more
     }
 }
 
-// Selection ------------------------------------------------------------------------------------------------------------
-
 constexpr int SELECT_THREADS = 1024, SELECT_WARPS = SELECT_THREADS / 32, EACH = 8;
-constexpr int COARSE = 2048, FINE = 32;                // bins: the upper 11 bits of a key, then the lower 5
-constexpr int CACHED_BYTES = 80 * 1024;                // keys kept in shared memory between passes, where they fit
+constexpr int COARSE = 2048, FINE = 32;  // bins: the upper 11 bits of a key, then the lower 5
+constexpr int CACHED_BYTES = 80 * 1024;  // keys kept in shared memory between passes, where they fit
 
 // The sum over the threads before this one, and over all. Two barriers.
 __device__ __forceinline__ uint32_t exclusive_sum(uint32_t x, uint32_t (&warps)[SELECT_WARPS], uint32_t& all) {
@@ -226,11 +373,9 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
     const int64_t t = a.first + blockIdx.x, sequence = a.sequence[t];
     const int64_t* pages = a.pages + sequence * a.n_pages;
     int64_t* out = a.out + t * a.width;
-    const int n = to_score(a, t);
-    const auto pool_row = [&](int e) { return pages[e / PAGE] * PAGE + e % PAGE; };
+    const int n = to_score(a, sequence, a.visible[t]);
     if (n == 0) {
-        const int64_t visible = sequence < 0 ? 0 : a.visible[t];
-        for (int e = threadIdx.x; e < a.width; e += SELECT_THREADS) out[e] = e < visible ? pool_row(e) : -1;
+        take_all(a, t, sequence, a.visible[t], threadIdx.x, SELECT_THREADS);
         return;
     }
     const uint4* scores = reinterpret_cast<const uint4*>(a.scores + static_cast<int64_t>(blockIdx.x) * a.n_pages * PAGE);
@@ -298,45 +443,51 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
             const int entry = i * EACH + k;
             if (entry >= n || keys[k] < edge) continue;
             if (keys[k] > edge)
-                out[h++ + min(e, equals)] = pool_row(entry);
+                out[h++ + min(e, equals)] = pool_row(pages, entry);
             else if (e++ < equals)
-                out[h + e - 1] = pool_row(entry);
+                out[h + e - 1] = pool_row(pages, entry);
         }
         higher += all & 0xFFFF, same += all >> 16;
     }
 }
 
-template <int MT, int NT>
-static cudaError_t score(const Arguments& a, int64_t rows, cudaStream_t stream) {
-    const int entries = a.n_pages * PAGE, blocks = (entries + WARPS * NT * 8 - 1) / (WARPS * NT * 8);
-    const int tiles = static_cast<int>((rows + a.tile_rows - 1) / a.tile_rows);
-    const int most = NT == 1 ? static_cast<int>((BLOCKS + rows - 1) / rows) : blocks;
-    return launch_dependent(index_scores<MT, NT>, blocks < most ? blocks : most, tiles, THREADS, 0, stream, a);
+template <int MT>
+static cudaError_t decode(Arguments& a, int64_t rows, bool together, cudaStream_t stream) {
+    if (together) {
+        a.blocks = rows <= 16 ? 8 : rows <= 32 ? 4 : 2;
+        return launch_dependent_clusters(index_decode<MT, true>, rows * a.blocks, THREADS, 0, a.blocks, stream, a);
+    }
+    const int all = (a.n_pages * PAGE / ENTRIES + WARPS - 1) / WARPS, most = static_cast<int>((BLOCKS + rows - 1) / rows);
+    a.blocks = all < most ? all : most;
+    return launch_dependent(index_decode<MT, false>, rows * a.blocks, 1, THREADS, 0, stream, a);
 }
 
-template <int NT>
-static cudaError_t score(const Arguments& a, int64_t rows, cudaStream_t stream) {
-    return a.heads <= 16 ? score<1, NT>(a, rows, stream) : score<4, NT>(a, rows, stream);
+template <int MT>
+static cudaError_t score(Arguments& a, int64_t rows, bool together, cudaStream_t stream) {
+    if (a.cis != nullptr) return decode<MT>(a, rows, together, stream);
+    const int each = WARPS * TILES * 8, tiles = static_cast<int>((rows + TILE_ROWS - 1) / TILE_ROWS);
+    return launch_dependent(index_scores<MT>, (a.n_pages * PAGE + each - 1) / each, tiles, THREADS, 0, stream, a);
 }
 
 }  // namespace
 
-extern "C" int dsv4_index_topk(const void* q, const void* weights, const void* keys, const void* pages,
+extern "C" int dsv4_index_topk(const void* q, const void* cis, const void* weights, const void* keys, const void* pages,
                                const void* sequence, const void* visible, void* scores, void* out, int64_t rows,
-                               int64_t weight_stride, int64_t slice, int heads, int n_pages, int topk, int width,
-                               int packed, int weight_dtype, float weight_scale, cudaStream_t stream) {
+                               int64_t cis_stride, int64_t weight_stride, int64_t slice, int heads, int dims,
+                               int n_pages, int sequences, int topk, int width, int packed, int weight_dtype,
+                               int quantize, float weight_scale, cudaStream_t stream) {
     if (rows == 0 || width == 0) return cudaSuccess;
     if (!aligned16(q) || !aligned16(keys) || !aligned16(scores)) return cudaErrorMisalignedAddress;
     Arguments a = {};
-    a.q = static_cast<const uint8_t*>(q), a.weights = weights, a.weight_stride = weight_stride;
+    a.q = static_cast<const uint8_t*>(q), a.cis = static_cast<const float2*>(cis), a.cis_stride = cis_stride;
+    a.weights = weights, a.weight_stride = weight_stride;
     a.f32_weights = weight_dtype == F32, a.weight_scale = weight_scale;
     a.keys = static_cast<const uint8_t*>(keys);
     a.pages = static_cast<const int64_t*>(pages), a.sequence = static_cast<const int64_t*>(sequence);
     a.visible = static_cast<const int64_t*>(visible), a.scores = static_cast<uint16_t*>(scores);
-    a.out = static_cast<int64_t*>(out), a.heads = heads, a.n_pages = n_pages, a.topk = topk, a.width = width;
-    a.packed = packed != 0;
-    const bool decode = rows <= DECODE_ROWS;
-    a.tile_rows = decode ? 1 : TILE_ROWS;
+    a.out = static_cast<int64_t*>(out), a.heads = heads, a.dims = dims, a.n_pages = n_pages, a.sequences = sequences;
+    a.topk = topk, a.width = width, a.packed = packed != 0, a.quantize = quantize != 0;
+    const bool scored = topk < n_pages * PAGE, together = scored && cis != nullptr && n_pages * PAGE <= TOGETHER;
     const int bytes = n_pages * PAGE * 2 < CACHED_BYTES ? n_pages * PAGE * 2 : CACHED_BYTES;
     if (const cudaError_t error =
             cudaFuncSetAttribute(index_select, cudaFuncAttributeMaxDynamicSharedMemorySize, CACHED_BYTES))
@@ -344,10 +495,12 @@ extern "C" int dsv4_index_topk(const void* q, const void* weights, const void* k
     for (a.first = 0; a.first < rows; a.first += slice) {
         const int64_t here = rows - a.first < slice ? rows - a.first : slice;
         a.rows = a.first + here;
-        if (topk < n_pages * PAGE) {
-            const cudaError_t error = decode ? score<1>(a, here, stream) : score<4>(a, here, stream);
+        if (scored) {
+            const cudaError_t error =
+                heads <= 16 ? score<1>(a, here, together, stream) : score<4>(a, here, together, stream);
             if (error) return error;
         }
+        if (together) continue;
         const cudaError_t error = launch_dependent(index_select, here, 1, SELECT_THREADS, bytes, stream, a, bytes);
         if (error) return error;
     }

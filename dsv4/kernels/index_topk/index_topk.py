@@ -1,23 +1,27 @@
-"""The lightning indexer: score every visible compressed entry and keep the best `topk`."""
+"""The lightning indexer: treat the queries, score every visible compressed entry and keep the best `topk`."""
 
 import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
+from dsv4.kernels.index_query.index_query import index_query
 from dsv4.kernels.index_topk.index_topk_ref import index_topk_ref
-from dsv4.kernels.launch import contiguous, dtype_code, result, row_stride, same_device
+from dsv4.kernels.launch import contiguous, dtype_code, result, rotations, row_stride, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.quant.kv import index_key_bytes
 
-_KERNEL = Kernel("index_topk", "ppppppppqqqiiiiiif")
+_KERNEL = Kernel("index_topk", "pppppppppqqqqiiiiiiiiif")
 WIDTH, PAGE, MOST_HEADS = 128, 64, 64  # index_head_dim of V4, entries of a page, index_n_heads at most
+DECODE_ROWS = 64  # up to here the kernel treats the queries itself
+TOGETHER = 8192  # entries of the widest row that a cluster scores and selects from in one launch (index_select.cuh)
 SCORE_BYTES = 1 << 26  # of scores held at a time: a prefill of many rows is done in slices
 
 
-@op("index_topk", ref=index_topk_ref, shapes={"q": "T H N : bf16 f32", "weights": "T H : bf16 f32"})
+@op("index_topk", ref=index_topk_ref, shapes={"q": "T H N : bf16 f32", "cis": "T R", "weights": "T H : bf16 f32"})
 def index_topk(
     q: Tensor,
+    cis: Tensor,
     weights: Tensor,
     keys: Tensor,
     pages: Tensor,
@@ -27,23 +31,25 @@ def index_topk(
     order: str = "entry",
     weight_scale: float = 1.0,
     *,
+    quantize: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """score[t, e] = sum_h w[t, h] * relu(q[t, h] . key[e]); the `topk` best visible entries of each row.
+    """score[t, e] = sum_h w[t, h] * relu(x[t, h] . key[e]) with x = index_query(q, cis, quantize); the `topk` best
+    visible entries of each row.
 
-    q [T, Hi, Ci]; weights [T, Hi], rounded to q's dtype, times weight_scale and rounded again, are w; keys [N, 64, Ci]
-    pages in q's dtype, or u8 [N, 64, X] packed FP4; pages [B, P] i64: each sequence's pages in order, -1 = none;
-    sequence [T] i64: the sequence of each row, rising, -1: a padding row, which selects nothing; visible [T] i64: row t
-    sees entries 0 .. visible-1, entry e being pool row pages[b, e // 64] * 64 + e % 64. -> [T, min(topk, 64 * P)] i64
-    pool rows, -1 behind them where fewer entries are visible. Scores are held in q's dtype (BF16 in the trained model);
-    of equal scores the lower entry number wins.
+    q [T, Hi, Ci] (indexer.wq_b's output); cis [T, R/2] complex64; weights [T, Hi], rounded to q's dtype, times
+    weight_scale and rounded again, are w; keys [N, 64, Ci] pages in q's dtype, or u8 [N, 64, X] packed FP4; pages [B,
+    P] i64: each sequence's pages in order, -1 = none; sequence [T] i64: the sequence of each row, rising, -1: a padding
+    row, which selects nothing; visible [T] i64: row t sees entries 0 .. visible-1, entry e being pool row pages[b, e //
+    64] * 64 + e % 64. -> [T, min(topk, 64 * P)] i64 pool rows, -1 behind them where fewer entries are visible. Scores
+    are held in q's dtype (BF16 in the trained model); of equal scores the lower entry number wins.
     `order` of a row's result: "entry", rising entry numbers, so that with visible <= topk it is entries
     0 .. visible-1; "score", falling scores; "torch", falling scores with ties as torch.topk has them, as in DeepSeek's
     script (they may then depend on the number of entries).
 
-    On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry"; two launches (scores, then selection) per
-    slice of rows whose scores take 64 MiB. A row's result does not depend on the other rows. Rows that see no more than
-    `topk` entries are not scored.
+    On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry". Up to 64 rows: one launch where 64 P <= 8192,
+    else two (scores, then selection). More rows: index_query, then two launches per slice of rows whose scores take 64
+    MiB. A row's result does not depend on the other rows. Rows that see no more than `topk` entries are not scored.
     """
     rows, heads, width = q.shape
     if q.dtype != torch.bfloat16 or order != "entry":
@@ -68,14 +74,22 @@ def index_topk(
         if x.dtype != torch.int64 or x.dim() != dims or (dims == 1 and len(x) != rows):
             raise KernelError(f"index_topk: '{arg}' is {list(x.shape)} {x.dtype} for {rows} rows; expected int64")
     contiguous("index_topk", q=q, keys=keys, pages=pages, sequence=sequence, visible=visible)
-    same_device("index_topk", q.device, weights=weights, keys=keys, pages=pages, sequence=sequence, visible=visible)
+    others = {"cis": cis, "weights": weights, "keys": keys, "pages": pages, "sequence": sequence, "visible": visible}
+    same_device("index_topk", q.device, **others)
     entries = PAGE * pages.shape[1]
     picked = min(topk, entries)
     out = result("index_topk", out, (rows, picked), torch.int64, q.device)
+    cis_stride, turned = rotations("index_topk", cis, rows, width), 2 * cis.shape[1]
+    untreated: Tensor | None = cis
     scored = topk < entries
-    slice_rows = max(1, min(rows, SCORE_BYTES // (2 * entries))) if scored else max(1, rows)
-    scores = torch.empty((slice_rows, entries) if scored else (8,), dtype=torch.bfloat16, device=q.device)
-    strides = row_stride("index_topk", "weights", weights), slice_rows
-    sizes = heads, pages.shape[1], topk, picked, packed, dtype_code("index_topk", "weights", weights)
-    _KERNEL(q.device, q, weights, keys, pages, sequence, visible, scores, out, rows, *strides, *sizes, weight_scale)
+    if scored and rows > DECODE_ROWS:
+        q, untreated = index_query(q, cis, quantize=quantize), None
+    held = scored and (rows > DECODE_ROWS or entries > TOGETHER)
+    slice_rows = max(1, min(rows, SCORE_BYTES // (2 * entries))) if held else max(1, rows)
+    scores = torch.empty((slice_rows, entries) if held else (8,), dtype=torch.bfloat16, device=q.device)
+    tensors = q, untreated, weights, keys, pages, sequence, visible, scores, out
+    strides = cis_stride, row_stride("index_topk", "weights", weights), slice_rows
+    sizes = heads, turned, pages.shape[1], len(pages), topk, picked
+    kinds = packed, dtype_code("index_topk", "weights", weights), quantize
+    _KERNEL(q.device, *tensors, rows, *strides, *sizes, *kinds, weight_scale)
     return out

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv4.kernels.index_query.index_query_ref import index_query_ref
 from dsv4.quant.kv import unpack_index_key
 
 
@@ -29,6 +30,7 @@ def _best(scores: Tensor, topk: int, order: str) -> Tensor:
 
 def index_topk_ref(
     q: Tensor,
+    cis: Tensor,
     weights: Tensor,
     keys: Tensor,
     pages: Tensor,
@@ -37,7 +39,10 @@ def index_topk_ref(
     topk: int,
     order: str = "entry",
     weight_scale: float = 1.0,
+    *,
+    quantize: bool,
 ) -> Tensor:
+    q = index_query_ref(q, cis, quantize=quantize)
     weights = weights.to(q.dtype) * weight_scale
     page = keys.shape[1]
     out = torch.full((len(q), min(topk, page * pages.shape[1])), -1, device=q.device)

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from dsv4.kernels.index_topk.index_topk import index_topk
+from dsv4.kernels.index_query.index_query import index_query
+from dsv4.kernels.index_topk import index_topk as op
 
 PAGE = torch.zeros(1, 1, dtype=torch.int64)
+
+
+def index_topk(q, *rest):
+    """Queries taken as they are: not turned, not quantised."""
+    identity = torch.ones(len(q), q.shape[-1] // 2, dtype=torch.complex64)
+    return op.index_topk(q, identity, *rest, quantize=False)
 
 
 def brute(q, w, keys, rows, limit, topk):
@@ -46,7 +53,7 @@ def test_equal_scores_keep_the_lower_entry():
 
 def test_torch_ties_are_those_of_torch_topk():
     scores = torch.randint(0, 3, (6, 40), generator=torch.Generator().manual_seed(2)).float()
-    q, w, keys = ones(6, 1, 1), ones(6, 1), torch.zeros(6, 64, 1)
+    q, w, keys = ones(6, 1, 2), ones(6, 1), torch.zeros(6, 64, 2)
     for t in range(6):  # one sequence per row, so that each row has keys of its own
         keys[t, :40, 0] = scores[t]
     every = torch.arange(6)
@@ -56,8 +63,8 @@ def test_torch_ties_are_those_of_torch_topk():
 
 
 def test_negative_head_weights_count():
-    q, w = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[1.0, -3.0]])
-    keys = torch.tensor([1.0, 2.0, 3.0, -1.0]).view(1, 4, 1)
+    q, w = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[1.0, -3.0]])
+    keys = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [-1.0, 0.0]]).unsqueeze(0)
     assert index_topk(q, w, keys, PAGE, PAGE[0], torch.tensor([4]), 2, "score").tolist() == [[3, 0]]
 
 
@@ -75,3 +82,18 @@ def test_width_follows_from_pages_alone():
     for visible in (0, 1, 64):
         got = index_topk(ones(1, 1, 8), ones(1, 1), ones(9, 64, 8), PAGE, PAGE[0], torch.tensor([visible]), 512)
         assert got.tolist() == [[*range(visible), *[-1] * (64 - visible)]]
+
+
+def test_queries_are_turned_and_quantised():
+    g = torch.Generator().manual_seed(7)
+    q, w, keys = (
+        torch.randn(3, 8, 128, generator=g),
+        torch.randn(3, 8, generator=g),
+        torch.randn(2, 64, 128, generator=g),
+    )
+    cis = torch.polar(ones(3, 32), torch.randn(3, 32, generator=g))
+    rest = w, keys, torch.tensor([[1, 0]]), torch.zeros(3, dtype=torch.int64), torch.tensor([100, 120, 128]), 16
+    for quantize in (True, False):
+        treated = index_query(q, cis, quantize=quantize)
+        assert torch.equal(op.index_topk(q, cis, *rest, quantize=quantize), index_topk(treated, *rest))
+    assert not torch.equal(op.index_topk(q, cis, *rest, quantize=True), index_topk(q, *rest))

@@ -24,14 +24,25 @@ __device__ __forceinline__ void unpack8(uint32_t (&pairs)[4], uint32_t codes, ui
     for (int p = 0; p < 4; ++p) pairs[p] = mul_bf16x2(codes_to_bf16x2(sorted << (12 - 4 * p)), scale);
 }
 
-__device__ __forceinline__ void load_packed(uint32_t (&b)[16], const uint8_t* key, int t) {
+// A lane's share of a packed key as it lies in memory.
+struct PackedShare {
+    uint32_t codes[4], exponent;
+};
+
+constexpr PackedShare NO_KEY = {{0, 0, 0, 0}, 127};
+
+__device__ __forceinline__ PackedShare fetch_packed(const uint8_t* key, int t) {
     const uint32_t* codes = reinterpret_cast<const uint32_t*>(key) + 4 * t;
-    const uint32_t exponent = key[WIDTH / 2 + t];
+    return {{codes[0], codes[1], codes[2], codes[3]}, key[WIDTH / 2 + t]};
+}
+
+__device__ __forceinline__ void unpack(uint32_t (&b)[16], const PackedShare& key) {
+    const uint32_t exponent = key.exponent;
     const uint32_t bits = exponent == 0 ? 0x0040u : exponent == 255 ? 0x7FFFu : exponent << 7;  // 255: it held NaN
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
         uint32_t pairs[4];
-        unpack8(pairs, codes[word], bits | bits << 16);
+        unpack8(pairs, key.codes[word], bits | bits << 16);
 #pragma unroll
         for (int p = 0; p < 4; ++p) b[4 * word + p] = pairs[p];
     }
