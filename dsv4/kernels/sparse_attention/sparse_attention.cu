@@ -1,60 +1,29 @@
-// sparse_attention: HG heads of a token against its entries, on tensor cores. Heads are the rows of every product.
+// sparse_attention: HG heads of a token against its entries, on tensor cores.
 //
-// Positions: the window's entries take a multiple of 128 positions, the selected ones follow; a tile is 16 positions.
-// A block walks its tiles in stages of TILES: packed bytes are copied to shared memory while the stage before is worked
-// on, then decoded once to BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with
-// a running maximum that moves once per stage. A stage without entries is skipped.
+// A call of up to 64 rows is attention_few.cuh. Above, a block has all the entries of its heads and walks its tiles in
+// stages of TILES: packed bytes are copied to shared memory while the stage before is worked on, then decoded once to
+// BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with a running maximum that
+// moves once per stage. A stage without entries is skipped.
 //
-// SPLIT: tile n belongs to block n % 8 of a cluster, whose partial results meet in distributed shared memory in rank
-// order. Neither order nor stages depend on the widths of the row lists, on HG, on the other rows or on how many of them
-// there are: a row's bits are the same in every call that is split, and in every call that is not.
-#include <dsv4/cluster.cuh>
+// Neither order nor stages depend on the widths of the row lists, on HG or on the other rows: a row's bits are the same
+// in every such call.
+#include <dsv4/attention.cuh>
+#include <dsv4/attention_few.cuh>
 #include <dsv4/dependent.cuh>
-#include <dsv4/fragments.cuh>
-#include <dsv4/kv_entry.cuh>
 #include <dsv4/mma.cuh>
-#include <dsv4/numbers.cuh>
-#include <dsv4/reduce.cuh>
-#include <dsv4/rope.cuh>
 
 using namespace dsv4;
+using namespace dsv4::attention;
 
 namespace {
 
-using kv::DH;
-
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE = 16, SPLITS = 8, WINDOW = 128;
-constexpr int ROW = DH * 2 + 16;   // bytes between rows of queries and entries
-constexpr int OUT_ROW = DH + 8;    // floats between rows of a partial result
-constexpr float LOWEST = -1e30f;   // the maximum over nothing, as in the twin
-
-struct Source {
-    const uint8_t* data;
-    const int64_t* rows;  // [T, width]
-    int64_t row_stride;
-    int width;
-    bool packed;
-};
-
-struct Arguments {
-    const uint8_t* q;  // [T, H, 512] BF16, contiguous
-    const float2* turn;  // queries are normed and turned first; null: they have been
-    int64_t turn_stride;
-    Source local, pool;
-    const float* sink;
-    const float2* cis;
-    int64_t cis_stride;
-    bf16* out;
-    int heads, groups, rope, local_positions;
-    float scale, eps;
-};
 
 template <int HG, int TILES>
 struct Shared {
     static constexpr int STAGE = TILES * TILE, SCORE_ROW = STAGE + 4;  // floats; probabilities take their place as BF16
     static constexpr int PARTS = HG == 16 ? 4 : 1;                     // partial dot products, by quarter of the channels
-    alignas(16) uint8_t entries[STAGE * ROW];                          // this and q become the partial result
+    alignas(16) uint8_t entries[STAGE * ROW];
     alignas(16) uint8_t q[HG * ROW];
     alignas(16) float scores[PARTS][HG][SCORE_ROW];
     alignas(16) uint8_t packed[STAGE * kv::ENTRY_BYTES];
@@ -63,8 +32,8 @@ struct Shared {
     float top[HG], total[HG], fade[HG];
 };
 
-// One token's tiles of one block.
-template <int HG, int TILES, bool SPLIT>
+// One token's tiles.
+template <int HG, int TILES>
 struct Block {
     using S = Shared<HG, TILES>;
     static constexpr int STAGE = S::STAGE, MT = HG / 16;
@@ -72,20 +41,16 @@ struct Block {
     const Arguments& a;
     S& s;
     const int64_t token;
-    const int rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int stages = 0;
     float sums[MT][8][4] = {};  // of the warp's 64 channels
 
-    __device__ int tile_of(int stage, int tile) const {
-        const int n = stage * TILES + tile;
-        return SPLIT ? n * SPLITS + rank : n;
-    }
-    __device__ bool is_local(int stage, int tile) const { return tile_of(stage, tile) * TILE < a.local_positions; }
+    __device__ bool is_local(int stage, int tile) const { return (stage * TILES + tile) * TILE < a.local_positions; }
     __device__ const Source& source(int stage, int tile) const { return is_local(stage, tile) ? a.local : a.pool; }
 
     // The row number at slot 0 .. STAGE-1 of a stage, -1 for none.
     __device__ int row_at(int stage, int slot) const {
-        int position = tile_of(stage, slot / TILE) * TILE + slot % TILE;
+        int position = stage * STAGE + slot;
         const Source& from = source(stage, slot / TILE);
         if (position >= a.local_positions) position -= a.local_positions;
         return position < from.width ? static_cast<int>(from.rows[token * from.row_stride + position]) : -1;
@@ -94,8 +59,7 @@ struct Block {
     // Rows of stage 0, and how many stages there are up to the last entry.
     __device__ void scan() {
         const int tiles = (a.local_positions + a.pool.width + TILE - 1) / TILE;
-        const int mine = SPLIT ? (tiles - rank + SPLITS - 1) / SPLITS : tiles;
-        const int slots = max((mine + TILES - 1) / TILES, 1) * STAGE;
+        const int slots = (tiles + TILES - 1) / TILES * STAGE;
         int last = -1;
 #pragma unroll 4
         for (int i = threadIdx.x; i < slots; i += THREADS) {
@@ -121,68 +85,6 @@ struct Block {
             if (there) used = (base + 31 - __clz(there)) / TILE + 1;
         }
         return used;
-    }
-
-    __device__ void load_queries(int head) {
-        const uint8_t* from = a.q + (token * a.heads + head) * DH * 2;
-        for (int i = threadIdx.x; i < HG * 64; i += THREADS) {
-            uint8_t* to = s.q + i / 64 * ROW + i % 64 * 16;
-            if (head + i / 64 < a.heads)
-                copy_async16(to, from + static_cast<int64_t>(i) * 16);
-            else
-                *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-        }
-    }
-
-    // Two of the warp's heads as they came: channels 8 l .. 8 l + 7 and 256 + those; zeros where there is no head.
-    __device__ void load_raw(uint4 (&raw)[2][2], int head, int pair) const {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = warp + (2 * pair + i) * WARPS;
-            const uint4* from = reinterpret_cast<const uint4*>(a.q + (token * a.heads + head + row) * (DH * 2)) + lane;
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                raw[i][half] = head + row < a.heads ? from[32 * half] : make_uint4(0, 0, 0, 0);
-        }
-    }
-
-    // The rotations of a lane's upper channels.
-    __device__ void load_turns(float2 (&turns)[4]) const {
-        const int first = DH - a.rope;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const int channel = DH / 2 + lane * 8 + 2 * k;
-            turns[k] = channel >= first ? a.turn[token * a.turn_stride + (channel - first) / 2] : make_float2(1.0f, 0.0f);
-        }
-    }
-
-    // A query normed and turned: the same steps, in the same order, as the kernel of q_norm_rope.
-    __device__ void norm_rope(const uint4 (&raw)[2], const float2 (&turns)[4], int row) {
-        float v[2][8], sum = 0.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t words[4] = {raw[half].x, raw[half].y, raw[half].z, raw[half].w};
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                v[half][k] = __uint_as_float(k % 2 ? words[k / 2] & 0xFFFF0000u : words[k / 2] << 16);
-                sum += rounded<bf16>(v[half][k] * v[half][k]);
-            }
-        }
-        const float mean = rounded<bf16>(warp_sum(sum) / static_cast<float>(DH));
-        const float root = rounded<bf16>(rsqrtf(rounded<bf16>(mean + a.eps)));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int k = 0; k < 8; ++k) v[half][k] = rounded<bf16>(v[half][k] * root);
-            if (half == 1) {
-#pragma unroll
-                for (int k = 0; k < 8; k += 2)
-                    if (DH / 2 + lane * 8 + k >= DH - a.rope) rotate(v[half][k], v[half][k + 1], turns[k / 2]);
-            }
-            *reinterpret_cast<uint4*>(s.q + row * ROW + half * DH + lane * 16) =
-                make_uint4(bf16x2(v[half][0], v[half][1]), bf16x2(v[half][2], v[half][3]),
-                           bf16x2(v[half][4], v[half][5]), bf16x2(v[half][6], v[half][7]));
-        }
     }
 
     // Starts the copies of a stage's packed entries; a warp takes an entry at a time.
@@ -348,22 +250,26 @@ struct Block {
         }
     }
 
+    __device__ void load_two(Query (&q)[2], int head, int pair) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_query(q[i], a, token, head + warp + (2 * pair + i) * WARPS, lane);
+    }
+
     __device__ void run(int head) {
-        uint4 raw[2][2];
+        Query q[2];
         float2 turns[4];
-        if (a.turn == nullptr)
-            load_queries(head);
-        else
-            load_raw(raw, head, 0), load_turns(turns);
+        load_two(q, head, 0);
+        if (a.turn != nullptr) load_turns(turns, a, token, lane);
         for (int i = threadIdx.x; i < HG; i += THREADS) s.top[i] = LOWEST, s.total[i] = 0.0f;
         scan();  // ends behind a barrier
         fetch(0, s.rows[0]);
-        if (a.turn != nullptr) {  // while entries arrive
 #pragma unroll
-            for (int pair = 0; pair < HG / WARPS / 2; ++pair) {
-                if (pair > 0) load_raw(raw, head, pair);
+        for (int pair = 0; pair < HG / WARPS / 2; ++pair) {  // while entries arrive
+            if (pair > 0) load_two(q, head, pair);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) norm_rope(raw[i], turns, warp + (2 * pair + i) * WARPS);
+            for (int i = 0; i < 2; ++i) {
+                if (a.turn != nullptr) norm_rope(q[i], turns, a, lane);
+                put_query(s.q + (warp + (2 * pair + i) * WARPS) * ROW, q[i], lane);
             }
         }
         for (int stage = 0; stage < stages; ++stage) {
@@ -389,13 +295,6 @@ struct Block {
         __syncthreads();
     }
 
-    __device__ void turn(float& x, float& y, int channel) const {
-        x = rounded<bf16>(x), y = rounded<bf16>(y);
-        const int first = DH - a.rope;
-        if (channel >= first) rotate(x, y, a.cis[token * a.cis_stride + (channel - first) / 2]);
-    }
-
-    // Writes the result of a block that saw all entries.
     __device__ void finish(int head) {
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -409,90 +308,34 @@ struct Block {
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
                     const int channel = warp * 64 + n * 8 + 2 * t;
-                    float x = sums[mt][n][2 * lower] / total, y = sums[mt][n][2 * lower + 1] / total;
-                    turn(x, y, channel);
-                    *reinterpret_cast<uint32_t*>(to + channel) = bf16x2(x, y);
+                    *reinterpret_cast<uint32_t*>(to + channel) =
+                        result(sums[mt][n][2 * lower] / total, sums[mt][n][2 * lower + 1] / total,
+                               turn_back(a, token, channel), channel >= DH - a.rope);
                 }
             }
     }
 
-    // Each block of the cluster adds up the partial results of HG / 8 heads and writes them.
-    __device__ void combine(int head) {
-        float* partial = reinterpret_cast<float*>(s.entries);
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                float* to = partial + (mt * 16 + g) * OUT_ROW + warp * 64 + n * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = make_float2(sums[mt][n][0], sums[mt][n][1]);
-                *reinterpret_cast<float2*>(to + 8 * OUT_ROW) = make_float2(sums[mt][n][2], sums[mt][n][3]);
-            }
-        cluster_barrier();
-        constexpr int MINE = HG / SPLITS;
-        for (int i = threadIdx.x; i < MINE * (DH / 4); i += THREADS) {
-            const int row = rank * MINE + i / (DH / 4), channel = i % (DH / 4) * 4;
-            if (head + row >= a.heads) continue;
-            float tops[SPLITS], totals[SPLITS];
-            float4 parts[SPLITS];
-            float top = LOWEST;
-#pragma unroll
-            for (int r = 0; r < SPLITS; ++r) {
-                tops[r] = peer_value(&s.top[row], r);
-                totals[r] = peer_value(&s.total[row], r);
-                parts[r] = peer_value4(partial + row * OUT_ROW + channel, r);
-                top = fmaxf(top, tops[r]);
-            }
-            float total = 0.0f;
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int r = 0; r < SPLITS; ++r) {
-                const float weight = expf(tops[r] - top);
-                total = fmaf(totals[r], weight, total);
-                sum.x = fmaf(parts[r].x, weight, sum.x), sum.y = fmaf(parts[r].y, weight, sum.y);
-                sum.z = fmaf(parts[r].z, weight, sum.z), sum.w = fmaf(parts[r].w, weight, sum.w);
-            }
-            total += expf(a.sink[head + row] - top);
-            float x = sum.x / total, y = sum.y / total, z = sum.z / total, w = sum.w / total;
-            turn(x, y, channel);
-            turn(z, w, channel + 2);
-            *reinterpret_cast<uint2*>(a.out + (token * a.heads + head + row) * DH + channel) =
-                make_uint2(bf16x2(x, y), bf16x2(z, w));
-        }
-        cluster_barrier();  // nobody leaves while its shared memory is read
-    }
 };
 
-template <int HG, int TILES, bool SPLIT>
+template <int HG, int TILES>
 __global__ void __launch_bounds__(THREADS, 1) sparse_attention(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) uint8_t memory[];
-    using S = Shared<HG, TILES>;
-    static_assert(HG * OUT_ROW * 4 <= (TILES * TILE + HG) * ROW, "a partial result fits where entries and queries were");
     take_turn();
-    const int64_t unit = SPLIT ? blockIdx.x / SPLITS : blockIdx.x;
+    const int64_t unit = blockIdx.x;
     const int head = static_cast<int>(unit % a.groups) * HG;
-    Block<HG, TILES, SPLIT> block{a, *reinterpret_cast<S*>(memory), unit / a.groups, SPLIT ? cluster_rank() : 0};
+    Block<HG, TILES> block{a, *reinterpret_cast<Shared<HG, TILES>*>(memory), unit / a.groups};
     block.run(head);
-    if constexpr (SPLIT)
-        block.combine(head);
-    else
-        block.finish(head);
-}
-
-template <int HG, int TILES, bool SPLIT>
-static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
-    constexpr int bytes = sizeof(Shared<HG, TILES>);
-    const auto kernel = sparse_attention<HG, TILES, SPLIT>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error) return error;
-    a.groups = (a.heads + HG - 1) / HG;
-    const int blocks = SPLIT ? SPLITS : 1;
-    return launch_dependent_clusters(kernel, rows * a.groups * blocks, THREADS, bytes, blocks, stream, a);
+    block.finish(head);
 }
 
 template <int HG, int TILES>
-static cudaError_t run(const Arguments& a, int64_t rows, bool split, cudaStream_t stream) {
-    return split ? run<HG, TILES, true>(a, rows, stream) : run<HG, TILES, false>(a, rows, stream);
+static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
+    constexpr int bytes = sizeof(Shared<HG, TILES>);
+    const auto kernel = sparse_attention<HG, TILES>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error) return error;
+    a.groups = (a.heads + HG - 1) / HG;
+    return launch_dependent(kernel, rows * a.groups, 1, THREADS, bytes, stream, a);
 }
 
 }  // namespace
@@ -522,8 +365,8 @@ extern "C" int dsv4_sparse_attention(const void* q, const void* local, const voi
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
         return error;
-    if (shared < static_cast<int>(sizeof(Shared<64, 5>))) return run<16, 2>(a, rows, split, stream);
-    const bool few = rows * ((heads + 15) / 16) * SPLITS <= 128;  // one block on each multiprocessor
-    if (heads % 64 || (split && few)) return run<16, 5>(a, rows, split, stream);
-    return run<64, 5>(a, rows, split, stream);
+    const bool roomy = shared >= static_cast<int>(sizeof(Shared<64, 5>));
+    if (split) return few::run(a, rows, roomy, stream);
+    if (!roomy) return run<16, 2>(a, rows, stream);
+    return a.heads % 64 ? run<16, 5>(a, rows, stream) : run<64, 5>(a, rows, stream);
 }
