@@ -34,9 +34,16 @@ class Size:
     tokens: tuple[int, ...]
 
 
-QUICK = (Size("nano", 8, 256, 128, 2, (1, 3, 9, 130)), Size("ragged", 5, 80, 48, 3, (2, 20, 131)))
+QUICK = (
+    Size("nano", 8, 256, 128, 2, (1, 3, 9, 130)),
+    Size("ragged", 5, 80, 48, 3, (2, 20, 131)),
+    Size("few tiles", 4, 640, 64, 3, (1, 20)),
+)
+FLASH = Size("Flash", 256, 4096, 2048, 6, (1, 2, 7, 8, 9, 64, 200, 1024, 4096))
 FULL = (
-    Size("Flash", 256, 4096, 2048, 6, (1, 2, 7, 8, 9, 64, 200, 1024, 4096)),
+    Size("Flash of two GPUs, 32 experts", 32, 4096, 1024, 6, (1, 2, 8, 20)),
+    Size("Flash of four GPUs, 32 experts", 32, 4096, 512, 6, (1, 3)),
+    FLASH,
     Size("Pro, 16 experts", 16, 7168, 3072, 6, (1, 2, 8, 64, 200)),
 )
 
@@ -166,9 +173,11 @@ def three(
     args = mid, treated, ids, shared
     moved = second + nbytes(mid, shared, shared)
     yield Case("moe", f"down {label}", "bf16", run_second, twin_second, args, second_tolerance, moved=moved)
-    if tokens in (3, 20, 64, 130):  # a rank's part of a sum
+    if tokens in (1, 3, 8, 20, 64, 130):  # a rank's part of a sum
         args = mid, treated, ids, shared.float()
         yield Case("moe", f"down to f32 {label}", "bf16", run_second, twin_second, args, second_tolerance)
+        args = x, treated, ids, weights, shared.float()
+        yield Case("moe", f"whole to f32 {label}", "bf16", run_whole, twin_whole, args, whole_tolerance)
     args = x, treated, ids, weights, shared
     moved = first + second + nbytes(x, mid, shared, shared)
     yield Case("moe", f"whole {label}", "bf16", run_whole, twin_whole, args, whole_tolerance, moved=moved)
@@ -190,7 +199,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
             yield from three(make, f"{size.name} one expert", operand, x, torch.full_like(same[:, :1], 3))
         x, ids = make.normal(8, size.width, dtype="bf16"), torch.full((8, 6), 3, device=make.device)
         yield from three(make, f"{size.name} one expert six times", operand, x, ids)
-    for size in QUICK if quick else (*QUICK, replace(FULL[0], experts=8)):
+    for size in QUICK if quick else (*QUICK, replace(FLASH, experts=8)):
         operand = operand_of(make, size, every_scale=True)
         for tokens in (8, 130):
             x, ids = make.normal(tokens, size.width, dtype="bf16"), routed(make, size, tokens)

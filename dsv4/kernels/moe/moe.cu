@@ -78,8 +78,12 @@ bool fit_few(const Device& device, Few& f, size_t& bytes) {
     f.of_block = {f.second.rows / device.processors, f.second.rows % device.processors};
     f.room = min(pairs, max((100 << 10) / stride_of(f.second.blocks), TOKENS));
     f.staged = max(f.tokens * stride_of(f.first.blocks), f.room * stride_of(f.second.blocks));
-    const int tiles = (f.second.rows + device.processors - 1) / device.processors;
-    const int own = f.staged + max(f.tokens, f.room) * MOST_SLICES * 4 + tiles * pairs * 32;
+    const auto each = [&](int rows) { return (rows + device.processors - 1) / device.processors; };
+    const int tiles = each(f.second.rows), first_tiles = each(f.first.rows * pairs), cuts = cuts_of(f.first.blocks);
+    if (tiles * pairs <= FEW_WARPS && f.first.blocks >> cuts > 0)  // and so a warp has one piece of one tile
+        f.halvings = first_tiles <= FEW_WARPS / 4 ? 2 : first_tiles <= FEW_WARPS / 2 ? 1 : 0;
+    f.parked = f.halvings == 0 ? 0 : (first_tiles << cuts) * 512;
+    const int own = f.staged + max(f.tokens, f.room) * MOST_SLICES * 4 + f.parked + tiles * pairs * 32;
     f.chunks = min((device.shared_per_block - static_cast<int>(sizeof(FewPlan)) - 128 - own) / CHUNK, most);
     bytes = static_cast<size_t>(f.chunks) * CHUNK + own;
     return f.chunks >= least;

@@ -1,7 +1,7 @@
 // Up to eight tokens: one launch sorts the pairs, multiplies with both projections and sums. There is a block per
 // processor, and all of them must be running at once: two such launches side by side would wait for each other. Each
-// sorts the few pairs for itself. A warp takes whole tiles, so nobody waits for another's sum: the block's share of
-// tiles of gate and up, then, when all blocks have met, its rows of down for every expert, which it adds up per token.
+// sorts the few pairs for itself. A warp takes whole tiles, or pieces where they are too few for its block: the block's
+// share of gate and up, then, when all blocks have met, its rows of down for every expert, which it adds up per token.
 // The copy engine does not wait there: down's weights follow into the rings behind those of gate and up. Slices,
 // scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
 #pragma once
@@ -9,6 +9,7 @@
 #include <dsv4/half.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/moe_few_plan.cuh>
+#include <type_traits>
 
 namespace dsv4::moe {
 
@@ -17,6 +18,12 @@ constexpr int MOST_SLICES = 16;
 // How a row of K/64 blocks is cut into slices, each scaled and summed by itself: 2^cuts of them.
 __host__ __device__ __forceinline__ int cuts_of(int blocks) { return blocks <= 64 ? 3 : 4; }
 __host__ __device__ __forceinline__ int stride_of(int blocks) { return blocks * 128 + 16; }  // rows off others' banks
+
+// The blocks of one of the 2^halvings pieces of a row: whole slices.
+__host__ __device__ __forceinline__ int piece_begin(int blocks, int piece, int halvings) {
+    const int cuts = cuts_of(blocks);
+    return (piece << (cuts - halvings)) * blocks >> cuts;
+}
 
 // The same in every lane, and known to be: what is computed of it is computed once.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
@@ -64,8 +71,11 @@ struct FewRing {
         const bool later = SECOND && down;
         const int rows = later ? f.second.rows : f.first.rows, blocks = later ? f.second.blocks : f.first.blocks;
         const uint8_t* tiles = later ? f.second.tiles : f.first.tiles;
-        left = blocks * w4::BLOCK_BYTES;
-        from = tiles + (expert * rows + walk.tile + (later ? share.first_tile : 0)) * left;
+        const int halvings = later ? 0 : f.halvings, tile = walk.tile >> halvings;
+        const int piece = walk.tile - (tile << halvings);
+        const int begin = piece_begin(blocks, piece, halvings), end = piece_begin(blocks, piece + 1, halvings);
+        left = (end - begin) * w4::BLOCK_BYTES;
+        from = tiles + ((expert * rows + tile + (later ? share.first_tile : 0)) * blocks + begin) * w4::BLOCK_BYTES;
         (later ? second : first).advance(walk);
         return true;
     }
@@ -158,19 +168,23 @@ struct Staging {
     }
 };
 
-// total = a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and 2 t + 1.
+// total = a piece of a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and
+// 2 t + 1. All but the first piece park the sums of their slices instead, for the first one to add in their order.
 template <typename Ring>
-__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int lane, const uint8_t* x,
-                                             const float* undo0, const float* undo1, Ring& ring) {
-    const int cuts = cuts_of(blocks);
+__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int piece, int halvings, int lane,
+                                             const uint8_t* x, const float* undo0, const float* undo1, float4* parked,
+                                             Ring& ring) {
+    const int cuts = cuts_of(blocks), end = piece_begin(blocks, piece + 1, halvings);
     const bool sparse = blocks < 1 << cuts;  // slices of less than a block each: some have none
     float even[4] = {}, odd[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] = 0.0f;
-    int slice = 0, stop = blocks >> cuts;
+    int done = piece_begin(blocks, piece, halvings), slice = piece << (cuts - halvings);
+    int stop = (slice + 1) * blocks >> cuts;
+    x += done * 128, undo0 += slice, undo1 += slice, parked += lane;
     const auto skip = [&] { ++slice, ++undo0, ++undo1, stop = (slice + 1) * blocks >> cuts; };
     while (sparse && stop == 0) skip();
-    const auto multiply = [&](const w4::Lane& part, const uint8_t* columns) {
+    const auto multiply = [](float (&even)[4], float (&odd)[4], const w4::Lane& part, const uint8_t* columns) {
         const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
         uint32_t scale, scale8, a[4], b[8];
         load_b(b, columns);
@@ -183,33 +197,67 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
     };
     const auto end_slice = [&](int done) {
         const float back[2] = {*undo0, *undo1};
+        float sum[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total[i] += __fmul_rn(even[i] + odd[i], back[i % 2]), even[i] = odd[i] = 0.0f;
+        for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(even[i] + odd[i], back[i % 2]), even[i] = odd[i] = 0.0f;
+        if (piece > 0) {
+            parked[slice * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += sum[i];
+        }
         skip();
         while (sparse && stop <= done && done < blocks) skip();
     };
+    // A chunk of slices of WIDTH blocks: no sum outlives it.
+    const int width = halvings > 0 || blocks % (1 << cuts) != 0 ? 0 : blocks >> cuts;
+    const auto whole = [&](auto of, const w4::Lane (&parts)[CHUNK_BLOCKS]) {
+        constexpr int WIDTH = decltype(of)::value, SLICES = CHUNK_BLOCKS / WIDTH;
+#pragma unroll
+        for (int s = 0; s < SLICES; ++s) {
+            float even[4] = {}, odd[4] = {};
+#pragma unroll
+            for (int k = s * WIDTH; k < (s + 1) * WIDTH; ++k) multiply(even, odd, parts[k], x + k * 128);
+            const float back[2] = {undo0[s], undo1[s]};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += __fmul_rn(even[i] + odd[i], back[i % 2]);
+        }
+        done += CHUNK_BLOCKS, undo0 += SLICES, undo1 += SLICES;
+    };
 #pragma unroll 1
-    for (int done = 0; done < blocks;) {
+    while (done < end) {
         ring.wait();
         const uint8_t* block = ring.chunk();
         w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
 #pragma unroll
         for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-        if (stop - done >= CHUNK_BLOCKS) {
+        if (width == 4) {
+            whole(std::integral_constant<int, 4>(), parts);
+        } else if (width == 2) {
+            whole(std::integral_constant<int, 2>(), parts);
+        } else if (stop - done >= CHUNK_BLOCKS) {
 #pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(parts[k], x + k * 128);
+            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(even, odd, parts[k], x + k * 128);
             done += CHUNK_BLOCKS;
             if (done == stop) end_slice(done);
         } else {
 #pragma unroll
             for (int k = 0; k < CHUNK_BLOCKS; ++k) {
-                if (done == blocks) break;
-                multiply(parts[k], x + k * 128);
+                if (done == end) break;
+                multiply(even, odd, parts[k], x + k * 128);
                 if (++done == stop) end_slice(done);
             }
         }
         x += CHUNK_BLOCKS * 128;
         ring.refill();
+    }
+    if (halvings == 0) return;
+    // The pieces of a tile are neighbouring warps, and no warp has two (moe.cu).
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + (ring.warp >> halvings)), "r"(32 << halvings) : "memory");
+    if (piece > 0) return;
+    for (; slice < 1 << cuts; ++slice) {
+        const float4 sum = parked[slice * 32];
+        total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
     }
 }
 
@@ -231,13 +279,15 @@ __device__ __forceinline__ unsigned all_blocks_meet(unsigned* arrivals) {
 
 template <bool FIRST, bool SECOND>
 __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Few f) {
-    extern __shared__ __align__(128) uint8_t memory[];  // rings | staged rows | undo | results of down by row and place
+    // Rings | staged rows | undo | parked sums | results of down by row and place.
+    extern __shared__ __align__(128) uint8_t memory[];
     __shared__ FewPlan s;
     const int thread = threadIdx.x, lane = lane_id(), warp = uniform(thread / 32), g = lane / 4, t = lane % 4;
     const int pairs = f.tokens * f.first.topk;
     uint8_t* staged = memory + f.chunks * CHUNK;
     float* undo = reinterpret_cast<float*>(staged + f.staged);
-    bf16* results = reinterpret_cast<bf16*>(undo + max(f.tokens, f.room) * MOST_SLICES);
+    float4* parked = reinterpret_cast<float4*>(undo + max(f.tokens, f.room) * MOST_SLICES);
+    bf16* results = reinterpret_cast<bf16*>(reinterpret_cast<uint8_t*>(parked) + f.parked);
     if (lane < MOST_CHUNKS) {
         barrier_init(shared_address(&s.barriers[warp][lane]), 1);
         barriers_ready();
@@ -258,11 +308,11 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     const int2 tiles = part_of(make_int2(each, all - each * gridDim.x));
     const int2 tiles_down = SECOND ? part_of(f.of_block) : make_int2(0, 0);
     share.begin = tiles.x, share.count = tiles.y, share.first_tile = tiles_down.x, share.tiles = tiles_down.y;
-    const int most = max(max(share.count, share.tiles * share.groups), 1);
+    const int pieces = share.count << f.halvings, most = max(max(pieces, share.tiles * share.groups), 1);
     const int rounds = (most + FEW_WARPS - 1) / FEW_WARPS;
     share.warps = rounds == 1 ? most : quotient(most + rounds - 1, rounds);
-    const Steps first(share.warps, f.first.rows), second(share.warps, share.tiles);
-    Walk walk = FIRST ? first.start(0, share.begin, share.count, warp) : Walk{};
+    const Steps first(share.warps, f.first.rows << f.halvings), second(share.warps, share.tiles);
+    Walk walk = FIRST ? first.start(0, share.begin << f.halvings, pieces, warp) : Walk{};
     const int stages = min(quotient(f.chunks, share.warps), MOST_CHUNKS);
     const uint8_t* bytes = memory + min(warp, share.warps - 1) * stages * CHUNK;
     FewRing<FIRST, SECOND> ring = {f, s, share, first, second, warp, bytes, shared_address(bytes),
@@ -305,7 +355,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
             // A tile of a group whose token m has its columns in staged row row_of(m). Beyond the last token any row
             // will do: nobody takes the sum.
             const int4 now = s.groups[walk.group];
-            const int tile = walk.tile;
+            const int halvings = SECOND && down ? 0 : f.halvings, tile = walk.tile >> halvings;
+            const int piece = walk.tile - (tile << halvings);
             const auto row_of = [&](int m) {
                 const int place = now.y + min(m, now.z - 1);
                 return SECOND && down ? place - batch.from : s.token[place];
@@ -316,8 +367,10 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
             const int row0 = row_of(2 * t), row1 = row_of(2 * t + 1);
             scale[0] = row_scale == nullptr ? 1.0f : row_scale[row0 + batch.from];
             scale[1] = row_scale == nullptr ? 1.0f : row_scale[row1 + batch.from];
-            tile_product(sum, rows.blocks, lane, staged + row_of(g) * stride + 32 * t, undo + row0 * MOST_SLICES,
-                         undo + row1 * MOST_SLICES, ring);
+            tile_product(sum, rows.blocks, piece, halvings, lane, staged + row_of(g) * stride + 32 * t,
+                         undo + row0 * MOST_SLICES, undo + row1 * MOST_SLICES,
+                         parked + (warp >> halvings << cuts_of(rows.blocks)) * 32, ring);
+            if (piece > 0) continue;
             alpha[0] *= w4::UNDO;
             alpha[1] *= w4::UNDO;
 #pragma unroll

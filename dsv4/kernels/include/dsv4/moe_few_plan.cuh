@@ -22,6 +22,8 @@ struct Few {
     int staged;     // bytes for staged rows
     int chunks;     // of all rings together
     int2 of_block;  // tiles of down that every block has, and how many blocks have one more
+    int halvings;   // how often a tile of gate and up is cut, so that few of them keep all warps busy
+    int parked;     // bytes for the sums of such tiles
 };
 
 struct FewPlan {
