@@ -66,12 +66,14 @@ __device__ __forceinline__ void take_all(const Arguments& a, int64_t t, int64_t 
         a.out[t * a.width + e] = e < seen ? pool_row(a.pages + sequence * a.n_pages, e) : -1;
 }
 
-// A head's weight, rounded to BF16 before it is scaled and after.
-__device__ __forceinline__ bf16 weight_of(const Arguments& a, int64_t t, int head) {
-    if (head >= a.heads) return from_float<bf16>(0.0f);
+// A head's weight as it lies in memory, and that rounded to BF16 before it is scaled and after.
+__device__ __forceinline__ uint32_t weight_bits(const Arguments& a, int64_t t, int head) {
+    if (head >= a.heads) return 0;
     const int64_t at = t * a.weight_stride + head;
-    const float w = a.f32_weights ? rounded<bf16>(static_cast<const float*>(a.weights)[at])
-                                  : to_float(static_cast<const bf16*>(a.weights)[at]);
+    return a.f32_weights ? static_cast<const uint32_t*>(a.weights)[at] : static_cast<const uint16_t*>(a.weights)[at];
+}
+__device__ __forceinline__ bf16 weight_of(const Arguments& a, uint32_t bits) {
+    const float w = a.f32_weights ? rounded<bf16>(__uint_as_float(bits)) : __uint_as_float(bits << 16);
     return from_float<bf16>(__fmul_rn(w, a.weight_scale));
 }
 
@@ -156,26 +158,24 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
     for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
         *reinterpret_cast<uint4*>(s.heads + i) = make_uint4(0, 0, 0, 0);  // heads that are not there
     if constexpr (CLUSTER) {
-        cluster_arrive();  // this block runs: its memory may be written
         index::clear(s.selection);
+        cluster_barrier();  // all blocks run: their memory may be written
     }
     wait_for_previous();
 
     // All that no other load must precede; a row of a decode step is the sequence of the same number.
-    const int first = warp * a.blocks + rank, stride = WARPS * a.blocks;  // in sixteens of entries
-    const int64_t sequence = a.sequence[row], visible = a.visible[row];
-    const bool guess = row < a.sequences && first < a.n_pages * (PAGE / ENTRIES);
-    int page = guess ? static_cast<int>(a.pages[row * a.n_pages + first / (PAGE / ENTRIES)]) : -1;
     const bool treats = warp * index::WARP_HEADS < a.heads;
     index::HeadShare share;
     if (treats)
         share = index::load_head(a.q + (row * a.heads + warp * index::WARP_HEADS + g) * ROW_BYTES,
                                  a.cis + row * a.cis_stride, a.dims, t);
-    bf16 weight;
-    if (threadIdx.x < MT * 16) weight = weight_of(a, row, threadIdx.x);
+    const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
+    const int first = warp * a.blocks + rank, stride = WARPS * a.blocks;  // in sixteens of entries
+    const bool guess = row < a.sequences && first < a.n_pages * (PAGE / ENTRIES);
+    int page = guess ? static_cast<int>(a.pages[row * a.n_pages + first / (PAGE / ENTRIES)]) : -1;
+    const int64_t sequence = a.sequence[row], visible = a.visible[row];
 
     const int n = to_score(a, sequence, visible);
-    if constexpr (CLUSTER) cluster_wait();
     if (n == 0) {
         if constexpr (CLUSTER) take_all(a, row, sequence, visible, rank * THREADS + threadIdx.x, a.blocks * THREADS);
         return;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
         index::treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
             *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * index::WARP_HEADS + head, chunk)) = channels;
         });
-    if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight;
+    if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
     __syncthreads();
 
     uint32_t low = 0xFFFF, high = 0;
@@ -268,7 +268,8 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         s.sequence[threadIdx.x] = static_cast<int>(sequence);
     }
     for (int i = threadIdx.x; i < rows * MT * 16; i += THREADS)
-        s.weights[i / (MT * 16)][i % (MT * 16)] = weight_of(a, first + i / (MT * 16), i % (MT * 16));
+        s.weights[i / (MT * 16)][i % (MT * 16)] =
+            weight_of(a, weight_bits(a, first + i / (MT * 16), i % (MT * 16)));
     for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
         for (int buffer = 0; buffer < 2; ++buffer)  // heads that are not there
             *reinterpret_cast<uint4*>(s.heads[buffer] + i) = make_uint4(0, 0, 0, 0);
