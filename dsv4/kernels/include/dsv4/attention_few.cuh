@@ -267,7 +267,7 @@ struct Block {
                 const int slot = c * 32 + lane;
                 const float probability = exp2f(x[c] - top);
                 sum += probability;
-                if (slot < used * TILE) p[slot] = from_float<bf16>(probability);
+                if (slot < used * TILE) p[slot].bits = static_cast<uint16_t>(bf16x2(probability, 0.0f));
             }
             sum = warp_sum(sum);
             if (lane == 0) {
