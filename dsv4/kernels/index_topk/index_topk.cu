@@ -319,13 +319,14 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         float sum[NT][2];
         score_tiles<MT>(sum, s.heads[buffer], s.weights[r], b, g, t);
         add_heads(sum);
-        float mine0 = 0.0f, mine1 = 0.0f;  // lanes (n, t) store tile n
+        float even = 0.0f, odd = 0.0f;  // lanes (n, t) store tile n
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-            if (g == n) mine0 = sum[n][0], mine1 = sum[n][1];
+            if (g == n) even = sum[n][0], odd = sum[n][1];
         const int e = mine + g * 8 + 2 * t;
         if (g < NT && e < a.n_pages * PAGE)
-            *reinterpret_cast<uint32_t*>(a.scores + static_cast<int64_t>(local + r) * a.n_pages * PAGE + e) = sortable(mine0) | sortable(mine1) << 16;
+            *reinterpret_cast<uint32_t*>(a.scores + static_cast<int64_t>(local + r) * a.n_pages * PAGE + e) =
+                sortable(even) | sortable(odd) << 16;
         r = next, buffer ^= 1;
         __syncthreads();  // nobody reads the other buffer any more
     }
