@@ -33,12 +33,14 @@ class Block:
     """One layer: attention and MoE, each inside its hyper-connection site."""
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
-        self.attn_site, self.ffn_site = Site(scope, "attn", config), Site(scope, "ffn", config)
+        self.attn_site, self.ffn_site = (Site(scope, name, config, settings.tp) for name in ("attn", "ffn"))
         self.attn = Attention(scope.at("attn"), config, spec, settings)
         self.ffn = MoE(scope.at("ffn"), config, spec, settings)
 
     def __call__(self, streams: Streams, cache: LayerCache, step: Step) -> tuple[Streams, Tensor]:
-        """The streams inside the attention site -> inside the FFN site, and the FFN's output y [T, D]."""
+        """The streams inside the attention site -> inside the FFN site, and the FFN's output y [T, D], or of several
+        ranks this one's part of it.
+        """
         mid = self.ffn_site.seam(self.attn(streams.x, cache, step), streams)
         return mid, self.ffn(mid.x, step)
 
@@ -123,7 +125,7 @@ class Model:
                 streams = self.blocks[i + 1].attn_site.seam(y, mid)
                 h = streams.h
             else:
-                h = mid.leave(y)
+                h = mid.leave(y, self.settings.tp)
             if observe is not None:
                 observe(f"layers.{i}.attn", mid.h)
                 observe(f"layers.{i}.ffn", h)

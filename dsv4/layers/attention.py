@@ -10,6 +10,7 @@ from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
 from dsv4.kernels.compress.rows import Compression
 from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import grouped_operand
+from dsv4.kernels.linear.launch import follows
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
@@ -27,14 +28,14 @@ class Attention:
     """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
-        self.spec, self.head_dim, self.eps, self.tp = spec, config.head_dim, config.rms_norm_eps, settings.tp
+        self.spec, self.head_dim, self.eps = spec, config.head_dim, config.rms_norm_eps
         self.kv_quant = settings.kv_quant
         self.window = config.sliding_window if settings.dtype == torch.float32 else 0
         act = settings.act
         self.wq_b = linear_operand(scope.weight("wq_b"), act=act)
         wo_a, wo_b = scope.weight("wo_a"), scope.weight("wo_b")
         self.wo_a = grouped_operand(wo_a, wo_a.shape[0] // config.o_lora_rank, act=act)
-        self.wo_b = linear_operand(Projection(wo_b, f32=self.tp is not None), act=act)
+        self.wo_b = linear_operand(Projection(wo_b, f32=settings.tp is not None), act=act)
         self.q_norm, self.kv_norm = scope.f32("q_norm.weight"), scope.f32("kv_norm.weight")
         self.sink = scope.f32("attn_sink")
         self.heads = len(self.sink)  # those of this rank
@@ -49,9 +50,14 @@ class Attention:
         self.in_proj = linear_operand(
             *inputs, *(Projection(scope.weight(n), plain=True, f32=True) for n in pooled), act=act
         )
+        follows(self.wo_b, self.wo_a)
+        self.queries = self.wq_b  # and on a GPU those of the indexer, which have the same input
+        if spec.kind == "csa" and self.wq_b.launcher is not None:
+            self.queries = linear_operand(*self.wq_b.projections, *self.indexer.wq_b.projections, act=act)
 
     def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """x [T, D], normed -> [T, D]. Appends the step's entries to `cache`.
+        """x [T, D], normed -> [T, D], or of several ranks this one's part of it in f32. Appends the step's entries to
+        `cache`.
 
         In float32, the dtype for comparisons, a decode step sums over a whole window even while it is short, as
         DeepSeek's code does: the zeros behind it change the last bit of a vectorised sum.
@@ -62,7 +68,8 @@ class Attention:
         before = None if window.in_ring else ring[window.history]
         written = cis, cache.ring, window.write_rows, window.write_to, self._compressions(pooled, cache, step)
         qr, entry = attn_inputs(qr, self.q_norm, kv, self.kv_norm, *written, eps=self.eps, quantize=self.kv_quant)
-        (q,) = linear(qr, self.wq_b)
+        scored = self.spec.kind == "csa" and self.indexer.scores(step)
+        q, *index_q = linear(qr, self.queries if scored else self.wq_b)
         local = cache.ring if before is None else torch.cat([before, entry])
         rows = window.rows
         if window.in_ring and rows.shape[1] < self.window:
@@ -72,12 +79,12 @@ class Attention:
         if self.spec.kind != "window":
             pool, pool_rows = cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
         if self.spec.kind == "csa":
-            pool_rows = self.indexer(qr, pooled[-1], cache, step)
+            pool_rows = self.indexer(qr, pooled[-1], cache, step, *index_q)
         heads = q.unflatten(-1, (self.heads, self.head_dim))
         seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)
         o = sparse_attention(heads, *seen, scale=self.head_dim**-0.5, turn=cis, eps=self.eps)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
-        return out if self.tp is None else self.tp.all_reduce(out, x.dtype)
+        return out
 
     def _compressions(self, pooled: list[Tensor], cache: LayerCache, step: Step) -> list[Compression]:
         """pooled: what the input projections gave for the compressor and, in CSA, for the indexer's."""

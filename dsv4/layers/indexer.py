@@ -26,18 +26,24 @@ class Indexer:
         compared = "torch" if settings.act == "fp8" else "score"  # fp8: the settings of DeepSeek's own script
         self.order = compared if self.keep_order else "entry"
 
-    def __call__(self, qr: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Tensor:
-        """qr [T, q_lora_rank] (after q_norm), head_weights [T, Hi] f32 -> pool rows [T, <= index_topk] i64. The step's
-        index keys are in the cache.
+    def scores(self, step: Step) -> bool:
+        """Whether a step's entries are scored. Not while every visible entry is taken anyway, except in float32, the
+        dtype for comparisons: there attention adds the entries up in the order of their scores, as DeepSeek does.
+        """
+        most = step.plan.compressed[self.spec.kind, self.spec.ratio].most_visible
+        return most > (0 if self.keep_order else self.topk)
 
-        Scoring is skipped while every visible entry is taken anyway, but not in
-        float32, the dtype for comparisons: there attention adds the entries up in the order of their scores, as
-        DeepSeek's code does.
+    def __call__(
+        self, qr: Tensor, head_weights: Tensor, cache: LayerCache, step: Step, q: Tensor | None = None
+    ) -> Tensor:
+        """qr [T, q_lora_rank] (after q_norm), head_weights [T, Hi] f32 -> pool rows [T, <= index_topk] i64. The step's
+        index keys are in the cache. q: wq_b's product with qr, where it has been made.
         """
         rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
-        if rows.most_visible <= self.topk and (not self.keep_order or not rows.most_visible):
+        if not self.scores(step):
             return rows.all_rows
-        (q,) = linear(qr, self.wq_b)
+        if q is None:
+            (q,) = linear(qr, self.wq_b)
         queries = q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), head_weights
         entries = cache.index_pool, rows.pages, rows.sequence, rows.visible
         picked = index_topk(*queries, *entries, self.topk, self.order, self.scale, quantize=self.quantize)

@@ -19,7 +19,7 @@ class MoE:
     """`layers.L.ffn`. Hash layers take the experts from `tid2eid`; the learned scores weigh them in every layer."""
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec, settings: Settings):
-        act, self.tp = settings.act, settings.tp
+        act = settings.act
         self.bias = None if spec.hash else scope.f32("gate.bias")
         self.tid2eid = scope.tensor("gate.tid2eid").long() if spec.hash else None
         self.topk, self.route_scale = config.num_experts_per_tok, config.routed_scaling_factor
@@ -29,14 +29,13 @@ class MoE:
         self.in_proj = linear_operand(
             gate, scope.weight("shared_experts.w1"), scope.weight("shared_experts.w3"), act=act
         )
-        shared_w2 = Projection(scope.weight("shared_experts.w2"), f32=self.tp is not None)
+        shared_w2 = Projection(scope.weight("shared_experts.w2"), f32=settings.tp is not None)
         self.shared_w2 = linear_operand(shared_w2, act=act)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [T, D], normed -> [T, D]."""
+        """x [T, D], normed -> [T, D], or of several ranks this one's part of it in f32."""
         logits, gate, up = linear(x, self.in_proj)
         given = logits, gate, up, self.bias, self.tid2eid, step.plan.tokens
         ids, weights, activated = ffn_inputs(*given, topk=self.topk, route_scale=self.route_scale, limit=self.limit)
         (shared,) = linear(activated, self.shared_w2)
-        y = moe(x, self.experts, ids, weights, shared, limit=self.limit)
-        return y if self.tp is None else self.tp.all_reduce(y, x.dtype)
+        return moe(x, self.experts, ids, weights, shared, limit=self.limit)

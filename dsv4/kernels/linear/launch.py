@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from dsv4.errors import KernelError
 from dsv4.kernels import tiles
 from dsv4.kernels.linear.schedule import DENSE, ROUND, SPLIT, Plan, plan, tokens_at_once
+from dsv4.kernels.linear.schedule_few import FEW_TOKENS, plan_few
 from dsv4.kernels.linear.tiled import Tiled
 from dsv4.kernels.loader import Kernel
 
@@ -23,7 +25,7 @@ _SLICE_VALUES = 1 << 25  # of such a slice, and of float32 results on their way
 _JOINED_VALUES = 1 << 22  # results that are few enough to be worth one product for all parts
 _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
-_KERNEL = Kernel("linear", "piipipiiiiiiii")
+_KERNEL = Kernel("linear", "piipipiiiiiiiiiii")
 
 
 class _Part(ctypes.Structure):
@@ -73,6 +75,7 @@ class Launcher:
             row.alpha, row.format, row.rows = part.alpha, _FORMATS[part.format], part.shape[0]
             row.first_tile, row.first_row = first, part.first_row
             first += part.tiles.shape[0]
+        self.cold = True
 
     def __call__(
         self, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
@@ -87,7 +90,9 @@ class Launcher:
         for start in range(0, total, step):
             rows = slice(start, min(start + step, total))
             self._point(rows, inputs, row_scales, outputs)
-            self._launch(plan(self.shapes, self.blocks, rows.stop - start, processors, shared_limit), rows.stop - start)
+            count = rows.stop - start
+            spread = plan_few if count <= FEW_TOKENS else plan
+            self._launch(spread(self.shapes, self.blocks, count, processors, shared_limit), count)
 
     def _multiply(
         self, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
@@ -142,7 +147,8 @@ class Launcher:
 
     def _convert(self, table: ctypes.Array[_Part], rows: int, sums: Tensor | None, tokens: int, mode: int) -> None:
         count, address = -(-rows // tiles.ROWS), ctypes.addressof(table)
-        _KERNEL(self.device, address, len(table), count, None, 0, sums, tokens, self.columns, mode, 0, 0, 0, 0, 0)
+        sizes = tokens, self.columns, mode, 0, 0, 0, 0, 0, 0, 0, 0
+        _KERNEL(self.device, address, len(table), count, None, 0, sums, *sizes)
 
     def _point(
         self, rows: slice, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
@@ -178,8 +184,26 @@ class Launcher:
             how.batch,
             how.streams,
             how.stages,
+            how.ranks,
+            how.height,
+            self.cold,
             how.shared_bytes,
         )
+
+
+class Launched(Protocol):
+    """An operand of linear or grouped_linear."""
+
+    @property
+    def launcher(self) -> Launcher | None: ...
+
+
+def follows(then: Launched, first: Launched) -> None:
+    """`then` is launched right behind `first`, which runs the same code: it need not bring its code into the caches
+    while it waits for its turn, as launches of few tokens do.
+    """
+    if then.launcher is not None and first.launcher is not None:
+        then.launcher.cold = False
 
 
 @contextmanager

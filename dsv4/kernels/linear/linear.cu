@@ -1,24 +1,24 @@
 // linear: every projection of an input in one or two launches, for up to 64 tokens at a time.
 //
-// Blocks are persistent, one per SM, with room for another that is still waiting where tokens are few; each warp streams its own weights through a ring of bulk copies and nobody waits
-// for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens are staged
-// once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16 weights.
-// Three ways of spreading tiles (16 rows x K) and their slices:
+// Blocks are persistent, one per processor; each warp streams its own weights through a ring of bulk copies and nobody
+// waits for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens are
+// staged once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16
+// weights. Three ways of spreading tiles (16 rows x K) and their slices:
 //   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers
-//   SLOT   few tiles, few tokens: a block takes whole tiles, its warps the slices; sums meet in shared memory
-//   SPLIT  few tiles: blocks take slices; sums meet in `partials`, and a second kernel adds them up: whoever came last
-//          would read alone what all have written
+//   MEET   few tiles, up to eight tokens: a cluster takes whole tiles, its blocks and their warps the slices; sums meet
+//          in shared memory
+//   SPLIT  few tiles, more tokens: blocks take slices; sums meet in `partials`, and a second kernel adds them up: whoever
+//          came last would read alone what all have written
+// Up to eight tokens have a kernel of their own (linear_few.cuh).
 #include <dsv4/dependent.cuh>
-#include <dsv4/linear.cuh>
+#include <dsv4/linear_few.cuh>
 
 using namespace dsv4;
 using namespace dsv4::linear;
 
 namespace {
 
-constexpr size_t ROOM_FOR_TWO = 113 << 10;  // bytes of shared memory of each of two blocks that fit an SM
-
-enum Mode : int { OWN = 0, SLOT = 1, SPLIT = 2, DENSE = 3, ROUND = 4 };  // the codes of kernels/linear/schedule.py
+enum Mode : int { OWN = 0, MEET = 1, SPLIT = 2, DENSE = 3, ROUND = 4 };  // the codes of kernels/linear/schedule.py
 
 struct Task {
     Parts parts;
@@ -65,10 +65,10 @@ struct Rectangles {
     }
 };
 
-template <int NT, int MODE>
-__device__ __forceinline__ int items_of(const Task& task, const Rectangle& r) {
+template <int NT>
+__device__ __forceinline__ int items_of(const Rectangle& r) {
     constexpr int TILES = Form<NT>::TILES;
-    return (r.tiles + TILES - 1) / TILES * (MODE == SLOT ? task.slices : 1);
+    return (r.tiles + TILES - 1) / TILES;
 }
 
 // What a warp has still to ask the copy engine for. Only lane 0 keeps one. An item is what a warp takes at a time: as
@@ -88,15 +88,13 @@ struct Requests {
         r.tiles = 0;
     }
     __device__ __forceinline__ bool open(const Task& task, int warp) {
-        for (int items; item >= (items = items_of<NT, MODE>(task, r));) {
+        for (int items; item >= (items = items_of<NT>(r));) {
             if (!rest.next(task, r)) return false;
             item = MODE == SPLIT ? item - items : warp;
         }
         const Part& part = task.parts.part[r.part];
         const int bytes = block_bytes(part.format);
-        const int first_tile = (MODE == SLOT ? item / task.slices : item) * TILES;
-        const int slice = MODE == SLOT ? item % task.slices : r.slice;
-        const int first = slice * SLICE_BLOCKS;
+        const int first_tile = item * TILES, first = r.slice * SLICE_BLOCKS;
         const int count = MODE == OWN ? task.blocks : min(task.blocks - first, SLICE_BLOCKS);
         tiles = min(r.tiles - first_tile, TILES);
         from = part.tiles + (static_cast<int64_t>(r.tile + first_tile) * task.blocks + first) * bytes;
@@ -185,35 +183,21 @@ __device__ __forceinline__ const Part& part_of(const Parts& parts, int tile) {
     return parts.part[which];
 }
 
-// Rounds once and stores. y: the sum over all slices.
-__device__ __forceinline__ void put(const Part& part, int row, int token, float y) {
-    if (row >= part.rows) return;
-    y *= part.alpha;
-    if (part.row_scale != nullptr) y *= part.row_scale[token * part.row_scale_stride];
-    const int64_t at = token * part.out_stride + row;
-    if (part.out_f32) static_cast<float*>(part.out)[at] = y;
-    else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
-}
-
-// PER_SM 2: half the registers of an SM. Where shared memory allows too, the block of the next launch finds room beside,
-// and its first weights are there when its tokens are. OWN then stages all slices together.
-template <int NT, int MODE, int PER_SM>
-__global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const __grid_constant__ Task task) {
-    constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS, THREADS = Form<NT>::THREADS;
+template <int NT, int MODE>
+__global__ void __launch_bounds__(Form<NT>::THREADS) linear_kernel(const __grid_constant__ Task task) {
+    constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS;
     constexpr int STAGE = Ring<TILES>::STAGE;
     extern __shared__ __align__(128) uint8_t memory[];
     let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    uint8_t* after = memory;  // rings | x | slots | undo | barriers
+    uint8_t* after = memory;  // rings | x | undo | barriers
     uint8_t* ring_bytes = after + warp * task.stages * STAGE;
     after += task.streams * task.stages * STAGE;
     Shared<NT> shared;
     shared.x = after;
     shared.stride = task.window * 1024 + 16;
     after += task.staged * shared.stride;
-    float* slots = reinterpret_cast<float*>(after);  // SLOT: [tile][slice][T][16]
-    if (MODE == SLOT) after += task.batch * task.slices * task.tokens * 16 * sizeof(float);
     shared.undo = reinterpret_cast<float*>(after);
     after += task.window * 8 * NT * sizeof(float);
     uint64_t* barriers = reinterpret_cast<uint64_t*>(after) + warp * task.stages;
@@ -241,7 +225,7 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const
     // sum of one slice, which is at `place` of the window, of up to TILES tiles; its scaling undone
     const auto multiply = [&](const Part& part, int tile, int tiles, int slice, int place) {
         const int count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
-        slice_product(sum, part, tile, tiles, slice, count, shared.x + place * 1024, rows, ring, refill);
+        slice_product(sum, part, part.format, tile, tiles, slice, count, shared.x + place * 1024, rows, ring, refill);
         const float* undo = shared.undo + place * 8 * NT + 2 * t;
         const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;
 #pragma unroll
@@ -254,17 +238,6 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const
             }
         }
     };
-    // f(row of the tile, token, value) for the lane's values of tokens that exist
-    const auto each = [&](const float(&values)[NT][4], auto&& f) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = 8 * n + 2 * t + i % 2;
-                if (token < task.tokens) f(g + i / 2 * 8, token, values[n][i]);
-            }
-    };
-
     if (MODE == SPLIT) {
         bool more = rest.next(task, r);
         for (int item = warp; more;) {
@@ -287,7 +260,7 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const
             for (; count > 0; --count) {
                 const Part& part = task.parts.part[r.part];
                 if (tokens.change(part, r.slice)) ++place;
-                const int items = items_of<NT, MODE>(task, r);
+                const int items = items_of<NT>(r);
                 for (; item < items; item += WARPS) {
                     const int first = item * TILES, tiles = min(r.tiles - first, TILES);
                     multiply(part, r.tile + first, tiles, r.slice, place);
@@ -318,47 +291,29 @@ __global__ void __launch_bounds__(Form<NT>::THREADS, PER_SM) linear_kernel(const
     };
     while (rest.next(task, r)) {
         const Part& part = task.parts.part[r.part];
-        if (MODE == OWN) {
-            const int first = warp * TILES, tiles = min(r.tiles - first, TILES);
-            if (PER_SM == 2) restage(part, 0);
-            float total[TILES][NT][4] = {};
-            for (int slice = 0; slice < task.slices; ++slice) {
-                const int place = PER_SM == 2 ? slice : slice % task.window;
-                if (PER_SM != 2 && place == 0) restage(part, slice);
-                if (tiles <= 0) continue;
-                multiply(part, r.tile + first, tiles, slice, place);
-#pragma unroll
-                for (int k = 0; k < TILES; ++k)
-#pragma unroll
-                    for (int n = 0; n < NT; ++n)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) total[k][n][i] += sum[k][n][i];
-            }
+        const int first = warp * TILES, tiles = min(r.tiles - first, TILES);
+        float total[TILES][NT][4] = {};
+        for (int slice = 0; slice < task.slices; ++slice) {
+            const int place = slice % task.window;
+            if (place == 0) restage(part, slice);
+            if (tiles <= 0) continue;
+            multiply(part, r.tile + first, tiles, slice, place);
 #pragma unroll
             for (int k = 0; k < TILES; ++k)
-                if (k < tiles) {
-                    const int row_of_tile = (r.tile + first + k) * TILE_ROWS;
-                    each(total[k], [&](int row, int token, float y) { put(part, row_of_tile + row, token, y); });
-                }
-        } else {
-            restage(part, 0);
-            for (int item = warp; item < r.tiles * task.slices; item += WARPS) {
-                const int slice = item % task.slices;
-                multiply(part, r.tile + item / task.slices, 1, slice, slice);
-                float* slot = slots + item * task.tokens * 16;
-                each(sum[0], [&](int row, int token, float y) { slot[token * 16 + row] = y; });
-            }
-            __syncthreads();
-            for (int i = threadIdx.x; i < r.tiles * task.tokens * 16; i += THREADS) {
-                const int row = i % 16, token = i / 16 % task.tokens, tile = i / 16 / task.tokens;
-                const float* slot = slots + (tile * task.slices * task.tokens + token) * 16 + row;
-                float y = 0.0f;
-#pragma unroll 4
-                for (int slice = 0; slice < task.slices; ++slice) y += slot[slice * task.tokens * 16];
-                put(part, (r.tile + tile) * TILE_ROWS + row, token, y);
-            }
-            __syncthreads();  // the next batch writes over the slots
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) total[k][n][i] += sum[k][n][i];
         }
+#pragma unroll
+        for (int k = 0; k < TILES; ++k)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int row = (r.tile + first + k) * TILE_ROWS + g + i / 2 * 8, token = 8 * n + 2 * t + i % 2;
+                    if (k < tiles && token < task.tokens) put(part, row, token, total[k][n][i]);
+                }
     }
 }
 
@@ -385,9 +340,9 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
         if (token + i % 2 < task.tokens) put(part, row + i / 2 * 8, token + i % 2, sum[i]);
 }
 
-template <int NT, int MODE, int PER_SM = 1>
+template <int NT, int MODE>
 cudaError_t run(const Task& task, int grid, size_t shared_bytes, cudaStream_t stream) {
-    auto kernel = linear_kernel<NT, MODE, PER_SM>;
+    auto kernel = linear_kernel<NT, MODE>;
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -446,39 +401,45 @@ __global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Part
 
 }  // namespace
 
-// parts: `count` structures in host memory; cuts [grid + 1] in host memory, copied into the launch.
+// parts: `count` structures in host memory; cuts [grid / ranks + 1] in host memory, copied into the launch. ranks,
+// height, cold: of the kernel for few tokens.
 extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
-                           int tokens, int columns, int mode, int window, int batch, int streams, int stages,
-                           int shared_bytes, cudaStream_t stream) {
+                           int tokens, int columns, int mode, int window, int batch, int streams,
+                           int stages, int ranks, int height, int cold, int shared_bytes, cudaStream_t stream) {
     if (count < 1 || count > MAX_PARTS) return cudaErrorInvalidValue;
-    Task task = {};  // all of it: a graph holds every byte, also of parts that are not there
-    for (int i = 0; i < count; ++i) task.parts.part[i] = parts[i];
-    task.parts.count = count, task.parts.tiles = tiles;
-    task.blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    Parts table = {};  // all of it: a graph holds every byte, also of parts that are not there
+    for (int i = 0; i < count; ++i) table.part[i] = parts[i];
+    table.count = count, table.tiles = tiles;
+    const int blocks = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     if (mode == DENSE) {
-        const int64_t warps = static_cast<int64_t>(tiles) * task.blocks;
-        return launch(dense_kernel, (warps + 7) / 8, 1, 256, 0, 1, stream, task.parts, task.blocks, columns);
+        const int64_t warps = static_cast<int64_t>(tiles) * blocks;
+        return launch(dense_kernel, (warps + 7) / 8, 1, 256, 0, 1, stream, table, blocks, columns);
     }
     if (mode == ROUND) {
         const int64_t threads = static_cast<int64_t>(tiles) * TILE_ROWS * tokens;
-        return launch(round_kernel, (threads + 255) / 256, 1, 256, 0, 1, stream, task.parts, partials, tokens);
+        return launch(round_kernel, (threads + 255) / 256, 1, 256, 0, 1, stream, table, partials, tokens);
     }
-    if (grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64) return cudaErrorInvalidValue;
+    if (grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64 || ranks < 1 || grid % ranks)
+        return cudaErrorInvalidValue;
+    const int slices = (blocks + SLICE_BLOCKS - 1) / SLICE_BLOCKS;
+    if (tokens <= FEW_TOKENS) {
+        if (mode == SPLIT) return cudaErrorInvalidValue;
+        Few task = {};
+        task.parts = table, task.cold = cold;
+        for (int i = 0; i <= grid / ranks; ++i) task.cuts[i] = cuts[i];
+        task.tokens = tokens, task.columns = columns, task.blocks = blocks, task.slices = slices;
+        task.ranks = ranks, task.window = window, task.batch = batch, task.stages = stages;
+        return start_few(task, grid, height, mode == OWN, shared_bytes, stream);
+    }
+    Task task = {};
+    task.parts = table;
     for (int i = 0; i <= grid; ++i) task.cuts[i] = cuts[i];
     task.partials = partials;
-    task.tokens = tokens, task.columns = columns;
-    task.slices = (task.blocks + SLICE_BLOCKS - 1) / SLICE_BLOCKS;
-    task.staged = tokens <= 8 ? tokens : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+    task.tokens = tokens, task.columns = columns, task.blocks = blocks, task.slices = slices;
+    task.staged = tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
     task.window = window, task.batch = batch, task.streams = streams, task.stages = stages;
-    const size_t bytes = shared_bytes;
-    if (tokens <= 8) {
-        auto go = mode == SLOT ? run<1, SLOT, 2> : mode == SPLIT ? run<1, SPLIT, 2> : run<1, OWN, 2>;
-        if (mode == OWN && (bytes > ROOM_FOR_TWO || window < task.slices)) go = run<1, OWN>;
-        return go(task, grid, bytes, stream);
-    }
-    if (mode == SLOT) return cudaErrorInvalidValue;
     auto go = tokens <= 16   ? (mode == OWN ? run<2, OWN> : run<2, SPLIT>)
               : tokens <= 32 ? (mode == OWN ? run<4, OWN> : run<4, SPLIT>)
                              : (mode == OWN ? run<8, OWN> : run<8, SPLIT>);
-    return go(task, grid, bytes, stream);
+    return mode == MEET ? cudaErrorInvalidValue : go(task, grid, shared_bytes, stream);
 }

@@ -111,7 +111,8 @@ class LinearOperand:
 def linear_operand(*projections: Projection | Weight, act: Act) -> LinearOperand:
     """Join projections of one input; a bare Weight takes the defaults of Projection.
 
-    Weights on a GPU are repacked, and the operand keeps nothing of the form they came in.
+    Weights on a GPU are repacked, and the operand keeps nothing of the form they came in; what is packed already, by
+    another operand, is shared.
     """
     every = tuple(p if isinstance(p, Projection) else Projection(p) for p in projections)
     widths = {p.weight.shape[-1] for p in every}
@@ -122,7 +123,7 @@ def linear_operand(*projections: Projection | Weight, act: Act) -> LinearOperand
         kinds.setdefault("none" if p.plain else treatment(p.weight.format, act), []).append(place)
     weights = [p.weight for p in every]
     launcher = None
-    if any(isinstance(w, Weight) and w.device.type == "cuda" for w in weights):
+    if any((w.device if isinstance(w, Weight) else w.tiles.device).type == "cuda" for w in weights):
         weights = [tiled(w) if isinstance(w, Weight) else w for w in weights]
         every = tuple(replace(p, weight=w) for p, w in zip(every, weights, strict=True))
         launcher = Launcher([w for w in weights if isinstance(w, Tiled)])

@@ -1,8 +1,7 @@
-"""How a launch of linear spreads its tiles over the blocks of a GPU (the three modes of linear.cu).
+"""How a launch of more than eight tokens spreads its tiles over the blocks of a GPU (modes OWN and SPLIT of linear.cu).
 
 Every block streams weights at the same rate, so each gets the same bytes. Splitting a tile between blocks costs a trip
-through memory and a second kernel, about as long as one block reads WORTH bytes: whole tiles are given out where that
-leaves nobody further behind.
+through memory and a second kernel: where there are tiles enough, whole ones are given out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from dsv4.errors import KernelError
 
-OWN, SLOT, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
+OWN, MEET, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
 #: Where more than 32 tokens are multiplied, 8 warps take two tiles at a time each (Form in linear.cuh).
 _PAIRS_FROM = 33
@@ -22,13 +21,7 @@ TOKENS = 64  #: at most, in one launch
 MAX_STAGES = 4  #: of the rings of 16 warps; fewer rings may have more stages
 _FEW_RINGS_STAGES = 8
 _WINDOW = 4  #: slices that SPLIT stages together, where they fit
-WORTH = 56 << 10
-SMALL = (
-    200 << 10
-)  #: bytes of weights for a block, up to which what a launch begins with counts more than how it streams
 _ROUND, _ROUND_TOKEN = 16 << 10, 1 << 10  #: bytes that a block reads while a warp multiplies another item
-_FEW_TOKENS = 8  # one n-tile
-_SLOTS = 64  # slices whose sums wait in shared memory
 _WHOLE = 1 << 30
 
 
@@ -43,56 +36,42 @@ class Plan:
     streams: int
     stages: int
     shared_bytes: int
+    ranks: int = 1  # blocks of a cluster, of which cuts are
+    height: int = 1  # tiles that a warp multiplies at a time; more than eight tokens decide it themselves
 
     @property
     def grid(self) -> int:
-        return len(self.cuts) - 1
+        return (len(self.cuts) - 1) * self.ranks
 
 
 @functools.cache
 def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processors: int, shared_limit: int) -> Plan:
-    """parts: (tiles, bytes of a block) of each; blocks: 64 column blocks of a tile; shared_limit: bytes per block."""
+    """parts: (tiles, bytes of a block) of each; blocks: 64 column blocks of a tile; tokens: 9 to 64 (fewer:
+    schedule_few.py); shared_limit: bytes per block.
+    """
     slices = -(-blocks // SLICE_BLOCKS)
-    tiles = sum(count for count, _ in parts)
-
+    chunks = -(-SLICE_BLOCKS // min(CHUNK // block for _, block in parts))  # of a slice
     height = _height(tokens)
 
     def fitted(
-        mode: int,
-        cuts: tuple[int, ...],
-        window: int,
-        batch: int,
-        fewest: int,
-        items: int,
-        streams: int = WARPS // height,
+        mode: int, cuts: tuple[int, ...], window: int, batch: int, items: int, streams: int = WARPS // height
     ) -> Plan | None:
         most = MAX_STAGES if streams * height == WARPS else min(MAX_STAGES * WARPS // streams, _FEW_RINGS_STAGES)
-        most = max(min(most, chunks * -(-items // streams)), fewest)
-        small = tokens <= _FEW_TOKENS and mode != SPLIT and total <= SMALL * processors
-        for limit in (_half(shared_limit), shared_limit) if small else (shared_limit,):
-            for stages in range(most, fewest - 1, -1):
-                slots = batch * slices * tokens * 64 if mode == SLOT else 0
-                shared = _shared_bytes(tokens, window, streams, stages) + slots
-                if shared <= limit:
-                    return Plan(mode, cuts, window, batch, streams, stages, shared)
+        for stages in range(max(min(most, chunks * -(-items // streams)), 2), 1, -1):
+            shared = _shared_bytes(tokens, window, streams, stages)
+            if shared <= shared_limit:
+                return Plan(mode, cuts, window, batch, streams, stages, shared)
         return None
 
-    total = blocks * sum(count * block for count, block in parts)
-    whole, behind = _by_tiles(parts, blocks, processors)
-    busiest = max(b - a for a, b in pairwise(whole))
-    found, chunks = None, -(-SLICE_BLOCKS // min(CHUNK // block for _, block in parts))  # chunks of a slice
-    if slices == 1 or tiles >= (WARPS - 2) * processors:
-        items = busiest * slices
-        found = fitted(OWN, whole, slices, WARPS, 2, items) or fitted(OWN, whole, 1, WARPS, 2, items)
-    elif tokens <= _FEW_TOKENS and behind <= WORTH:
-        most = min(busiest, max(_SLOTS // slices, 1))
-        items = busiest * slices
-        found = fitted(SLOT, whole, slices, most, 2, items) or fitted(SLOT, whole, slices, 1, 2, items)
+    found = None
+    if slices == 1 or sum(count for count, _ in parts) >= (WARPS - 2) * processors:
+        whole, _ = by_tiles(parts, blocks, processors)
+        items = max(b - a for a, b in pairwise(whole)) * slices
+        found = fitted(OWN, whole, slices, WARPS, items) or fitted(OWN, whole, 1, WARPS, items)
     if found is None:
         cuts, items = _by_slices(parts, blocks, processors, height, tokens)
-        streams = min(items, WARPS // height)
         for window in (_WINDOW, 2, 1):
-            found = found or fitted(SPLIT, cuts, window, _WHOLE, 2, items, streams)
+            found = found or fitted(SPLIT, cuts, window, _WHOLE, items, min(items, WARPS // height))
     if found is None:
         raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
     return found
@@ -106,11 +85,6 @@ def tokens_at_once(shared_limit: int) -> int:
     raise KernelError(f"linear: the GPU has {shared_limit} bytes of shared memory per block, too few for its rings")
 
 
-def _half(shared_limit: int) -> int:
-    """What a block may take so that two fit: a processor has 1 KB more than the most a block may ask for, twice."""
-    return shared_limit // 2 - 1024
-
-
 def _height(tokens: int) -> int:
     """Tiles that a warp multiplies at a time."""
     return 2 if tokens >= _PAIRS_FROM else 1
@@ -118,13 +92,12 @@ def _height(tokens: int) -> int:
 
 def _shared_bytes(tokens: int, window: int, streams: int, stages: int) -> int:
     padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
-    staged = tokens if tokens <= _FEW_TOKENS else padded
     rings = streams * stages * (CHUNK * _height(tokens) + 8)
-    return rings + staged * (window * SLICE_BYTES + 16) + window * padded * 4
+    return rings + padded * (window * SLICE_BYTES + 16) + window * padded * 4
 
 
 @functools.cache
-def _by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[tuple[int, ...], int]:
+def by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[tuple[int, ...], int]:
     """Cuts between whole tiles that give the busiest block the fewest bytes, and how many more than a fair share.
 
     A tile of more bytes than that, of a wider format, is a block's only one.

@@ -8,7 +8,8 @@ import torch
 
 from dsv4.errors import KernelError
 from dsv4.kernels.linear.launch import _Part
-from dsv4.kernels.linear.schedule import MAX_STAGES, OWN, SLOT, SPLIT, WORTH, plan, tokens_at_once
+from dsv4.kernels.linear.schedule import MEET, OWN, SPLIT, plan, tokens_at_once
+from dsv4.kernels.linear.schedule_few import FEW_TOKENS, plan_few
 from dsv4.kernels.linear.test_linear import weights_of
 from dsv4.kernels.linear.tiled import TiledRows, tiled, tiled_groups
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, PlainWeight
@@ -27,30 +28,36 @@ OPERANDS = {
 }
 
 
+def spread(name, tokens, gpu):
+    return (plan_few if tokens <= FEW_TOKENS else plan)(*OPERANDS[name], tokens, *gpu)
+
+
 @pytest.mark.parametrize("gpu", [H200, RTX, (3, 231424)], ids=str)
 @pytest.mark.parametrize("name", OPERANDS)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 64])
 def test_every_unit_goes_to_one_block(name, tokens, gpu):
     parts, blocks = OPERANDS[name]
     tokens = min(tokens, tokens_at_once(gpu[1]))
-    how = plan(parts, blocks, tokens, *gpu)
+    how = spread(name, tokens, gpu)
     tiles = sum(count for count, _ in parts)
     units = tiles * -(-blocks // 8) if how.mode == SPLIT else tiles
     assert how.cuts[0] == 0 and how.cuts[-1] == units and list(how.cuts) == sorted(set(how.cuts))
-    assert how.grid <= gpu[0] and how.shared_bytes <= gpu[1] and how.stages >= 2
-    assert how.mode != SLOT or tokens <= 8
+    assert how.grid <= gpu[0] and how.shared_bytes <= gpu[1] and how.stages >= (1 if tokens <= FEW_TOKENS else 2)
+    assert (how.mode == MEET or how.mode == OWN) if tokens <= FEW_TOKENS else how.mode != MEET
+    assert how.ranks * how.window >= -(-blocks // 8) or how.mode != MEET
 
 
 def test_blocks_get_equal_shares():
-    for name, share in (("wq_b", 1.05), ("head", 1.02), ("wo_b", 1.04), ("gate", 1.1), ("in_proj", 2), ("native", 1)):
+    for name, share in (("wq_b", 1.05), ("head", 1.02), ("wo_b", 1.04), ("gate", 1.1), ("in_proj", 2), ("native", 1.1)):
         parts, blocks = OPERANDS[name]
         for tokens in (1, 64):
-            how = plan(parts, blocks, tokens, *H200)
+            how = spread(name, tokens, H200)
             size = [block * blocks for count, block in parts for _ in range(count)]
             if how.mode == SPLIT:
                 size = [block * 8 for _ in range(blocks // 8) for count, block in parts for _ in range(count)]
-            busiest = max(sum(size[a:b]) for a, b in zip(how.cuts, how.cuts[1:], strict=False))
-            assert busiest <= share * sum(size) / H200[0] + (WORTH if share == 1 else 0)
+            busiest = max(sum(size[a:b]) for a, b in pairwise(how.cuts)) / how.ranks
+            # whole tiles of BF16 are one to a block, however few they are
+            assert busiest <= max(share * sum(size) / H200[0], max(size) if how.mode == MEET else 0)
 
 
 def test_many_tokens_meet_pairs_of_tiles():
@@ -64,17 +71,23 @@ def test_many_tokens_meet_pairs_of_tiles():
         assert -(-rounds // 8) == -(-tiles * (blocks // 8) // (2 * 8 * H200[0]))  # no block takes one more than needed
 
 
-def test_up_to_eight_tokens_leave_room_for_the_next_launch():
-    for name in ("in_proj", "wq_b", "wo_b", "wo_a", "gate"):
-        assert plan(*OPERANDS[name], 1, *H200).shared_bytes <= 113 << 10  # ROOM_FOR_TWO in linear.cu
-    assert plan(*OPERANDS["head"], 1, *H200).stages == MAX_STAGES  # a long stream wants all of it
+def test_up_to_eight_tokens_never_share_a_processor():
+    for name in OPERANDS:
+        for tokens in (1, 8):
+            assert 2 * (spread(name, tokens, H200).shared_bytes + 1024) > 228 << 10
+
+
+def test_up_to_eight_tokens_take_pairs_of_tiles_where_warps_have_enough():
+    heights = {name: spread(name, 1, H200).height for name in OPERANDS}
+    assert heights["wq_b"] == heights["wo_a"] == heights["wo_b"] == heights["head"] == 2
+    assert heights["in_proj"] == heights["gate"] == 1  # BF16 beside NVFP4: one by one
+    assert spread("wo_b", 8, H200).ranks == 2 and spread("wo_b", 1, H200).ranks == 1  # halves what is staged
 
 
 def test_large_matrices_stay_whole_and_few_tokens_meet_in_shared_memory():
-    modes = {name: [plan(*OPERANDS[name], tokens, *H200).mode for tokens in (1, 64)] for name in OPERANDS}
-    assert modes["wq_b"] == modes["head"] == [OWN, OWN]
-    assert modes["wo_a"] == modes["wo_b"] == [SLOT, SPLIT]
-    assert modes["gate"] == [SPLIT, SPLIT]
+    modes = {name: [spread(name, tokens, H200).mode for tokens in (1, 64)] for name in OPERANDS}
+    assert modes["head"] == [OWN, OWN] and modes["wq_b"] == [MEET, OWN]
+    assert modes["wo_a"] == modes["wo_b"] == modes["gate"] == [MEET, SPLIT]
 
 
 def test_a_gpu_without_room_is_refused():

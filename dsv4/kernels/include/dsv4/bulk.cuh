@@ -24,11 +24,19 @@ __device__ __forceinline__ void bulk_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// `bytes` (a multiple of 16) from `source` to `target` (both aligned to 16), counted by the barrier.
+// For what is read once a step: it is the first to leave the L2 cache, where code, arguments and activations stay.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// `bytes` (a multiple of 16) of weights from `source` to `target` (both aligned to 16), counted by the barrier.
 __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-        "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            target),
+        "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier), "l"(read_once())
         : "memory");
 }
 

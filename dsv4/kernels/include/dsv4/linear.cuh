@@ -70,6 +70,16 @@ struct Ring {
     }
 };
 
+// Rounds once and stores. y: the sum over all slices.
+__device__ __forceinline__ void put(const Part& part, int row, int token, float y) {
+    if (row >= part.rows) return;
+    y *= part.alpha;
+    if (part.row_scale != nullptr) y *= part.row_scale[token * part.row_scale_stride];
+    const int64_t at = token * part.out_stride + row;
+    if (part.out_f32) static_cast<float*>(part.out)[at] = y;
+    else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
+}
+
 // Where a lane's columns of the staged window lie: token 8 n + g. Of a single n-tile only the tokens there are take
 // space, and the others read the last one; beyond that rows are staged by eights, and what lies in the surplus ones
 // reaches only sums that nobody takes.
@@ -172,24 +182,24 @@ __device__ __forceinline__ void plain_block(float (&sum)[TILES][NT][4], const ui
     }
 }
 
-// sum = a slice, of `blocks` blocks, of `tiles` tiles from `tile` on, times the tokens. x: the slice of the staged
-// window. The caller refills the ring after each chunk through `next`. Where fewer tiles are left than a warp
+// sum = a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
+// staged window. The caller refills the ring after each chunk through `next`. Where fewer tiles are left than a warp
 // multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes.
 template <int TILES, int NT, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int tile, int tiles, int slice,
-                                              int blocks, const uint8_t* x, const Rows<NT>& rows, Ring<TILES>& ring,
-                                              Next&& next) {
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int format, int tile, int tiles,
+                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows,
+                                              Ring<TILES>& ring, Next&& next) {
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[t][n][i] = 0.0f;
-    if (part.format == NVFP4) {
+    if (format == NVFP4) {
         for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
             const uint8_t* chunk = ring.wait();
             if (NT == 1 && blocks - done >= 4) {
-#pragma unroll
+#pragma unroll(TILES == 1 ? 4 : 2)
                 for (int k = 0; k < 4; ++k) nvfp4_block(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
             } else {
 #pragma unroll 1
@@ -198,7 +208,7 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
             }
             next(ring);
         }
-    } else if (part.format == FP8) {
+    } else if (format == FP8) {
         const int lane = threadIdx.x % 32, column = slice * (SLICE / 128) + lane;
         float scales[TILES];
 #pragma unroll
