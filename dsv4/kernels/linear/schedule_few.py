@@ -67,8 +67,12 @@ def _spreads(
         cuts, _ = by_tiles(parts, blocks, processors // ranks)
         window = -(-slices // ranks)
         busiest = max(sum(bytes_of[a:b]) for a, b in pairwise(cuts))
-        busiest *= (_ALONE if busiest == max(bytes_of) > min(bytes_of) else 1) * window / slices
-        yield busiest + tokens * window * SLICE_BYTES / _STAGED + (ranks > 1) * _MEETING, ranks, cuts
+        pace = _ALONE if busiest == max(bytes_of) > min(bytes_of) else 1.0
+        yield (
+            busiest * pace * window / slices + tokens * window * SLICE_BYTES / _STAGED + (ranks > 1) * _MEETING,
+            ranks,
+            cuts,
+        )
 
 
 def _fitted(
