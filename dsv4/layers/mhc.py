@@ -5,6 +5,7 @@ A sublayer's way is enter, sublayer, leave; between two sublayers, leaving and e
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from dsv4.kernels.mhc_head.mhc_head import mhc_head
 from dsv4.kernels.mhc_post.mhc_post import mhc_post
 from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
+from dsv4.kernels.mhc_seam.peers import RANKS, ROWS, Peers, inbox_words
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
 from dsv4.layers.scope import Scope
+from dsv4.parallel.mesh import Mesh
 
 
 class Streams(NamedTuple):
@@ -27,15 +30,18 @@ class Streams(NamedTuple):
     post: Tensor  # [T, M] f32: how its output goes back
     comb: Tensor  # [T, M, M] f32: how the streams mix meanwhile
 
-    def leave(self, y: Tensor) -> Tensor:
-        """The sublayer's output y [T, D] -> the streams [T, M, D] after its site."""
+    def leave(self, y: Tensor, tp: Mesh | None) -> Tensor:
+        """The sublayer's output y [T, D] -> the streams [T, M, D] after its site. With `tp`, y f32 is a rank's part."""
+        if tp is not None:
+            y = tp.all_reduce(y, self.h.dtype)
         return mhc_post(y, self.h, self.post, self.comb)
 
 
 class Site:
     """One sublayer's connection to the streams: `hc_attn_*` and `attn_norm`, or `hc_ffn_*` and `ffn_norm`."""
 
-    def __init__(self, scope: Scope, name: str, config: ModelConfig):
+    def __init__(self, scope: Scope, name: str, config: ModelConfig, tp: Mesh | None):
+        self.tp, self.peers = tp, None if tp is None else peers_of(tp)
         self.fn, self.base, scale = (scope.f32(f"hc_{name}_{part}") for part in ("fn", "base", "scale"))
         streams = config.hc_mult
         rows = torch.tensor([streams, streams, streams**2], device=scale.device)
@@ -51,7 +57,12 @@ class Site:
         return Streams(h, rms_norm(x, self.norm, self.eps), post, comb)
 
     def seam(self, y: Tensor, before: Streams) -> Streams:
-        """Leave the site before, with its sublayer's output y [T, D], and enter this one; `.h` lie between."""
+        """Leave the site before, with its sublayer's output y [T, D], and enter this one; `.h` lie between. With `tp`,
+        y f32 is a rank's part.
+        """
+        peers = self.peers if len(y) <= ROWS else None
+        if self.tp is not None and peers is None:
+            y = self.tp.all_reduce(y, before.h.dtype)
         h, x, post, comb = mhc_seam(
             y,
             before.h,
@@ -64,8 +75,16 @@ class Site:
             sinkhorn_iters=self.iters,
             hc_eps=self.hc_eps,
             norm_eps=self.eps,
+            peers=peers,
         )
         return Streams(h, x, post, comb)
+
+
+@cache
+def peers_of(tp: Mesh) -> Peers | None:
+    """With whom a seam adds up a few rows by itself; None where ranks cannot write each other's memory."""
+    inboxes = tp.inboxes(inbox_words(tp.size)) if tp.size <= RANKS else None
+    return None if inboxes is None else Peers.of(tp.rank, inboxes, torch.device(tp.device), tp.comm.add)
 
 
 class StreamHead:

@@ -1,4 +1,7 @@
-"""What ranks tell each other: partial sums, shares of logits, and a text. The order of every sum is that of ranks."""
+"""What ranks tell each other: partial sums, shares of logits, and a text. The order of every sum is that of ranks.
+
+A kernel may add up by itself (mhc_seam does, in a decode step); ranks then meet in inboxes.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,12 @@ class Comm(ABC):
         if x.dtype != torch.float32:
             raise KernelError(f"all_reduce: partial sums are float32, got {x.dtype}")
         return self.add(x.contiguous()).to(dtype)
+
+    def inboxes(self, words: int) -> list[int] | None:
+        """Memory of `words` int64, zeros, of each rank that all of them may write: its addresses in the order of ranks.
+        It is never freed. None where ranks cannot write each other's memory.
+        """
+        return None
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Each rank's columns x [T, N] -> [T, size * N] in the order of ranks, in `out` if it is given."""
@@ -99,7 +108,8 @@ class GpuComm(Comm):
             assert group is not None
             self._group = group.group_name
             self._buffer = symmetric_memory.empty(SYMMETRIC_BYTES // 4, dtype=torch.float32, device=device)
-            self._handle = symmetric_memory.rendezvous(self._buffer, group)
+            self._ranks, self._handle = group, symmetric_memory.rendezvous(self._buffer, group)
+            self._inboxes: list[Tensor] = []
         dist.barrier(device_ids=[device.index])  # NCCL connects now, not in a capture
 
     def add(self, x: Tensor) -> Tensor:
@@ -110,6 +120,18 @@ class GpuComm(Comm):
             return total.view(x.shape)
         dist.all_reduce(x)
         return x
+
+    def inboxes(self, words: int) -> list[int] | None:
+        if not self.symmetric:
+            return None
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        inbox = symmetric_memory.empty(words, dtype=torch.int64, device=self.device).zero_()
+        torch.cuda.synchronize(self.device)
+        addresses = list(symmetric_memory.rendezvous(inbox, self._ranks).buffer_ptrs)
+        dist.barrier(device_ids=[self.device.index])  # zeros everywhere, before anybody writes
+        self._inboxes.append(inbox)
+        return addresses
 
     def gather(self, x: Tensor, out: Tensor) -> None:
         if self.symmetric and x.nbytes <= SYMMETRIC_BYTES:

@@ -42,6 +42,10 @@ class Mesh:
         """The ranks' partial sums x [T, D] f32 -> their sum, rounded once to `dtype`; see Comm.all_reduce."""
         return self.comm.all_reduce(x, dtype)
 
+    def inboxes(self, words: int) -> list[int] | None:
+        """Memory of each rank that all of them may write; see Comm.inboxes."""
+        return self.comm.inboxes(words)
+
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Each rank's columns x [T, N] -> [T, size * N]; see Comm.all_gather."""
         return self.comm.all_gather(x, out)

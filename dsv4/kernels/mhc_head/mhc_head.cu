@@ -8,9 +8,9 @@ namespace {
 
 __device__ Words<HEAD> words;
 
-template <typename T>
+template <int TT, typename T>
 __global__ void __launch_bounds__(Shape<HEAD>::WORKERS, 2) mhc_head(const __grid_constant__ Args<T> a) {
-    enter_few(a, words);
+    enter_few<HEAD, TT>(a, words);
 }
 
 template <int TT, typename T>
@@ -29,9 +29,10 @@ cudaError_t go(const void* h, const float* fn, const float* base, const float* s
     const bool wide = D % wide_elements<T> == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
     Args<T> args = {};
     args.h = static_cast<const T*>(h), args.fn = fn, args.base = base, args.scale = scale;
-    args.x_out = static_cast<T*>(x), args.shares = shares, args.tokens = tokens, args.D = D;
+    args.x_out = static_cast<T*>(x), args.shares = reinterpret_cast<float4*>(shares), args.tokens = tokens, args.D = D;
     args.hc_eps = hc_eps, args.norm_eps = norm_eps, args.wide = wide;
-    return run<HEAD>(mhc_head<T>, mhc_head_shares<4, T>, mhc_head_shares<8, T>, mhc_head_end<T>, args, stream);
+    const Kernels<T> kernels = {mhc_head<1, T>, mhc_head<2, T>, mhc_head_shares<4, T>, mhc_head_shares<8, T>, mhc_head_end<T>};
+    return run<HEAD>(kernels, args, stream);
 }
 
 }  // namespace

@@ -36,5 +36,7 @@ def mhc_head(
     same_device("mhc_head", h.device, fn=fn, base=base, scale=scale)
     out = result("mhc_head", out, (tokens, width), h.dtype, h.device)
     code = dtype_code("mhc_head", "h", h)
-    _KERNEL(h.device, h, fn, base, scale, out, shares_of("mhc_head", h, streams), tokens, width, hc_eps, norm_eps, code)
+    _KERNEL(
+        h.device, h, fn, base, scale, out, shares_of("mhc_head", h, streams + 1), tokens, width, hc_eps, norm_eps, code
+    )
     return out

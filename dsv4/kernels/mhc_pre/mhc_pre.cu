@@ -8,9 +8,9 @@ namespace {
 
 __device__ Words<PRE> words;
 
-template <typename T>
+template <int TT, typename T>
 __global__ void __launch_bounds__(Shape<PRE>::WORKERS, 2) mhc_pre(const __grid_constant__ Args<T> a) {
-    enter_few(a, words);
+    enter_few<PRE, TT>(a, words);
 }
 
 template <int TT, typename T>
@@ -30,10 +30,11 @@ cudaError_t go(const void* h, const float* fn, const float* base, const float* s
     const bool wide = D % wide_elements<T> == 0 && aligned16(h) && aligned16(fn) && aligned16(x);
     Args<T> args = {};
     args.h = static_cast<const T*>(h), args.fn = fn, args.base = base, args.scale = scale;
-    args.x_out = static_cast<T*>(x), args.post_out = post, args.comb_out = comb, args.shares = shares;
+    args.x_out = static_cast<T*>(x), args.post_out = post, args.comb_out = comb, args.shares = reinterpret_cast<float4*>(shares);
     args.tokens = tokens, args.D = D, args.iters = iters, args.hc_eps = hc_eps, args.norm_eps = norm_eps;
     args.wide = wide;
-    return run<PRE>(mhc_pre<T>, mhc_pre_shares<4, T>, mhc_pre_shares<8, T>, mhc_pre_end<T>, args, stream);
+    const Kernels<T> kernels = {mhc_pre<1, T>, mhc_pre<2, T>, mhc_pre_shares<4, T>, mhc_pre_shares<8, T>, mhc_pre_end<T>};
+    return run<PRE>(kernels, args, stream);
 }
 
 }  // namespace

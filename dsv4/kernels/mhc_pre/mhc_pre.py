@@ -33,9 +33,9 @@ def mhc_pre(
     fn [O, M*D], base [O]: `hc_{attn,ffn}_{fn,base}`, O = (2+M)*M rows ordered pre | post | comb; scale [O]: the three
     of `hc_{attn,ffn}_scale`, each repeated for the rows it multiplies.
     pre = sigmoid(.) + hc_eps, post = 2 sigmoid(.), comb = Sinkhorn of the M x M rest, ending on a column step.
-    All in float32; x = sum_j pre_j h_j is rounded once. A row's bits do not depend on T. One launch up to T = 4, two
-    beyond; launches of a device must follow one another (blocks of one launch tell each other sums in one place). Reads
-    T*M*D*2 + (2+M)*M*M*D*4 bytes.
+    All in float32; x = sum_j pre_j h_j is rounded once. A row's bits do not depend on T. One launch up to T = 8, two
+    beyond, or where the blocks of one do not all run at once; launches of a device must follow one another (blocks of
+    one launch tell each other sums in one place). Reads T*M*D*2 + (2+M)*M*M*D*4 bytes.
     """
     mixes = (2 + h.shape[1]) * h.shape[1]
     tokens, streams, width = four_streams("mhc_pre", h, fn, mixes)
@@ -46,5 +46,5 @@ def mhc_pre(
     post = result("mhc_pre", given[1], (tokens, streams), torch.float32, h.device)
     comb = result("mhc_pre", given[2], (tokens, streams, streams), torch.float32, h.device)
     numbers = tokens, width, sinkhorn_iters, hc_eps, norm_eps, dtype_code("mhc_pre", "h", h)
-    _KERNEL(h.device, h, fn, base, scale, x, post, comb, shares_of("mhc_pre", h, mixes), *numbers)
+    _KERNEL(h.device, h, fn, base, scale, x, post, comb, shares_of("mhc_pre", h, mixes + 1), *numbers)
     return x, post, comb

@@ -8,11 +8,12 @@ from torch import Tensor
 from dsv4.errors import KernelError
 
 COLUMNS, WIDEST = 64, 8192  # of a block; of a token
+PER_WORD = 3  # sums in 16 bytes
 
 
-def shares_of(name: str, h: Tensor, rows: int) -> Tensor:
-    """h [T, M, D] -> memory [T, D / 64, rows + 1] f32: a block's part of a token's mixes and sum of squares."""
+def shares_of(name: str, h: Tensor, sums: int) -> Tensor:
+    """h [T, M, D] -> memory [T, sums / 3, D / 64, 4] f32: a block's part of a token's sums, three to a word."""
     tokens, _, width = h.shape
     if width > WIDEST:
         raise KernelError(f"{name}: D = {width}; the kernel is written for at most {WIDEST}")
-    return torch.empty(tokens, -(-width // COLUMNS), rows + 1, dtype=torch.float32, device=h.device)
+    return torch.empty(tokens, -(-sums // PER_WORD), -(-width // COLUMNS), 4, dtype=torch.float32, device=h.device)

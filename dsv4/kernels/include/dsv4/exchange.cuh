@@ -1,39 +1,37 @@
-// What the blocks of one launch tell each other through the L2 cache, one way, in one trip: a value and the number of the
-// turn, in one access of 8 bytes. Who reads the number of this turn has its value; words need not be cleared, since the
-// number only grows. All blocks that exchange must be running at once, and launches that use the same words must follow
-// one another.
+// What blocks tell each other, one way, in one trip: values and the number of the turn in one access. Who reads the number
+// of this turn has its values; words need not be cleared, since the number only grows. All blocks that exchange must be
+// running at once, and launches that use the same words must follow one another.
+//
+// Blocks of one launch meet in the L2 cache, with three values to a word of 16 bytes. Ranks meet in each other's memory,
+// over NVLink, with two values that bring the number each: 8 bytes arrive together there.
 #pragma once
 #include <cstdint>
 
 namespace dsv4::exchange {
 
-__device__ __forceinline__ void tell(uint64_t* word, float value, uint32_t turn) {
-    const uint64_t both = static_cast<uint64_t>(turn) << 32 | __float_as_uint(value);
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(both) : "memory");
+constexpr int PER_WORD = 3;
+
+struct __align__(16) Word {
+    float values[PER_WORD];
+    uint32_t turn;
+};
+
+__device__ __forceinline__ void tell(Word* word, const float (&values)[PER_WORD], uint32_t turn) {
+    const uint64_t low = static_cast<uint64_t>(__float_as_uint(values[1])) << 32 | __float_as_uint(values[0]);
+    const uint64_t high = static_cast<uint64_t>(turn) << 32 | __float_as_uint(values[2]);
+    asm volatile("{.reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w;}" ::"l"(word), "l"(low), "l"(high)
+                 : "memory");
 }
 
-__device__ __forceinline__ uint64_t look(const uint64_t* word) {
-    uint64_t both;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(word) : "memory");
-    return both;
-}
-
-// The sum, in this order, of words[0], words[step], .. for `count` <= N of them; waits for each. All are asked for at
-// once.
-template <int N>
-__device__ __forceinline__ float hear_sum(const uint64_t* words, int count, int step, uint32_t turn) {
-    uint64_t both[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        if (i < count) both[i] = look(words + i * step);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-        if (i < count) {
-            while (static_cast<uint32_t>(both[i] >> 32) != turn) both[i] = look(words + i * step);
-            sum += __uint_as_float(static_cast<uint32_t>(both[i]));
-        }
-    return sum;
+__device__ __forceinline__ Word look(const Word* word) {
+    uint64_t low, high;
+    asm volatile("{.reg .b128 w; ld.relaxed.gpu.global.b128 w, [%2]; mov.b128 {%0, %1}, w;}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(word)
+                 : "memory");
+    return {{__uint_as_float(static_cast<uint32_t>(low)), __uint_as_float(static_cast<uint32_t>(low >> 32)),
+             __uint_as_float(static_cast<uint32_t>(high))},
+            static_cast<uint32_t>(high >> 32)};
 }
 
 // The number of the last turn. The L1 cache may hold an older one.
@@ -41,6 +39,30 @@ __device__ __forceinline__ uint32_t last_turn(const uint32_t* turns) {
     uint32_t turn;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(turns) : "memory");
     return turn;
+}
+
+struct Pair {
+    uint64_t words[2];
+    __device__ bool of(uint32_t turn) const {
+        return static_cast<uint32_t>(words[0] >> 32) == turn && static_cast<uint32_t>(words[1] >> 32) == turn;
+    }
+    __device__ float value(int i) const { return __uint_as_float(static_cast<uint32_t>(words[i])); }
+};
+
+__device__ __forceinline__ void tell_peer(uint64_t* to, float a, float b, uint32_t turn) {
+    const uint64_t number = static_cast<uint64_t>(turn) << 32;
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(number | __float_as_uint(a)),
+                 "l"(number | __float_as_uint(b))
+                 : "memory");
+}
+
+__device__ __forceinline__ Pair look_at_peer(const uint64_t* from) {
+    Pair pair;
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(pair.words[0]), "=l"(pair.words[1])
+                 : "l"(from)
+                 : "memory");
+    return pair;
 }
 
 }  // namespace dsv4::exchange

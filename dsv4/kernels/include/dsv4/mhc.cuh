@@ -1,36 +1,60 @@
 // Entering an mHC site (PRE), leaving one on the way (SEAM), or the head's collapse (HEAD).
 //
 // A block takes 64 columns, in all M streams, of TT tokens: its share of a token's ROWS products with fn and of the sum
-// of squares. A token's shares are added up always in the same order, and then: mixes, collapse, norm; Sinkhorn beside
-// them, in one thread. For a few tokens that is one launch, in which the blocks of a token tell each other their shares
-// and each goes on with its own columns (exchange.cuh); for many there is a second launch, one block per token. A row's
-// bits are the same either way.
+// of squares; in a SEAM of the products of the streams with each other, which give the sum of squares of any mixture of
+// them, so that the norm of the collapsed x needs no sum of its own. A token's shares are added up always in the same
+// order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens that is one launch, in which
+// the blocks of a token tell each other their shares and each goes on with its own columns (exchange.cuh); for many there
+// is a second launch, one block per token. A row's bits are the same either way.
+//
+// In a SEAM of several ranks y is this rank's part of a sum (Peers).
 #pragma once
 #include <dsv4/dependent.cuh>
 #include <dsv4/exchange.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
+#include <dsv4/sinkhorn.cuh>
 
 namespace dsv4::mhc {
 
 enum Kind { PRE, SEAM, HEAD };
 
-constexpr int M = 4;  // hc_mult of Flash and Pro
+constexpr int M = SITE;  // hc_mult of Flash and Pro
 constexpr int W = 4;  // columns per thread while the sums are made
 constexpr int COLUMNS = 64, PLACES = M * COLUMNS / W, QUADS = COLUMNS / W;
-constexpr int FEW = 4, MOST_SLICES = 128, MOST_COLUMNS = MOST_SLICES * COLUMNS;
+constexpr int FEW = 8, MOST_SLICES = 128, MOST_COLUMNS = MOST_SLICES * COLUMNS;
+constexpr int PAIRS = M * (M + 1) / 2, MOST_RANKS = 8, INBOX_ROWS = 64;
+constexpr int HEARD = 4;  // tokens of a block whose parts its idle warps can hear
 constexpr unsigned ALL = 0xffffffffu;
 static_assert(PLACES == 64 && QUADS == 16, "two warps hold a team's places, half a warp a slice's columns");
 
 template <Kind KIND>
 struct Shape {
-    static constexpr int ROWS = KIND == HEAD ? M : (2 + M) * M;  // pre | post | comb
-    static constexpr int SUMS = ROWS + 1;                        // and the sum of squares
-    static constexpr int TEAM = KIND == HEAD ? 4 : 8;            // of 64 threads, each with
-    static constexpr int SHARE = ROWS / TEAM;                    // so many rows of fn
+    static constexpr int ROWS = KIND == HEAD ? M : (2 + M) * M;      // pre | post | comb
+    static constexpr int SUMS = ROWS + (KIND == SEAM ? PAIRS : 1);  // and the products of streams, or the sum of squares
+    static constexpr int WORDS = (SUMS + exchange::PER_WORD - 1) / exchange::PER_WORD;
+    static constexpr int TEAM = KIND == HEAD ? 4 : 8;  // of 64 threads, each with
+    static constexpr int SHARE = ROWS / TEAM;          // so many rows of fn
     static constexpr int WORKERS = TEAM * PLACES, WARPS = WORKERS / 32;
     static constexpr int THREADS = WORKERS + (KIND == HEAD ? 0 : 32);  // of the second launch: and a warp for Sinkhorn
-    static_assert(SHARE * TEAM == ROWS && SHARE < 4 && SUMS <= 32);
+    static_assert(SHARE * TEAM == ROWS && SHARE < 4 && ROWS <= 32 && WORDS <= WARPS && PAIRS <= 2 * TEAM + 2);
+};
+
+// The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
+// values with the number of the turn, which the others write. A rank tells its part of turn n to all and hears theirs in
+// its own inbox; it adds them in the order of ranks and rounds the sum once.
+//
+// The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
+// it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read. Every row has its
+// own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
+// and all of its blocks run at once.
+struct Peers {
+    uint64_t* inboxes[MOST_RANKS];
+    uint32_t* turns;    // [INBOX_ROWS] the last turn of each row
+    const float* part;  // [T, D] y_stride apart: what this rank gives
+    int rank, size;
+
+    __device__ bool any() const { return size > 1; }
 };
 
 template <typename T>
@@ -38,7 +62,9 @@ struct Args {
     const T *y, *h;                                     // y, post, comb, h_out, weight: SEAM
     const float *post, *comb, *fn, *base, *scale, *weight;  // scale: of each row, but one for all in HEAD
     T *h_out, *x_out;
-    float *post_out, *comb_out, *shares;  // shares [T, slices, SUMS]: of the two launches
+    float *post_out, *comb_out;
+    float4* shares;  // [T, WORDS, slices]: of the two launches
+    Peers peers;
     int64_t tokens, y_stride;
     int D, iters;
     float hc_eps, norm_eps;
@@ -48,8 +74,7 @@ struct Args {
 // What the blocks of one launch tell each other. One per op and device.
 template <Kind KIND>
 struct Words {
-    uint64_t sums[FEW][MOST_SLICES][Shape<KIND>::SUMS];
-    uint64_t squares[FEW][MOST_SLICES];
+    exchange::Word sums[FEW][Shape<KIND>::WORDS][MOST_SLICES];
     uint32_t turns[FEW];
 };
 
@@ -64,48 +89,6 @@ struct Place {
         wide = all_wide && left > 0;
     }
 };
-
-// One thread's 4 x 4. A row or column is multiplied by the inverse of its sum, two of which come from one reciprocal:
-// three roundings more, which the next step corrects, in place of divisions.
-__device__ __forceinline__ void inverses(float& a, float& b) {
-    float both;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(both) : "f"(a * b));
-    const float first = both * b;
-    b = both * a, a = first;
-}
-__device__ __forceinline__ void scale_rows(float (&c)[M][M], float eps) {
-    float sums[M];
-#pragma unroll
-    for (int j = 0; j < M; ++j) sums[j] = (c[j][0] + c[j][1]) + (c[j][2] + c[j][3]) + eps;
-    inverses(sums[0], sums[1]), inverses(sums[2], sums[3]);
-#pragma unroll
-    for (int i = 0; i < M * M; ++i) c[i / M][i % M] *= sums[i / M];
-}
-__device__ __forceinline__ void scale_columns(float (&c)[M][M], float eps) {
-    float sums[M];
-#pragma unroll
-    for (int k = 0; k < M; ++k) sums[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
-    inverses(sums[0], sums[1]), inverses(sums[2], sums[3]);
-#pragma unroll
-    for (int i = 0; i < M * M; ++i) c[i / M][i % M] *= sums[i % M];
-}
-__device__ __forceinline__ void sinkhorn(float (&c)[M][M], int iters, float eps) {
-#pragma unroll
-    for (int j = 0; j < M; ++j) {
-        const float top = fmaxf(fmaxf(c[j][0], c[j][1]), fmaxf(c[j][2], c[j][3]));
-#pragma unroll
-        for (int k = 0; k < M; ++k) c[j][k] = expf(c[j][k] - top);
-    }
-    scale_rows(c, 0.0f);
-#pragma unroll
-    for (int i = 0; i < M * M; ++i) c[i / M][i % M] += eps;
-    scale_columns(c, eps);
-#pragma unroll 1
-    for (int i = 1; i < iters; ++i) {
-        scale_rows(c, eps);
-        scale_columns(c, eps);
-    }
-}
 
 // Four sums over a warp in six exchanges; lanes 8 i .. 8 i + 7 get that of sums[i].
 __device__ __forceinline__ float four_sums(const float (&sums)[4]) {
@@ -127,64 +110,176 @@ __device__ __forceinline__ void load_rows(const Args<T>& a, const Place& p, floa
                 p.wide);
 }
 
-// A thread's columns of the site's streams. SEAM: h' = post y + comb^T h, rounded, and written by the first team.
-template <Kind KIND, typename T>
-__device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, int64_t token, bool there,
-                                             float (&v)[W]) {
-    if constexpr (KIND == SEAM) {
-        float old[M][W], from[W];
-        load<W>(a.y + token * a.y_stride + p.d, from, p.left, p.wide);
-#pragma unroll
-        for (int j = 0; j < M; ++j) load<W>(a.h + (token * M + j) * a.D + p.d, old[j], p.left, p.wide);
-#pragma unroll
-        for (int k = 0; k < W; ++k) v[k] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < M; ++j) {
-            const float mix = a.comb[(token * M + j) * M + p.stream];
-#pragma unroll
-            for (int k = 0; k < W; ++k) v[k] = fmaf(old[j][k], mix, v[k]);
+// A warp's two columns of the block, of a token: this rank's part of them, and where the ranks meet this time.
+struct Meeting {
+    const Peers& p;
+    int64_t token;
+    int d;
+    uint32_t turn;
+    float2 own;
+
+    template <typename T>
+    __device__ Meeting(const Args<T>& a, int64_t token) : p(a.peers), token(token) {
+        d = blockIdx.x * COLUMNS + threadIdx.x % 32 * 2;
+        const float* part = p.part + token * a.y_stride + d;
+        turn = exchange::last_turn(p.turns + token) + 1;
+        own = make_float2(d < a.D ? part[0] : 0.0f, d + 1 < a.D ? part[1] : 0.0f);
+    }
+    __device__ uint64_t* at(int owner, int from) const {
+        return p.inboxes[owner] + (((turn & 1) * p.size + from) * INBOX_ROWS + token) * MOST_COLUMNS + d;
+    }
+    __device__ void tell() const {
+#pragma unroll 1
+        for (int i = 1; i < p.size; ++i) {
+            const int to = (p.rank + i) % p.size;  // not all of them to the same one at a time
+            exchange::tell_peer(at(to, p.rank), own.x, own.y, turn);
         }
-        const float gain = a.post[token * M + p.stream];
+    }
+    // The sum of all parts. Those of four ranks are asked for at once.
+    __device__ float2 hear() const {
+        constexpr int TOGETHER = 4;
+        constexpr int64_t NEXT = INBOX_ROWS * MOST_COLUMNS;
+        const uint64_t* from = at(p.rank, 0);
+        float2 sum = {};
+#pragma unroll 1
+        for (int first = 0; first < p.size; first += TOGETHER, from += TOGETHER * NEXT) {
+            exchange::Pair heard[TOGETHER];
 #pragma unroll
-        for (int k = 0; k < W; ++k) v[k] = rounded<T>(fmaf(from[k], gain, v[k]));
-        if (p.team == 0 && p.left > 0 && there) store<W>(a.h_out + (token * M + p.stream) * a.D + p.d, v, p.left, p.wide);
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < p.size && first + i != p.rank) heard[i] = exchange::look_at_peer(from + i * NEXT);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < p.size) {
+                    float2 part = own;
+                    if (first + i != p.rank) {
+                        while (!heard[i].of(turn)) heard[i] = exchange::look_at_peer(from + i * NEXT);
+                        part = make_float2(heard[i].value(0), heard[i].value(1));
+                    }
+                    sum = first + i == 0 ? part : make_float2(sum.x + part.x, sum.y + part.y);
+                }
+        }
+        return sum;
+    }
+};
+
+// Between those who hear the peers and those who need the sums.
+__device__ __forceinline__ void peers_heard() { asm volatile("bar.sync 1, %0;" ::"n"(Shape<SEAM>::WORKERS) : "memory"); }
+
+// h' = post y + comb^T h, rounded, of a thread's columns of a token: into `streams` and written. `sums`: y, if it has
+// several parts, in float32, to be rounded; other warps hear it meanwhile.
+template <int TT, typename T>
+__device__ __forceinline__ void leave(const Args<T>& a, const Place& p, int64_t token, const float* sums,
+                                      float (&streams)[M][COLUMNS]) {
+    float old[M][W], from[W], mixes[M], v[W] = {};
+    const bool alone = TT > HEARD || !a.peers.any();
+    if (alone) load<W>(a.y + token * a.y_stride + p.d, from, p.left, p.wide);
+#pragma unroll
+    for (int j = 0; j < M; ++j) load<W>(a.h + (token * M + j) * a.D + p.d, old[j], p.left, p.wide);
+#pragma unroll
+    for (int j = 0; j < M; ++j) mixes[j] = a.comb[(token * M + j) * M + p.stream];
+    const float gain = a.post[token * M + p.stream];
+#pragma unroll
+    for (int j = 0; j < M; ++j)
+#pragma unroll
+        for (int k = 0; k < W; ++k) v[k] = fmaf(old[j][k], mixes[j], v[k]);
+    if (!alone) {
+        peers_heard();
+#pragma unroll
+        for (int k = 0; k < W; ++k) from[k] = rounded<T>(sums[p.column + k]);
+    }
+#pragma unroll
+    for (int k = 0; k < W; ++k) v[k] = rounded<T>(fmaf(from[k], gain, v[k]));
+    *reinterpret_cast<float4*>(&streams[p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
+    if (p.left > 0) store<W>(a.h_out + (token * M + p.stream) * a.D + p.d, v, p.left, p.wide);
+}
+
+// The site's streams of the block's columns and tokens `first`.. into `streams`; of each token by one team, so that all
+// are loaded at once. told: the peers have this rank's parts.
+template <Kind KIND, int TT, typename T>
+__device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, int64_t first, int count, bool told,
+                                             float (&streams)[TT][M][COLUMNS]) {
+    using S = Shape<KIND>;
+    if constexpr (KIND == SEAM) {
+        static_assert(TT <= S::TEAM);
+        __shared__ __align__(8) float sums[TT][COLUMNS];
+        if (p.team < count) {
+            leave<TT>(a, p, first + p.team, sums[p.team], streams[p.team]);
+        } else if (TT <= HEARD && a.peers.any()) {
+            const int t = S::WARPS - 1 - threadIdx.x / 32;
+            if (t < count) {
+                const Meeting meeting(a, first + t);
+                if (!told) meeting.tell();
+                *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear();
+            }
+            peers_heard();
+        }
     } else {
-        load<W>(a.h + (token * M + p.stream) * a.D + p.d, v, p.left, p.wide);
+#pragma unroll
+        for (int t = 0; t < TT; t += S::TEAM) {
+            if (t + p.team >= count) break;
+            float v[W];
+            load<W>(a.h + ((first + t + p.team) * M + p.stream) * a.D + p.d, v, p.left, p.wide);
+            *reinterpret_cast<float4*>(&streams[t + p.team][p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
+        }
     }
 }
 
-// A warp's part of its team's sums: of SHARE rows, then of the squares.
+// A warp's part of a token's sums: of SHARE rows over its team's places there; then, over all of the block's columns, the
+// product of two streams, another pair in each warp, or over its places the squares.
 template <Kind KIND>
-__device__ __forceinline__ void part_of_sums(const float (&f)[Shape<KIND>::SHARE][W], const float (&v)[W],
-                                             float (&part)[Shape<KIND>::SHARE + 1]) {
+__device__ __forceinline__ void part_of_sums(const float (&f)[Shape<KIND>::SHARE][W], const Place& p,
+                                             const float (&streams)[M][COLUMNS], float (&part)[Shape<KIND>::SHARE + 1]) {
     constexpr int SHARE = Shape<KIND>::SHARE;
+    const float4 chunk = *reinterpret_cast<const float4*>(&streams[p.stream][p.column]);
+    const float v[W] = {chunk.x, chunk.y, chunk.z, chunk.w};
     float sums[4] = {};
 #pragma unroll
-    for (int k = 0; k < W; ++k) {
+    for (int k = 0; k < W; ++k)
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) sums[i] = fmaf(f[i][k], v[k], sums[i]);
-        sums[SHARE] = fmaf(v[k], v[k], sums[SHARE]);
+    if constexpr (KIND == SEAM) {  // (0,0) (1,1) (2,2) (3,3) (0,1) (0,2) (0,3) (1,2) (1,3) (2,3)
+        const int pair = threadIdx.x / 32 * 4, column = threadIdx.x % 32 * 2;
+        const float2 one = *reinterpret_cast<const float2*>(&streams[0x2110003210ull >> pair & 3][column]);
+        const float2 other = *reinterpret_cast<const float2*>(&streams[0x3323213210ull >> pair & 3][column]);
+        sums[SHARE] = fmaf(one.x, other.x, __fmul_rn(one.y, other.y));
+    } else {
+#pragma unroll
+        for (int k = 0; k < W; ++k) sums[SHARE] = fmaf(v[k], v[k], sums[SHARE]);
     }
     const float sum = four_sums(sums);
     const int which = threadIdx.x % 32 / 8;
     if (threadIdx.x % 8 == 0 && which <= SHARE) part[which] = sum;
 }
 
-// The block's share of sum `lane`, from the parts [WARPS][stride][SHARE + 1] of its warps.
+// The block's shares of word `word`'s sums, from the parts of its warps.
 template <Kind KIND>
-__device__ __forceinline__ float share(const float* parts, int stride, int lane) {
+__device__ __forceinline__ void shares_of_word(const float (&parts)[Shape<KIND>::WARPS][Shape<KIND>::SHARE + 1], int word,
+                                               float (&values)[exchange::PER_WORD]) {
     using S = Shape<KIND>;
-    const int from = lane / S::SHARE % S::TEAM * 2, row = lane == S::ROWS ? S::SHARE : lane % S::SHARE;
-    const float* at = parts + from * stride * (S::SHARE + 1) + row;
-    return at[0] + at[stride * (S::SHARE + 1)];  // of the squares, that of team 0
+#pragma unroll
+    for (int i = 0; i < exchange::PER_WORD; ++i) {
+        const int sum = word * exchange::PER_WORD + i, team = min(sum / S::SHARE, S::TEAM - 1);
+        if (sum < S::ROWS)
+            values[i] = parts[2 * team][sum % S::SHARE] + parts[2 * team + 1][sum % S::SHARE];
+        else if (KIND == SEAM)
+            values[i] = parts[min(sum - S::ROWS, PAIRS - 1)][S::SHARE];
+        else
+            values[i] = parts[0][S::SHARE] + parts[1][S::SHARE];  // of team 0, which has all places as each has
+    }
 }
 
-// (fn . v) * rsqrt(mean(v^2) + eps) * scale + base, where lane i holds sum i.
+// By warp `word`: the sums of a word over all slices, of which a lane has added up those of its number.
+__device__ __forceinline__ void total_of_word(const float (&sums)[4], int word, float* totals) {
+    const float total = four_sums(sums);
+    const int lane = threadIdx.x % 32;
+    if (lane % 8 == 0 && lane / 8 < exchange::PER_WORD) totals[word * exchange::PER_WORD + lane / 8] = total;
+}
+
+// The sum of squares of all streams.
 template <Kind KIND>
-__device__ __forceinline__ float mix(float total, int D, float scale, float base, float eps) {
-    const float square = __shfl_sync(ALL, total, Shape<KIND>::ROWS);
-    const float root = rsqrtf(square / static_cast<float>(M * D) + eps);
-    return fmaf(__fmul_rn(total, root), scale, base);
+__device__ __forceinline__ float squares_of(const float* totals) {
+    const float* at = totals + Shape<KIND>::ROWS;
+    return KIND == SEAM ? (at[0] + at[1]) + (at[2] + at[3]) : at[0];
 }
 
 // The number of `lane`'s row in scale and base.
@@ -197,119 +292,183 @@ __device__ __forceinline__ float scale_of(const Args<T>& a, int lane) {
     return a.scale[KIND == HEAD ? 0 : row_of<KIND>(lane)];
 }
 
-// post and comb of a token, by one warp whose lane i holds mix i.
+// In lane i mix i: (fn . v) * rsqrt(mean(v^2) + eps) * scale + base.
+template <Kind KIND, typename T>
+__device__ __forceinline__ float mix(const Args<T>& a, const float* totals, float scale, float base) {
+    const float root = rsqrtf(squares_of<KIND>(totals) / static_cast<float>(M * a.D) + a.norm_eps);
+    return fmaf(__fmul_rn(totals[row_of<KIND>(threadIdx.x % 32)], root), scale, base);
+}
+
+// What the normed x is multiplied by: from the sum of squares of sum_j pre_j v_j, a quadratic form of pre.
+template <typename T>
+__device__ __forceinline__ float norm_factor(const Args<T>& a, const float* totals, const float (&pre)[M]) {
+    const float* at = totals + Shape<SEAM>::ROWS;
+    float square = 0.0f;
+    int pair = M;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+        float others = 0.0f;
+#pragma unroll
+        for (int j = i + 1; j < M; ++j) others = fmaf(pre[j], at[pair++], others);
+        square = fmaf(pre[i], fmaf(2.0f, others, __fmul_rn(pre[i], at[i])), square);
+    }
+    if (square < 0.0f) square = 0.0f;  // streams that cancel out, but for roundings
+    return rsqrtf(square / static_cast<float>(a.D) + a.norm_eps);
+}
+
+// post and comb of a token, by one warp whose lane i holds mix i. Lanes 2M .. hold an entry of comb each, and those of a
+// row of it lie side by side; every lane does all of Sinkhorn.
 template <typename T>
 __device__ __forceinline__ void finish_mixes(const Args<T>& a, int64_t token, float z) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, entry = lane - 2 * M;
     if (lane >= M && lane < 2 * M) a.post_out[token * M + lane - M] = 2.0f * sigmoid(z);
-    float c[M][M];
+    float top = fmaxf(z, __shfl_xor_sync(ALL, z, 1));
+    top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
+    const float power = expf(z - top);
+    float sum = power + __shfl_xor_sync(ALL, power, 1);
+    sum += __shfl_xor_sync(ALL, sum, 2);
+    const float own = __fadd_rn(__fdiv_rn(power, sum), a.hc_eps);
+    float c[M][M], rows[M], columns[M];
 #pragma unroll
-    for (int i = 0; i < M * M; ++i) c[i / M][i % M] = __shfl_sync(ALL, z, 2 * M + i);
-    if (lane != 0) return;
-    sinkhorn(c, a.iters, a.hc_eps);
+    for (int i = 0; i < M * M; ++i) c[i / M][i % M] = __shfl_sync(ALL, own, 2 * M + i);
+    sinkhorn(c, rows, columns, a.iters, a.hc_eps);
+    float row = rows[0], column = columns[0];
 #pragma unroll
-    for (int i = 0; i < M * M; ++i) a.comb_out[token * M * M + i] = c[i / M][i % M];
+    for (int i = 1; i < M; ++i) {
+        if (entry / M == i) row = rows[i];
+        if (entry % M == i) column = columns[i];
+    }
+    if (entry >= 0 && entry < M * M) a.comb_out[token * M * M + entry] = __fmul_rn(__fmul_rn(own, row), column);
 }
 
-// x * scale * weight, where scale comes from the sums of squares of all slices; lane l has those of l, l + 32, ...
-__device__ __forceinline__ float norm_scale(float squares, int D, float eps) {
-    return rsqrtf(warp_sum(squares) / static_cast<float>(D) + eps);
-}
-
-// A few tokens: block (slice, token).
-template <Kind KIND, typename T>
+// A few tokens: block (slice, TT tokens).
+template <Kind KIND, int TT, typename T>
 __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
     using S = Shape<KIND>;
-    __shared__ float parts[S::WARPS][S::SHARE + 1], totals[S::WARPS][S::SUMS];
-    __shared__ __align__(16) float streams[M][COLUMNS];
+    __shared__ float parts[TT][S::WARPS][S::SHARE + 1], totals[TT][S::WORDS * exchange::PER_WORD];
+    __shared__ __align__(16) float streams[TT][M][COLUMNS];
     const Place p(a.D, a.wide);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = blockIdx.x, slices = gridDim.x;
-    const int64_t token = blockIdx.y;
-    const int d = slice * COLUMNS + lane * W, left = lane < QUADS ? a.D - d : 0;  // of the first warp, at the end
+    const int first = blockIdx.y * TT, count = min(TT, static_cast<int>(a.tokens) - first);
+    const int d = slice * COLUMNS + lane * W, left = lane < QUADS ? a.D - d : 0;  // of the first warps, at the end
     const bool wide = a.wide && left > 0;
 
     let_next_start();
-    float f[S::SHARE][W], weight[W];
+    float f[S::SHARE][W];
     load_rows<KIND>(a, p, f);
-    if constexpr (KIND == SEAM)
-        if (warp == 0) load<W>(a.weight + d, weight, left, wide);
     const float scale = scale_of<KIND>(a, lane), base = a.base[row_of<KIND>(lane)];
     wait_for_previous();
 
-    const uint32_t turn = exchange::last_turn(&words.turns[token]) + 1;
-    float v[W];
-    load_streams<KIND>(a, p, token, true, v);
-    if (p.team == 0)
-        *reinterpret_cast<float4*>(&streams[p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
-    part_of_sums<KIND>(f, v, parts[warp]);
-    __syncthreads();
-    if (warp == 0 && lane < S::SUMS)
-        exchange::tell(&words.sums[token][slice][lane], share<KIND>(parts[0], 1, lane), turn);
-    if (lane < S::SUMS)
-        totals[warp][lane] = exchange::hear_sum<MOST_SLICES / S::WARPS>(
-            &words.sums[token][warp][lane], (slices - warp + S::WARPS - 1) / S::WARPS, S::WARPS * S::SUMS, turn);
-    __syncthreads();
-    // Every block of the token has read the number of the turn: this one has heard of all.
-    if (slice == 0 && threadIdx.x == 0) words.turns[token] = turn;
-    if (warp > 1 || (warp == 1 && (KIND == HEAD || slice != slices - 1))) return;
-    float total = 0.0f;
-    if (lane < S::SUMS)
+    uint32_t turns[TT];
 #pragma unroll
-        for (int i = 0; i < S::WARPS; ++i) total += totals[i][lane];
-    const float z = mix<KIND>(total, a.D, scale, base, a.norm_eps);
+    for (int t = 0; t < TT; ++t)
+        if (t < count) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
+    load_streams<KIND, TT>(a, p, first, count, false, streams);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < TT; ++t)
+        if (t < count) part_of_sums<KIND>(f, p, streams[t], parts[t][warp]);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < TT; ++t)
+        if (t < count && warp == t && lane < S::WORDS) {
+            float values[exchange::PER_WORD];
+            shares_of_word<KIND>(parts[t], lane, values);
+            exchange::tell(&words.sums[first + t][lane][slice], values, turns[t]);
+        }
+    float weight[W];
+    if constexpr (KIND == SEAM)
+        if (warp < TT) load<W>(a.weight + d, weight, left, wide);
+    if (warp < S::WORDS) {
+        constexpr int N = MOST_SLICES / 32;
+        exchange::Word heard[TT][N];
+#pragma unroll
+        for (int t = 0; t < TT; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (t < count && lane + 32 * i < slices) heard[t][i] = look(&words.sums[first + t][warp][lane + 32 * i]);
+#pragma unroll
+        for (int t = 0; t < TT; ++t) {
+            float sums[4] = {};
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (t < count && lane + 32 * i < slices) {
+                    while (heard[t][i].turn != turns[t]) heard[t][i] = look(&words.sums[first + t][warp][lane + 32 * i]);
+#pragma unroll
+                    for (int k = 0; k < exchange::PER_WORD; ++k) sums[k] += heard[t][i].values[k];
+                }
+            total_of_word(sums, warp, totals[t]);
+        }
+    }
+    __syncthreads();
+    // Every block of these tokens has read the numbers of the turn: this one has heard of all.
+    if (slice == 0 && threadIdx.x < count) {
+        const int token = first + threadIdx.x;
+        words.turns[token] = exchange::last_turn(&words.turns[token]) + 1;
+        if (KIND == SEAM && a.peers.any()) a.peers.turns[token] = exchange::last_turn(a.peers.turns + token) + 1;
+    }
+    const bool ends = KIND != HEAD && slice == slices - 1;  // and finishes the mixes, in warps of their own
+    if (warp >= count && !(ends && warp >= TT && warp < TT + count)) return;
+    const int t = warp % TT;
+    const int64_t token = first + t;
+    const float z = mix<KIND>(a, totals[t], scale, base);
     if constexpr (KIND != HEAD) {
-        if (warp == 1) {
+        if (warp >= TT) {
             finish_mixes(a, token, z);
             return;
         }
     }
     const float gain = sigmoid(z) + a.hc_eps;
-    float pre[M], x[W], square = 0.0f;
+    float pre[M], x[W];
 #pragma unroll
     for (int j = 0; j < M; ++j) pre[j] = __shfl_sync(ALL, gain, j);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
         float sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < M; ++j) sum = fmaf(pre[j], streams[j][lane % QUADS * W + k], sum);
+        for (int j = 0; j < M; ++j) sum = fmaf(pre[j], streams[t][j][lane % QUADS * W + k], sum);
         x[k] = rounded<T>(sum);
-        square = fmaf(x[k], x[k], square);
     }
     if constexpr (KIND == SEAM) {
-#pragma unroll
-        for (int step = 1; step < QUADS; step *= 2) square += __shfl_xor_sync(ALL, square, step);
-        if (lane == 0) exchange::tell(&words.squares[token][slice], square, turn);
-        const float squares =
-            exchange::hear_sum<MOST_SLICES / 32>(&words.squares[token][lane], (slices - lane + 31) / 32, 32, turn);
-        const float factor = norm_scale(squares, a.D, a.norm_eps);
+        const float factor = norm_factor(a, totals[t], pre);
 #pragma unroll
         for (int k = 0; k < W; ++k) x[k] = x[k] * factor * weight[k];
     }
     if (left > 0) store<W>(a.x_out + token * a.D + d, x, left, wide);
 }
 
-// Many tokens, the first launch: block (slice, TT tokens).
+// Many tokens, the first launch: block (slice, every gridDim.y-th group of TT tokens).
 template <Kind KIND, int TT, typename T>
 __device__ void shares_of_many(const Args<T>& a) {
     using S = Shape<KIND>;
-    __shared__ float parts[S::WARPS][TT][S::SHARE + 1];
-    static_assert(TT <= S::WARPS);
+    __shared__ float parts[TT][S::WARPS][S::SHARE + 1];
+    __shared__ __align__(16) float streams[TT][M][COLUMNS];
+    static_assert(TT * S::WORDS <= S::WORKERS);
     const Place p(a.D, a.wide);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first = static_cast<int64_t>(blockIdx.y) * TT;
+    const int warp = threadIdx.x / 32;
     let_next_start();
     float f[S::SHARE][W];
     load_rows<KIND>(a, p, f);
     wait_for_previous();
-#pragma unroll
-    for (int t = 0; t < TT; ++t) {
-        float v[W];
-        load_streams<KIND>(a, p, min(first + t, a.tokens - 1), first + t < a.tokens, v);
-        part_of_sums<KIND>(f, v, parts[warp][t]);
+    const int64_t begin = static_cast<int64_t>(blockIdx.y) * TT, step = static_cast<int64_t>(gridDim.y) * TT;
+    if (KIND == SEAM && TT <= HEARD && a.peers.any())
+        for (int64_t first = begin; first < a.tokens; first += step)
+            if (warp < TT && first + warp < a.tokens) Meeting(a, first + warp).tell();
+    for (int64_t first = begin; first < a.tokens; first += step) {
+        const int count = min(static_cast<int64_t>(TT), a.tokens - first);
+        load_streams<KIND, TT>(a, p, first, count, true, streams);
+        __syncthreads();
+#pragma unroll 2
+        for (int t = 0; t < count; ++t) part_of_sums<KIND>(f, p, streams[t], parts[t][warp]);
+        __syncthreads();  // the streams may be overwritten
+        const int t = threadIdx.x / S::WORDS, word = threadIdx.x % S::WORDS;
+        if (t < count) {
+            float values[exchange::PER_WORD];
+            shares_of_word<KIND>(parts[t], word, values);
+            a.shares[((first + t) * S::WORDS + word) * gridDim.x + blockIdx.x] =
+                make_float4(values[0], values[1], values[2], 0.0f);
+        }
     }
-    __syncthreads();
-    if (warp < TT && first + warp < a.tokens && lane < S::SUMS)
-        a.shares[((first + warp) * gridDim.x + blockIdx.x) * S::SUMS + lane] = share<KIND>(parts[0][warp], TT, lane);
 }
 
 // Many tokens, the second launch: a block per token, S::THREADS threads, so many of them on a processor.
@@ -320,7 +479,7 @@ template <Kind KIND, typename T>
 __device__ void enter_many(const Args<T>& a, int slices) {
     using S = Shape<KIND>;
     constexpr int N = wide_elements<T>, ROUNDS = MOST_COLUMNS / S::WORKERS / N;
-    __shared__ float totals[S::WARPS][S::SUMS], mixes[S::ROWS], pre[M], squares[MOST_SLICES];
+    __shared__ float totals[S::WORDS * exchange::PER_WORD], mixes[S::ROWS], pre[M], norm;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t token = blockIdx.x;
     const T* h = KIND == SEAM ? a.h_out : a.h;
@@ -329,7 +488,17 @@ __device__ void enter_many(const Args<T>& a, int slices) {
         T element[N];
     } streams[ROUNDS][M];
     take_turn();
+    if (KIND == SEAM && a.peers.any() && threadIdx.x == 0) ++a.peers.turns[token];
     if (warp < S::WARPS) {
+        float sums[4] = {};
+        if (warp < S::WORDS) {
+#pragma unroll
+            for (int i = 0; i < MOST_SLICES / 32; ++i)
+                if (lane + 32 * i < slices) {
+                    const float4 word = a.shares[(token * S::WORDS + warp) * slices + lane + 32 * i];
+                    sums[0] += word.x, sums[1] += word.y, sums[2] += word.z;
+                }
+        }
 #pragma unroll
         for (int round = 0; round < ROUNDS; ++round) {  // while the sums are made
             const int d = (round * S::WORKERS + threadIdx.x) * N, left = a.D - d;
@@ -344,23 +513,20 @@ __device__ void enter_many(const Args<T>& a, int slices) {
                         streams[round][j].element[i] = i < left ? from[i] : from_float<T>(0.0f);
             }
         }
-        if (lane < S::SUMS) {
-            float sum = 0.0f;
-#pragma unroll 4
-            for (int slice = warp; slice < slices; slice += S::WARPS)
-                sum += a.shares[(token * slices + slice) * S::SUMS + lane];
-            totals[warp][lane] = sum;
-        }
+        if (warp < S::WORDS) total_of_word(sums, warp, totals);
     }
     __syncthreads();
     if (warp == 0) {
-        float total = 0.0f;
-        if (lane < S::SUMS)
-#pragma unroll
-            for (int i = 0; i < S::WARPS; ++i) total += totals[i][lane];
-        const float z = mix<KIND>(total, a.D, scale_of<KIND>(a, lane), a.base[row_of<KIND>(lane)], a.norm_eps);
+        const float z = mix<KIND>(a, totals, scale_of<KIND>(a, lane), a.base[row_of<KIND>(lane)]);
+        const float gain = sigmoid(z) + a.hc_eps;
         if (lane < S::ROWS) mixes[lane] = z;
-        if (lane < M) pre[lane] = sigmoid(z) + a.hc_eps;
+        if (lane < M) pre[lane] = gain;
+        if constexpr (KIND == SEAM) {
+            float gains[M];
+#pragma unroll
+            for (int j = 0; j < M; ++j) gains[j] = __shfl_sync(ALL, gain, j);
+            norm = norm_factor(a, totals, gains);
+        }
     }
     __syncthreads();
     if constexpr (KIND != HEAD) {
@@ -369,67 +535,59 @@ __device__ void enter_many(const Args<T>& a, int slices) {
             return;
         }
     }
-    float x[ROUNDS][N], squared[ROUNDS];
 #pragma unroll
     for (int round = 0; round < ROUNDS; ++round) {
-        float quads[N / W] = {};
+        const int d = (round * S::WORKERS + threadIdx.x) * N, left = a.D - d;
+        if (left <= 0) break;
+        float x[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < M; ++j) sum = fmaf(pre[j], to_float(streams[round][j].element[k]), sum);
-            x[round][k] = rounded<T>(sum);
-            quads[k / W] = fmaf(x[round][k], x[round][k], quads[k / W]);
+            x[k] = rounded<T>(sum);
         }
-        squared[round] = N == W ? quads[0] : quads[0] + quads[N / W - 1];
-    }
-    float factor = 1.0f;
-    if constexpr (KIND == SEAM) {
-#pragma unroll
-        for (int round = 0; round < ROUNDS; ++round) {
-            constexpr int LANES = COLUMNS / N;  // that share a slice
-#pragma unroll
-            for (int step = 1; step < LANES; step *= 2) squared[round] += __shfl_xor_sync(ALL, squared[round], step);
-            if (threadIdx.x % LANES == 0) squares[(round * S::WORKERS + threadIdx.x) / LANES] = squared[round];
-        }
-        asm volatile("bar.sync 1, %0;" ::"n"(S::WORKERS) : "memory");  // Sinkhorn's warp has gone its way
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < MOST_SLICES / 32; ++i)
-            if (lane + 32 * i < slices) sum += squares[lane + 32 * i];
-        factor = norm_scale(sum, a.D, a.norm_eps);
-    }
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int d = (round * S::WORKERS + threadIdx.x) * N, left = a.D - d;
-        if (left <= 0) break;
         if constexpr (KIND == SEAM) {
             float w[N];
             load<N>(a.weight + d, w, left, a.wide);
 #pragma unroll
-            for (int k = 0; k < N; ++k) x[round][k] = x[round][k] * factor * w[k];
+            for (int k = 0; k < N; ++k) x[k] = x[k] * norm * w[k];
         }
-        store<N>(a.x_out + token * a.D + d, x[round], left, a.wide);
+        store<N>(a.x_out + token * a.D + d, x, left, a.wide);
     }
 }
 
-// One launch where its blocks all run at once, else two. few, four, eight, second: the op's kernels.
-template <Kind KIND, typename Few, typename Many, typename Second, typename T>
-static cudaError_t run(Few few, Many four, Many eight, Second second, const Args<T>& args, cudaStream_t stream) {
+// An op's kernels: of one launch, with one token or two to a block; of two, the first with four or eight.
+template <typename T>
+struct Kernels {
+    void (*one)(Args<T>), (*two)(Args<T>), (*four)(Args<T>), (*eight)(Args<T>), (*end)(Args<T>, int);
+};
+
+// One launch where its blocks all run at once, else two.
+template <Kind KIND, typename T>
+static cudaError_t run(const Kernels<T>& kernels, const Args<T>& args, cudaStream_t stream) {
     using S = Shape<KIND>;
-    if (args.D > MOST_COLUMNS) return cudaErrorInvalidValue;
+    if (args.D > MOST_COLUMNS || (args.peers.size > 1 && args.tokens > INBOX_ROWS) || args.peers.size > MOST_RANKS)
+        return cudaErrorInvalidValue;
     const int slices = (args.D + COLUMNS - 1) / COLUMNS;
     int device = 0, processors = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
         return error;
-    if (args.tokens <= FEW && args.tokens * slices <= 2 * processors)  // two blocks fit on each
-        return launch_dependent(few, slices, args.tokens, S::WORKERS, 0, stream, args);
-    const int together = args.tokens <= 32 ? 4 : 8;  // fn is read once for so many
-    const cudaError_t error = launch_dependent(together == 4 ? four : eight, slices,
-                                               (args.tokens + together - 1) / together, S::WORKERS, 0, stream, args);
+    const int64_t pairs = (args.tokens + 1) / 2, at_once = 2 * processors / slices;  // two blocks fit on a processor
+    if (args.tokens <= FEW && args.tokens * slices <= processors)
+        return launch_dependent(kernels.one, slices, args.tokens, S::WORKERS, 0, stream, args);
+    if (args.tokens <= FEW && pairs <= at_once)
+        return launch_dependent(kernels.two, slices, pairs, S::WORKERS, 0, stream, args);
+    const bool alone = args.peers.size <= 1;
+    const int together = args.tokens <= 32 || !alone ? HEARD : 8;  // fn is read once for so many
+    int64_t groups = (args.tokens + together - 1) / together;
+    if (!alone) groups = groups < at_once ? groups : at_once;  // peers wait for every block
+    if (groups == 0) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = launch_dependent(together == HEARD ? kernels.four : kernels.eight, slices, groups, S::WORKERS,
+                                               0, stream, args);
     if (error != cudaSuccess) return error;
-    return launch_dependent(second, args.tokens, 1, S::THREADS, 0, stream, args, slices);
+    return launch_dependent(kernels.end, args.tokens, 1, S::THREADS, 0, stream, args, slices);
 }
 
 }  // namespace dsv4::mhc

@@ -1,0 +1,44 @@
+"""The ranks whose parts make up a sublayer's output, as mhc_seam adds them up (include/dsv4/mhc.cuh)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.mhc_pre.shares import WIDEST
+
+ROWS, RANKS = 64, 8  #: that an inbox has room for; that an exchange has
+
+
+def inbox_words(size: int) -> int:
+    """int64 of one rank's inbox [2, size, ROWS, WIDEST]: what each rank tells it, of this turn and the last."""
+    return 2 * size * ROWS * WIDEST
+
+
+@dataclass(frozen=True)
+class Peers:
+    """All ranks, this one among them.
+
+    inboxes: the addresses of their inboxes, zeros at first, each in memory that all of them may write. turns [ROWS]
+    i32: how often each row was added up, zeros at first and on this rank's device alone. Every rank calls for the same
+    rows in the same order. total: the same sum y [T, D] f32 -> [T, D] f32 by other means, for the twin.
+    """
+
+    rank: int
+    inboxes: ctypes.Array[ctypes.c_uint64]
+    turns: Tensor
+    total: Callable[[Tensor], Tensor]
+
+    @staticmethod
+    def of(rank: int, addresses: Sequence[int], device: torch.device, total: Callable[[Tensor], Tensor]) -> Peers:
+        """addresses: those of the inboxes, in the order of ranks."""
+        inboxes = (ctypes.c_uint64 * len(addresses))(*addresses)
+        return Peers(rank, inboxes, torch.zeros(ROWS, dtype=torch.int32, device=device), total)
+
+    @property
+    def size(self) -> int:
+        return len(self.inboxes)
