@@ -14,9 +14,9 @@ from dsv4.parallel.mesh import STORE_FD
 _GRACE = 10.0  # seconds that the others get to end in, once one has failed
 
 
-def run_ranks(size: int, arguments: Sequence[str]) -> int:
+def run_ranks(size: int, arguments: Sequence[str], timeout: float | None = None) -> int:
     """Run `python ARGUMENTS` as ranks 0..size-1 and wait. The exit status: 0, or of the first that failed, whose
-    failure ends the others too. Rank 0 has this process's stdin.
+    failure ends the others too, or 124 after `timeout` seconds. Rank 0 has this process's stdin.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -40,12 +40,12 @@ def run_ranks(size: int, arguments: Sequence[str]) -> int:
                 )
             )
     try:
-        return _wait(ranks)
+        return _wait(ranks, None if timeout is None else time.monotonic() + timeout)
     except KeyboardInterrupt:  # the terminal sent it to the ranks as well
         return _end(ranks, 130)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float | None) -> int:
     while True:
         states = [rank.poll() for rank in ranks]
         failed = [state for state in states if state]
@@ -53,6 +53,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             return _end(ranks, failed[0])
         if None not in states:
             return 0
+        if deadline is not None and time.monotonic() > deadline:
+            return _end(ranks, 124)
         time.sleep(0.02)
 
 

@@ -166,6 +166,10 @@ def test_a_rank_that_fails_ends_the_others():
     assert run_ranks(2, ["-c", sleepy]) == 7
 
 
+def test_ranks_that_wait_for_ever_are_ended():
+    assert run_ranks(2, ["-c", "import time; time.sleep(60)"], timeout=0.5) == 124
+
+
 def test_the_command_line_starts_the_ranks_and_one_of_them_speaks():
     prompt = "def read(self):\n"
     options = ["-p", "-", "--dtype", "float32", "--max-tokens", "6", "--temperature", "0", "--ignore-eos", "--json"]

@@ -12,6 +12,7 @@ import dsv4
 from dsv4.parallel.launch import run_ranks
 
 SIZE = 2
+SECONDS = 240  # a rank that waits for another for ever fails the tests
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < SIZE, reason=f"needs {SIZE} GPUs")
 
 
@@ -25,7 +26,7 @@ def run(tmp_path_factory):
     exact = dsv4.load("nano", dtype="float32")
     true = {name: exact.logits(ids, prefill=48) for name, ids in text.items()}
     save_file(text, folder / "text.safetensors")
-    assert run_ranks(SIZE, [str(Path(tp_ranks.__file__)), str(SIZE), str(folder)]) == 0
+    assert run_ranks(SIZE, [str(Path(tp_ranks.__file__)), str(SIZE), str(folder)], timeout=SECONDS) == 0
     facts = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
     logits = [load_file(folder / f"{rank}.safetensors") for rank in range(SIZE)]
     return text, alone, true, logits, facts
@@ -56,8 +57,14 @@ def test_two_gpus_choose_the_tokens_of_one(run):
 
 
 def test_two_gpus_are_as_near_to_float32_as_one(run):
+    """By the middle one of all tokens: where a rounding changes what an indexer picks, one token's logits move by a
+    multiple of that, in either run, and decide about every mean."""
     text, alone, true, logits, _ = run
-    assert rms([logits[0][n] - true[n] for n in text]) < 1.2 * rms([alone[n] - true[n] for n in text])
+
+    def middle(found):
+        return torch.cat([(found[name] - true[name]).square().mean(-1) for name in text]).sqrt().median()
+
+    assert middle(logits[0]) < 1.1 * middle(alone)
 
 
 def test_captured_sums_replay(run):
@@ -65,6 +72,12 @@ def test_captured_sums_replay(run):
         sums = [facts["sums"][rows] for facts in run[4]]
         assert sums[0]["bits"] == sums[1]["bits"], rows
         assert all(one["replay_equals_eager"] and one["worst"] < 2**-7 for one in sums), rows
+
+
+def test_captured_seams_add_up_like_all_reduce(run):
+    for rows, seams in run[4][0]["seams"].items():
+        assert seams["bits"] == run[4][1]["seams"][rows]["bits"], rows
+        assert seams["replay_equals_apart"] and run[4][1]["seams"][rows]["replay_equals_apart"], rows
 
 
 def test_captured_gathers_replay(run):

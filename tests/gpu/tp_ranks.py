@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
+from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
+from dsv4.layers.mhc import peers_of
 from dsv4.parallel.mesh import Mesh, join
 
 PROMPTS = ["def read(self, path):\n", "import os\n\n\nclass Cache:\n", "try:\n    import json\nexcept"]
@@ -53,6 +55,41 @@ def captured_sums(mesh: Mesh, rows: int) -> dict[str, Any]:
     return {"worst": worst, "replay_equals_eager": same, "bits": out.flatten()[:4096].view(torch.int16).sum().item()}
 
 
+def captured_seams(mesh: Mesh, rows: int) -> dict[str, Any]:
+    """A graph of as many seams as a step has, each fed by the one before it, against all-reduces and seams apart."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = (rows, 4), (rows, 4, 4), (24, 4 * WIDTH), (24,), (24,), (WIDTH,)
+    post, comb, fn, base, scale, weight = (torch.rand(s, generator=generator).to(mesh.device) for s in shapes)
+    site = (fn - 0.5) / WIDTH**0.5, base, scale, weight
+    streams = torch.randn(rows, 4, WIDTH, generator=generator).bfloat16().to(mesh.device)
+    y, how = partial(mesh, rows, 0, mesh.rank), {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": 1e-6}
+    peers = peers_of(mesh)
+    assert peers is not None
+
+    def step(together: bool) -> tuple[torch.Tensor, ...]:
+        given, found = y, (streams, None, post, comb / 4)
+        for _ in range(2 * LAYERS):
+            before = found[0], *found[2:], *site
+            if together:
+                found = mhc_seam(given, *before, **how, peers=peers)
+            else:
+                found = mhc_seam(mesh.all_reduce(given.clone(), torch.bfloat16), *before, **how)
+            given = found[1].float() * (mesh.rank + 1)
+        return found
+
+    step(together=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(together=True)
+    same = True
+    for turn in range(10):
+        y.copy_(partial(mesh, rows, turn, mesh.rank))
+        graph.replay()
+        same &= all(torch.equal(a, b) for a, b in zip(out, step(together=False), strict=True))
+    return {"replay_equals_apart": same, "bits": out[1].flatten()[:4096].view(torch.int16).sum().item()}
+
+
 def captured_gather(mesh: Mesh, rows: int) -> bool:
     share = VOCAB // mesh.size
     x, out = torch.zeros(rows, share, device=mesh.device), torch.zeros(rows, VOCAB, device=mesh.device)
@@ -74,6 +111,7 @@ def main(size: int, folder: Path) -> None:
     mesh = join(size, "cuda")
     facts: dict[str, Any] = {
         "sums": {rows: captured_sums(mesh, rows) for rows in (1, 3, 64, 300)},
+        "seams": {rows: captured_seams(mesh, rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)},
         "gathers": [captured_gather(mesh, rows) for rows in (1, 64, 300)],
     }
     model = dsv4.load("nano", tp=mesh)
