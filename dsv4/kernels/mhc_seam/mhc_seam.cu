@@ -40,8 +40,8 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
                 aligned16(x_out);
     if (size > MOST_RANKS) return cudaErrorInvalidValue;
     if (size > 1) {
-        args.peers.part = static_cast<const float*>(y), args.peers.turns = turns;
-        args.peers.rank = rank, args.peers.size = size;
+        args.peers.part = static_cast<const float*>(y), args.peers.stride = y_stride;
+        args.peers.turns = turns, args.peers.rank = rank, args.peers.size = size;
         for (int i = 0; i < size; ++i) args.peers.inboxes[i] = inboxes[i];
     } else {
         args.y = static_cast<const T*>(y);

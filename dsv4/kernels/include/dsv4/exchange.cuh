@@ -19,7 +19,9 @@ struct __align__(16) Word {
 __device__ __forceinline__ void tell(Word* word, const float (&values)[PER_WORD], uint32_t turn) {
     const uint64_t low = static_cast<uint64_t>(__float_as_uint(values[1])) << 32 | __float_as_uint(values[0]);
     const uint64_t high = static_cast<uint64_t>(turn) << 32 | __float_as_uint(values[2]);
-    asm volatile("{.reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w;}" ::"l"(word), "l"(low), "l"(high)
+    asm volatile("{.reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w;}"
+                 :
+                 : "l"(word), "l"(low), "l"(high)
                  : "memory");
 }
 

@@ -3,15 +3,15 @@
 // A block takes 64 columns, in all M streams, of TT tokens: its share of a token's ROWS products with fn and of the sum
 // of squares; in a SEAM of the products of the streams with each other, which give the sum of squares of any mixture of
 // them, so that the norm of the collapsed x needs no sum of its own. A token's shares are added up always in the same
-// order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens that is one launch, in which
-// the blocks of a token tell each other their shares and each goes on with its own columns (exchange.cuh); for many there
-// is a second launch, one block per token. A row's bits are the same either way.
+// order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens that is one launch, in
+// which the blocks of a token tell each other their shares and each goes on with its own columns (exchange.cuh); for
+// many there is a second launch, one block per token. A row's bits are the same either way.
 //
 // In a SEAM of several ranks y is this rank's part of a sum (Peers).
 #pragma once
 #include <dsv4/dependent.cuh>
-#include <dsv4/exchange.cuh>
 #include <dsv4/numbers.cuh>
+#include <dsv4/peers.cuh>
 #include <dsv4/reduce.cuh>
 #include <dsv4/sinkhorn.cuh>
 
@@ -20,10 +20,10 @@ namespace dsv4::mhc {
 enum Kind { PRE, SEAM, HEAD };
 
 constexpr int M = SITE;  // hc_mult of Flash and Pro
-constexpr int W = 4;  // columns per thread while the sums are made
-constexpr int COLUMNS = 64, PLACES = M * COLUMNS / W, QUADS = COLUMNS / W;
-constexpr int FEW = 8, MOST_SLICES = 128, MOST_COLUMNS = MOST_SLICES * COLUMNS;
-constexpr int PAIRS = M * (M + 1) / 2, MOST_RANKS = 8, INBOX_ROWS = 64;
+constexpr int W = 4;     // columns per thread while the sums are made
+constexpr int PLACES = M * COLUMNS / W, QUADS = COLUMNS / W;
+constexpr int FEW = 8, MOST_SLICES = MOST_COLUMNS / COLUMNS;
+constexpr int PAIRS = M * (M + 1) / 2;
 constexpr int HEARD = 4;  // tokens of a block whose parts its idle warps can hear
 constexpr unsigned ALL = 0xffffffffu;
 static_assert(PLACES == 64 && QUADS == 16, "two warps hold a team's places, half a warp a slice's columns");
@@ -31,30 +31,14 @@ static_assert(PLACES == 64 && QUADS == 16, "two warps hold a team's places, half
 template <Kind KIND>
 struct Shape {
     static constexpr int ROWS = KIND == HEAD ? M : (2 + M) * M;      // pre | post | comb
-    static constexpr int SUMS = ROWS + (KIND == SEAM ? PAIRS : 1);  // and the products of streams, or the sum of squares
+    static constexpr int SUMS = ROWS + (KIND == SEAM ? PAIRS : 1);  // and products of streams, or sum of squares
     static constexpr int WORDS = (SUMS + exchange::PER_WORD - 1) / exchange::PER_WORD;
     static constexpr int TEAM = KIND == HEAD ? 4 : 8;  // of 64 threads, each with
     static constexpr int SHARE = ROWS / TEAM;          // so many rows of fn
     static constexpr int WORKERS = TEAM * PLACES, WARPS = WORKERS / 32;
     static constexpr int THREADS = WORKERS + (KIND == HEAD ? 0 : 32);  // of the second launch: and a warp for Sinkhorn
-    static_assert(SHARE * TEAM == ROWS && SHARE < 4 && ROWS <= 32 && WORDS <= WARPS && PAIRS <= 2 * TEAM + 2);
-};
-
-// The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
-// values with the number of the turn, which the others write. A rank tells its part of turn n to all and hears theirs in
-// its own inbox; it adds them in the order of ranks and rounds the sum once.
-//
-// The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
-// it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read. Every row has its
-// own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
-// and all of its blocks run at once.
-struct Peers {
-    uint64_t* inboxes[MOST_RANKS];
-    uint32_t* turns;    // [INBOX_ROWS] the last turn of each row
-    const float* part;  // [T, D] y_stride apart: what this rank gives
-    int rank, size;
-
-    __device__ bool any() const { return size > 1; }
+    static_assert(SHARE * TEAM == ROWS && SHARE < 4 && ROWS <= 32 && WORDS <= WARPS);
+    static_assert(KIND != SEAM || exchange::PER_WORD * (WORDS - TEAM) <= WARPS, "a pair of streams to a warp");
 };
 
 template <typename T>
@@ -67,7 +51,7 @@ struct Args {
     Peers peers;
     int64_t tokens, y_stride;
     int D, iters;
-    float hc_eps, norm_eps;
+    float hc_eps, norm_eps, mean;  // mean: 1 / D
     bool wide;
 };
 
@@ -101,92 +85,69 @@ __device__ __forceinline__ float four_sums(const float (&sums)[4]) {
     return sum;
 }
 
+// A thread's columns as they lie in memory: so that none is waited for before all are asked for.
+template <typename T, int N>
+struct Raw {
+    union {
+        typename Chunk<W * sizeof(T)>::type chunk;
+        T element[W];
+    } of[N];
+
+    // from(i) + d: where those of number i lie.
+    template <typename From>
+    __device__ __forceinline__ void load(const Place& p, From from) {
+        if (p.wide) {
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                of[i].chunk = *reinterpret_cast<const decltype(of[i].chunk)*>(from(i) + p.d);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+#pragma unroll
+                for (int k = 0; k < W; ++k) of[i].element[k] = k < p.left ? from(i)[p.d + k] : from_float<T>(0.0f);
+        }
+    }
+    __device__ float value(int i, int k) const { return to_float(of[i].element[k]); }
+};
+
 // A thread's rows of fn.
 template <Kind KIND, typename T>
 __device__ __forceinline__ void load_rows(const Args<T>& a, const Place& p, float (&f)[Shape<KIND>::SHARE][W]) {
+    Raw<float, Shape<KIND>::SHARE> raw;
+    const float* first = a.fn + (static_cast<int64_t>(p.team * Shape<KIND>::SHARE) * M + p.stream) * a.D;
+    raw.load(p, [&](int i) { return first + static_cast<int64_t>(i) * M * a.D; });
 #pragma unroll
     for (int i = 0; i < Shape<KIND>::SHARE; ++i)
-        load<W>(a.fn + (static_cast<int64_t>(p.team * Shape<KIND>::SHARE + i) * M + p.stream) * a.D + p.d, f[i], p.left,
-                p.wide);
+#pragma unroll
+        for (int k = 0; k < W; ++k) f[i][k] = raw.value(i, k);
 }
 
-// A warp's two columns of the block, of a token: this rank's part of them, and where the ranks meet this time.
-struct Meeting {
-    const Peers& p;
-    int64_t token;
-    int d;
-    uint32_t turn;
-    float2 own;
-
-    template <typename T>
-    __device__ Meeting(const Args<T>& a, int64_t token) : p(a.peers), token(token) {
-        d = blockIdx.x * COLUMNS + threadIdx.x % 32 * 2;
-        const float* part = p.part + token * a.y_stride + d;
-        turn = exchange::last_turn(p.turns + token) + 1;
-        own = make_float2(d < a.D ? part[0] : 0.0f, d + 1 < a.D ? part[1] : 0.0f);
-    }
-    __device__ uint64_t* at(int owner, int from) const {
-        return p.inboxes[owner] + (((turn & 1) * p.size + from) * INBOX_ROWS + token) * MOST_COLUMNS + d;
-    }
-    __device__ void tell() const {
-#pragma unroll 1
-        for (int i = 1; i < p.size; ++i) {
-            const int to = (p.rank + i) % p.size;  // not all of them to the same one at a time
-            exchange::tell_peer(at(to, p.rank), own.x, own.y, turn);
-        }
-    }
-    // The sum of all parts. Those of four ranks are asked for at once.
-    __device__ float2 hear() const {
-        constexpr int TOGETHER = 4;
-        constexpr int64_t NEXT = INBOX_ROWS * MOST_COLUMNS;
-        const uint64_t* from = at(p.rank, 0);
-        float2 sum = {};
-#pragma unroll 1
-        for (int first = 0; first < p.size; first += TOGETHER, from += TOGETHER * NEXT) {
-            exchange::Pair heard[TOGETHER];
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i)
-                if (first + i < p.size && first + i != p.rank) heard[i] = exchange::look_at_peer(from + i * NEXT);
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i)
-                if (first + i < p.size) {
-                    float2 part = own;
-                    if (first + i != p.rank) {
-                        while (!heard[i].of(turn)) heard[i] = exchange::look_at_peer(from + i * NEXT);
-                        part = make_float2(heard[i].value(0), heard[i].value(1));
-                    }
-                    sum = first + i == 0 ? part : make_float2(sum.x + part.x, sum.y + part.y);
-                }
-        }
-        return sum;
-    }
-};
-
 // Between those who hear the peers and those who need the sums.
-__device__ __forceinline__ void peers_heard() { asm volatile("bar.sync 1, %0;" ::"n"(Shape<SEAM>::WORKERS) : "memory"); }
+__device__ __forceinline__ void peers_heard() {
+    asm volatile("bar.sync 1, %0;" ::"n"(Shape<SEAM>::WORKERS) : "memory");
+}
 
 // h' = post y + comb^T h, rounded, of a thread's columns of a token: into `streams` and written. `sums`: y, if it has
 // several parts, in float32, to be rounded; other warps hear it meanwhile.
 template <int TT, typename T>
 __device__ __forceinline__ void leave(const Args<T>& a, const Place& p, int64_t token, const float* sums,
                                       float (&streams)[M][COLUMNS]) {
-    float old[M][W], from[W], mixes[M], v[W] = {};
+    float from[W], mixes[M], v[W] = {};
     const bool alone = TT > HEARD || !a.peers.any();
-    if (alone) load<W>(a.y + token * a.y_stride + p.d, from, p.left, p.wide);
-#pragma unroll
-    for (int j = 0; j < M; ++j) load<W>(a.h + (token * M + j) * a.D + p.d, old[j], p.left, p.wide);
+    const T* h = a.h + token * M * a.D;
+    Raw<T, M + 1> old;  // and y; where that is heard, any memory
+    const T* y = alone ? a.y + token * a.y_stride : h;
+    old.load(p, [&](int j) { return j < M ? h + static_cast<int64_t>(j) * a.D : y; });
 #pragma unroll
     for (int j = 0; j < M; ++j) mixes[j] = a.comb[(token * M + j) * M + p.stream];
     const float gain = a.post[token * M + p.stream];
 #pragma unroll
     for (int j = 0; j < M; ++j)
 #pragma unroll
-        for (int k = 0; k < W; ++k) v[k] = fmaf(old[j][k], mixes[j], v[k]);
-    if (!alone) {
-        peers_heard();
+        for (int k = 0; k < W; ++k) v[k] = fmaf(old.value(j, k), mixes[j], v[k]);
+    if (!alone) peers_heard();
 #pragma unroll
-        for (int k = 0; k < W; ++k) from[k] = rounded<T>(sums[p.column + k]);
-    }
+    for (int k = 0; k < W; ++k) from[k] = alone ? old.value(M, k) : rounded<T>(sums[p.column + k]);
 #pragma unroll
     for (int k = 0; k < W; ++k) v[k] = rounded<T>(fmaf(from[k], gain, v[k]));
     *reinterpret_cast<float4*>(&streams[p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
@@ -207,7 +168,7 @@ __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, i
         } else if (TT <= HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
             if (t < count) {
-                const Meeting meeting(a, first + t);
+                const Meeting meeting(a.peers, first + t, a.D);
                 if (!told) meeting.tell();
                 *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear();
             }
@@ -256,15 +217,19 @@ template <Kind KIND>
 __device__ __forceinline__ void shares_of_word(const float (&parts)[Shape<KIND>::WARPS][Shape<KIND>::SHARE + 1], int word,
                                                float (&values)[exchange::PER_WORD]) {
     using S = Shape<KIND>;
+    constexpr int PART = S::SHARE + 1;
+    const bool rows = word < S::TEAM;
 #pragma unroll
     for (int i = 0; i < exchange::PER_WORD; ++i) {
-        const int sum = word * exchange::PER_WORD + i, team = min(sum / S::SHARE, S::TEAM - 1);
-        if (sum < S::ROWS)
-            values[i] = parts[2 * team][sum % S::SHARE] + parts[2 * team + 1][sum % S::SHARE];
-        else if (KIND == SEAM)
-            values[i] = parts[min(sum - S::ROWS, PAIRS - 1)][S::SHARE];
-        else
-            values[i] = parts[0][S::SHARE] + parts[1][S::SHARE];  // of team 0, which has all places as each has
+        const float* at = &parts[0][0];
+        if constexpr (S::SHARE == exchange::PER_WORD) {  // a team's rows; then what the warps have beside them
+            const int warp = KIND == SEAM ? (word - S::TEAM) * exchange::PER_WORD + i : 0;
+            at += rows ? 2 * word * PART + i : warp * PART + S::SHARE;
+        } else {
+            const int sum = word * exchange::PER_WORD + i;
+            at += sum < S::ROWS ? 2 * sum * PART : S::SHARE;
+        }
+        values[i] = KIND != SEAM || rows ? at[0] + at[PART] : at[0];
     }
 }
 
@@ -295,7 +260,7 @@ __device__ __forceinline__ float scale_of(const Args<T>& a, int lane) {
 // In lane i mix i: (fn . v) * rsqrt(mean(v^2) + eps) * scale + base.
 template <Kind KIND, typename T>
 __device__ __forceinline__ float mix(const Args<T>& a, const float* totals, float scale, float base) {
-    const float root = rsqrtf(squares_of<KIND>(totals) / static_cast<float>(M * a.D) + a.norm_eps);
+    const float root = rsqrtf(squares_of<KIND>(totals) * (a.mean / M) + a.norm_eps);
     return fmaf(__fmul_rn(totals[row_of<KIND>(threadIdx.x % 32)], root), scale, base);
 }
 
@@ -313,7 +278,7 @@ __device__ __forceinline__ float norm_factor(const Args<T>& a, const float* tota
         square = fmaf(pre[i], fmaf(2.0f, others, __fmul_rn(pre[i], at[i])), square);
     }
     if (square < 0.0f) square = 0.0f;  // streams that cancel out, but for roundings
-    return rsqrtf(square / static_cast<float>(a.D) + a.norm_eps);
+    return rsqrtf(square * a.mean + a.norm_eps);
 }
 
 // post and comb of a token, by one warp whose lane i holds mix i. Lanes 2M .. hold an entry of comb each, and those of a
@@ -381,19 +346,20 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
         if (warp < TT) load<W>(a.weight + d, weight, left, wide);
     if (warp < S::WORDS) {
         constexpr int N = MOST_SLICES / 32;
+        const auto word = [&](int t, int i) { return &words.sums[first + t][warp][lane + 32 * i]; };
         exchange::Word heard[TT][N];
 #pragma unroll
         for (int t = 0; t < TT; ++t)
 #pragma unroll
             for (int i = 0; i < N; ++i)
-                if (t < count && lane + 32 * i < slices) heard[t][i] = look(&words.sums[first + t][warp][lane + 32 * i]);
+                if (t < count && lane + 32 * i < slices) heard[t][i] = look(word(t, i));
 #pragma unroll
         for (int t = 0; t < TT; ++t) {
             float sums[4] = {};
 #pragma unroll
             for (int i = 0; i < N; ++i)
                 if (t < count && lane + 32 * i < slices) {
-                    while (heard[t][i].turn != turns[t]) heard[t][i] = look(&words.sums[first + t][warp][lane + 32 * i]);
+                    while (heard[t][i].turn != turns[t]) heard[t][i] = look(word(t, i));
 #pragma unroll
                     for (int k = 0; k < exchange::PER_WORD; ++k) sums[k] += heard[t][i].values[k];
                 }
@@ -401,11 +367,14 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
         }
     }
     __syncthreads();
-    // Every block of these tokens has read the numbers of the turn: this one has heard of all.
-    if (slice == 0 && threadIdx.x < count) {
-        const int token = first + threadIdx.x;
-        words.turns[token] = exchange::last_turn(&words.turns[token]) + 1;
-        if (KIND == SEAM && a.peers.any()) a.peers.turns[token] = exchange::last_turn(a.peers.turns + token) + 1;
+    // Every block of these tokens has read the numbers of the turn: this one has heard of all. By idle warps.
+    if (slice == 0) {
+#pragma unroll
+        for (int t = 0; t < TT; ++t)
+            if (t < count && threadIdx.x == 128 + t) words.turns[first + t] = turns[t];
+        const int t = static_cast<int>(threadIdx.x) - 160;
+        if (KIND == SEAM && a.peers.any() && t >= 0 && t < count)
+            a.peers.turns[first + t] = exchange::last_turn(a.peers.turns + first + t) + 1;
     }
     const bool ends = KIND != HEAD && slice == slices - 1;  // and finishes the mixes, in warps of their own
     if (warp >= count && !(ends && warp >= TT && warp < TT + count)) return;
@@ -453,7 +422,7 @@ __device__ void shares_of_many(const Args<T>& a) {
     const int64_t begin = static_cast<int64_t>(blockIdx.y) * TT, step = static_cast<int64_t>(gridDim.y) * TT;
     if (KIND == SEAM && TT <= HEARD && a.peers.any())
         for (int64_t first = begin; first < a.tokens; first += step)
-            if (warp < TT && first + warp < a.tokens) Meeting(a, first + warp).tell();
+            if (warp < TT && first + warp < a.tokens) Meeting(a.peers, first + warp, a.D).tell();
     for (int64_t first = begin; first < a.tokens; first += step) {
         const int count = min(static_cast<int64_t>(TT), a.tokens - first);
         load_streams<KIND, TT>(a, p, first, count, true, streams);
@@ -565,8 +534,9 @@ struct Kernels {
 
 // One launch where its blocks all run at once, else two.
 template <Kind KIND, typename T>
-static cudaError_t run(const Kernels<T>& kernels, const Args<T>& args, cudaStream_t stream) {
+static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t stream) {
     using S = Shape<KIND>;
+    args.mean = 1.0f / static_cast<float>(args.D);
     if (args.D > MOST_COLUMNS || (args.peers.size > 1 && args.tokens > INBOX_ROWS) || args.peers.size > MOST_RANKS)
         return cudaErrorInvalidValue;
     const int slices = (args.D + COLUMNS - 1) / COLUMNS;
@@ -584,8 +554,8 @@ static cudaError_t run(const Kernels<T>& kernels, const Args<T>& args, cudaStrea
     int64_t groups = (args.tokens + together - 1) / together;
     if (!alone) groups = groups < at_once ? groups : at_once;  // peers wait for every block
     if (groups == 0) return cudaErrorInvalidConfiguration;
-    const cudaError_t error = launch_dependent(together == HEARD ? kernels.four : kernels.eight, slices, groups, S::WORKERS,
-                                               0, stream, args);
+    const auto first = together == HEARD ? kernels.four : kernels.eight;
+    const cudaError_t error = launch_dependent(first, slices, groups, S::WORKERS, 0, stream, args);
     if (error != cudaSuccess) return error;
     return launch_dependent(kernels.end, args.tokens, 1, S::THREADS, 0, stream, args, slices);
 }

@@ -16,8 +16,8 @@ __device__ __forceinline__ void inverses(float& a, float& b) {
 // Sinkhorn of 4 x 4 numbers c as factors: rows[j] c[j][k] columns[k] after `iters` column steps with row steps between.
 // A step divides, by its sum and eps: r_j c_jk s_k / (r_j sum_k c_jk s_k + eps), so 1 / r_j becomes
 // sum_k c_jk s_k + eps / r_j. No error outlives the step after it.
-__device__ __forceinline__ void half_step(const float (&c)[SITE][SITE], bool down, const float (&by)[SITE], float (&inverse)[SITE],
-                                          float (&factor)[SITE], float eps) {
+__device__ __forceinline__ void half_step(const float (&c)[SITE][SITE], bool down, const float (&by)[SITE],
+                                          float (&inverse)[SITE], float (&factor)[SITE], float eps) {
 #pragma unroll
     for (int i = 0; i < SITE; ++i) {
         const float* entry = &c[0][0] + (down ? i : i * SITE);
@@ -27,8 +27,8 @@ __device__ __forceinline__ void half_step(const float (&c)[SITE][SITE], bool dow
     }
     inverses(factor[0], factor[1]), inverses(factor[2], factor[3]);
 }
-__device__ __forceinline__ void sinkhorn(const float (&c)[SITE][SITE], float (&rows)[SITE], float (&columns)[SITE], int iters,
-                                         float eps) {
+__device__ __forceinline__ void sinkhorn(const float (&c)[SITE][SITE], float (&rows)[SITE], float (&columns)[SITE],
+                                         int iters, float eps) {
     float over[SITE], under[SITE];  // 1 / rows, 1 / columns
 #pragma unroll
     for (int i = 0; i < SITE; ++i) rows[i] = over[i] = under[i] = 1.0f;

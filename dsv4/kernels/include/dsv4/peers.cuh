@@ -1,0 +1,79 @@
+// A sum over ranks, made by the kernel that needs it: blocks of 64 columns, each by itself.
+#pragma once
+#include <dsv4/exchange.cuh>
+
+namespace dsv4::mhc {
+
+constexpr int COLUMNS = 64, MOST_COLUMNS = 8192;  // of a block; of a row
+constexpr int MOST_RANKS = 8, INBOX_ROWS = 64;
+
+// The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
+// values with the number of the turn, which the others write. A rank tells its part of turn n to all and hears theirs in
+// its own inbox; it adds them in the order of ranks and rounds the sum once.
+//
+// The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
+// it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read. Every row has its
+// own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
+// and all of its blocks run at once.
+struct Peers {
+    uint64_t* inboxes[MOST_RANKS];
+    uint32_t* turns;    // [INBOX_ROWS] the last turn of each row
+    const float* part;  // [T, D]: what this rank gives
+    int64_t stride;     // of its rows
+    int rank, size;
+
+    __device__ bool any() const { return size > 1; }
+};
+
+// A warp's two columns of the block, of a token: this rank's part of them, and where the ranks meet this time.
+struct Meeting {
+    const Peers& p;
+    int64_t token;
+    int d;
+    uint32_t turn;
+    float2 own;
+
+    __device__ Meeting(const Peers& peers, int64_t token, int D) : p(peers), token(token) {
+        d = blockIdx.x * COLUMNS + threadIdx.x % 32 * 2;
+        const float* part = p.part + token * p.stride + d;
+        turn = exchange::last_turn(p.turns + token) + 1;
+        own = make_float2(d < D ? part[0] : 0.0f, d + 1 < D ? part[1] : 0.0f);
+    }
+    __device__ uint64_t* at(int owner, int from) const {
+        return p.inboxes[owner] + (((turn & 1) * p.size + from) * INBOX_ROWS + token) * MOST_COLUMNS + d;
+    }
+    __device__ void tell() const {
+#pragma unroll 1
+        for (int i = 1; i < p.size; ++i) {
+            const int next = p.rank + i, to = next < p.size ? next : next - p.size;  // not all to one at a time
+            exchange::tell_peer(at(to, p.rank), own.x, own.y, turn);
+        }
+    }
+    // The sum of all parts. Those of four ranks are asked for at once.
+    __device__ float2 hear() const {
+        constexpr int TOGETHER = 4;
+        constexpr int64_t NEXT = INBOX_ROWS * MOST_COLUMNS;
+        const uint64_t* from = at(p.rank, 0);
+        float2 sum = {};
+#pragma unroll 1
+        for (int first = 0; first < p.size; first += TOGETHER, from += TOGETHER * NEXT) {
+            exchange::Pair heard[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < p.size && first + i != p.rank) heard[i] = exchange::look_at_peer(from + i * NEXT);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < p.size) {
+                    float2 part = own;
+                    if (first + i != p.rank) {
+                        while (!heard[i].of(turn)) heard[i] = exchange::look_at_peer(from + i * NEXT);
+                        part = make_float2(heard[i].value(0), heard[i].value(1));
+                    }
+                    sum = first + i == 0 ? part : make_float2(sum.x + part.x, sum.y + part.y);
+                }
+        }
+        return sum;
+    }
+};
+
+}  // namespace dsv4::mhc
