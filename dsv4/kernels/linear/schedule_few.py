@@ -67,7 +67,7 @@ def _spreads(
         cuts, _ = by_tiles(parts, blocks, processors // ranks)
         window = -(-slices // ranks)
         busiest = max(sum(bytes_of[a:b]) for a, b in pairwise(cuts))
-        pace = _ALONE if busiest == max(bytes_of) > min(bytes_of) else 1.0
+        pace = _ALONE if ranks == 1 and busiest == max(bytes_of) > min(bytes_of) else 1.0
         yield (
             busiest * pace * window / slices + tokens * window * SLICE_BYTES / _STAGED + (ranks > 1) * _MEETING,
             ranks,

@@ -158,8 +158,9 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
     }
     if (lane == 0) places[warp] = Place(task, slices, cluster, warp);
     __syncwarp();
-    // Begins with filling the ring and, where the code is cold, a rehearsal: one chunk times what happens to lie where
-    // the tokens will be. Nothing comes of it but that the code is at hand when the turn comes.
+    // Begins with filling the ring and, where the code is cold, a rehearsal: a chunk of what happens to lie in the ring,
+    // times what lies where the tokens will be. Nothing comes of it but that code and arguments are at hand when the turn
+    // comes.
     bool real = false;
     const auto refill = [&](Ring<TILES>& r) {
         __syncwarp();  // every lane has read the stage
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
     };
 #pragma unroll 1
     for (int pass = task.cold ? 0 : 1; pass < 2; ++pass) {
-        real = pass == 1;
+        real = ring.live = pass == 1;
         if (real) {
             wait_for_previous();
             let_next_start();
@@ -238,7 +239,11 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
                     }
                 }
             }
-            if (!real) break;
+            if (!real) {
+                asm volatile("" ::"l"(part.x), "l"(part.x_stride), "r"(part.x_wide), "l"(part.out), "f"(part.alpha));
+                asm volatile("" ::"l"(part.row_scale), "l"(part.out_stride), "r"(part.out_f32), "r"(part.rows));
+                break;
+            }
             if (OWN) continue;
             if (ranks == 1) __syncthreads();
             else cluster_barrier();
