@@ -46,7 +46,13 @@ def weight_bytes_per_token(model: Model) -> int:
     """Stored bytes of the linears that one decoded token reads: K of the E routed experts, everything else once."""
     share = model.config.num_experts_per_tok / model.config.n_routed_experts
     operands = [model.lm_head, *(operand for block in model.blocks for operand in _operands(block))]
-    return round(sum(o.nbytes * (share if isinstance(o, ExpertsOperand) else 1) for o in operands))
+    read: dict[int, float] = {}  # operands may share a weight
+    for operand in operands:
+        if isinstance(operand, LinearOperand):
+            read |= {id(p.weight): p.weight.nbytes for p in operand.projections}
+        else:
+            read[id(operand)] = operand.nbytes * (share if isinstance(operand, ExpertsOperand) else 1)
+    return round(sum(read.values()))
 
 
 def _operands(part: object) -> Iterator[LinearOperand | GroupedOperand | ExpertsOperand]:
