@@ -188,7 +188,6 @@ __global__ void __launch_bounds__(Form<NT>::THREADS) linear_kernel(const __grid_
     constexpr int TILES = Form<NT>::TILES, WARPS = Form<NT>::WARPS;
     constexpr int STAGE = Ring<TILES>::STAGE;
     extern __shared__ __align__(128) uint8_t memory[];
-    let_next_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     uint8_t* after = memory;  // rings | x | undo | barriers
@@ -211,6 +210,7 @@ __global__ void __launch_bounds__(Form<NT>::THREADS) linear_kernel(const __grid_
     }
     __syncwarp();
     wait_for_previous();
+    let_next_start();
     const auto refill = [&](Ring<TILES>& r) {
         __syncwarp();  // every lane has read the stage
         if (lane == 0) requests.request(task, warp, r.data + r.at * STAGE, r.full + r.at * 8);
