@@ -90,7 +90,7 @@ def _fitted(
     for height in heights:
         for stages in range(min(max(chunks, 2), _MOST_STAGES), 0, -1):
             rest = tokens * (window * SLICE_BYTES + 16) + window * FEW_TOKENS * 4 + WARPS * (8 * stages + _PLACE_BYTES)
-            rest += WARPS * stages * CHUNK * height
+            rest += (WARPS * stages + 1) * CHUNK * height  # and a spare stage
             slot = 0 if mode == OWN else window * tokens * 64
             batch = most if mode == OWN else min(most, (shared_limit - rest) // slot)
             if rest + batch * slot <= shared_limit and batch >= min(most, height):

@@ -60,7 +60,7 @@ struct Ring {
     const uint8_t* bytes;
     int stages, at;
     uint32_t parity;
-    bool live = true;  // else whatever lies in a stage will do
+    bool live = true;  // else what lies at `bytes` will do
 
     __device__ __forceinline__ const uint8_t* wait() const {
         if (live) barrier_wait(full + at * 8, parity);

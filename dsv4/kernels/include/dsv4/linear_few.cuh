@@ -137,13 +137,13 @@ __device__ __forceinline__ void stage_few(const Few& task, const Part& part, con
 template <int TILES, bool OWN, bool ONE>
 __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __grid_constant__ Few task) {
     constexpr int STAGE = Ring<TILES>::STAGE;
-    extern __shared__ __align__(128) uint8_t memory[];  // rings | x | slots | undo | barriers | places
+    extern __shared__ __align__(128) uint8_t memory[];  // rings | spare | x | slots | undo | barriers | places
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int ranks = OWN ? 1 : task.ranks, rank = ranks == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / ranks;
     const Slices slices(task, rank, OWN);
     const int staged = OWN ? task.slices : slices.count, stride = task.window * 1024 + 16;
 
-    uint8_t* const x = memory + FEW_WARPS * task.stages * STAGE;
+    uint8_t* const x = memory + (FEW_WARPS * task.stages + 1) * STAGE;  // nobody writes to the spare stage
     float* const slots = reinterpret_cast<float*>(x + task.tokens * stride);  // [tile][window][T][16]
     float* const undo = slots + (OWN ? 0 : task.batch * task.window * task.tokens * TILE_ROWS);
     uint64_t* const barriers = reinterpret_cast<uint64_t*>(undo + task.window * FEW_TOKENS) + warp * task.stages;
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
     }
     if (lane == 0) places[warp] = Place(task, slices, cluster, warp);
     __syncwarp();
-    // Begins with filling the ring and, where the code is cold, a rehearsal: a chunk of what happens to lie in the ring,
-    // times what lies where the tokens will be. Nothing comes of it but that code and arguments are at hand when the turn
-    // comes.
+    // Begins with filling the ring and, where the code is cold, a rehearsal: a chunk of what happens to lie in the spare
+    // stage, times what lies where the tokens will be. Nothing comes of it but that code and arguments are at hand when
+    // the turn comes.
     bool real = false;
     const auto refill = [&](Ring<TILES>& r) {
         __syncwarp();  // every lane has read the stage
@@ -195,7 +195,9 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
 #pragma unroll 1
     for (int pass = task.cold ? 0 : 1; pass < 2; ++pass) {
         real = ring.live = pass == 1;
+        ring.bytes = memory + (real ? warp : FEW_WARPS) * task.stages * STAGE;
         if (real) {
+            __syncthreads();  // nobody rehearses any more
             wait_for_previous();
             let_next_start();
         }
