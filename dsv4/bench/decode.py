@@ -18,6 +18,7 @@ from dsv4.bench.traffic import storages, work_of
 from dsv4.bench.waterfall import Bar, bars, layers_of, table
 from dsv4.bench.waterfall_plot import svg
 from dsv4.config import ModelConfig
+from dsv4.errors import RequestError
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
 
@@ -62,9 +63,15 @@ def bench_decode(
     went, as a table (`waterfall` in the row's `more`) and its picture; every tensor of the step is kept for that, which
     spoils the memory.
     """
+    steps = warmup + repeats + SPARE_TOKENS
+    longest = model.config.max_position_embeddings - steps
+    if max(contexts) > longest:
+        raise RequestError(
+            f"a context of {max(contexts):,} tokens leaves no room for the {steps} that are timed and profiled: the model "
+            f"ends at {model.config.max_position_embeddings:,}; give at most {longest:,}. Nothing was measured"
+        )
     for batch in batches:
         for context in contexts:
-            steps = warmup + repeats + SPARE_TOKENS
             timer.reset_peak()
             cache = model.new_cache(batch, batch * (context + steps))
             slots = fill_context(cache, batch, context, room=steps, seed=seed)

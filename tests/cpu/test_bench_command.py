@@ -16,7 +16,7 @@ from cli_helpers import Program
 
 from dsv4 import load
 from dsv4.bench import report
-from dsv4.bench.decode import bench_decode
+from dsv4.bench.decode import SPARE_TOKENS, bench_decode
 from dsv4.bench.kernels import bench_kernels
 from dsv4.bench.plot import lines, plot
 from dsv4.bench.prefill import bench_prefill
@@ -50,6 +50,14 @@ def test_decode_gives_medians_and_shares_per_batch_and_context(tiny: Model) -> N
         assert values["kernels"] == 77 and more["distinct_measured"] and more["peak_bytes"] == 12345
     assert rows[0].more["distinct_experts"] == 3 and rows[2].more["distinct_experts"] > 3
     assert rows[0].picture is None and "waterfall" not in rows[0].more
+
+
+def test_a_context_without_room_is_refused_before_anything_runs(tiny: Model) -> None:
+    longest = tiny.config.max_position_embeddings - (2 + 20 + SPARE_TOKENS)
+    sweep: dict[str, Any] = {"batches": [1], "contexts": [20, longest + 1], "repeats": 20, "warmup": 2}
+    found = bench_decode(tiny, stored_bytes("random:tiny", "native"), RUN, FakeTimer(), FakeStep, **sweep)
+    with pytest.raises(RequestError, match=f"give at most {longest:,}"):
+        next(found)
 
 
 def test_a_waterfall_says_where_the_step_goes(tiny: Model) -> None:
