@@ -67,8 +67,8 @@ def bench_decode(
     longest = model.config.max_position_embeddings - steps
     if max(contexts) > longest:
         raise RequestError(
-            f"a context of {max(contexts):,} tokens leaves no room for the {steps} that are timed and profiled: the model "
-            f"ends at {model.config.max_position_embeddings:,}; give at most {longest:,}. Nothing was measured"
+            f"a context of {max(contexts):,} tokens leaves no room for the {steps} that are timed and profiled: this "
+            f"model ends at {model.config.max_position_embeddings:,}; give at most {longest:,}. Nothing was measured"
         )
     for batch in batches:
         for context in contexts:
