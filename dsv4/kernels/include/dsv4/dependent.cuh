@@ -3,7 +3,8 @@
 //     without having waited. The end of a kernel is then the end of all before it.
 //   - Before the wait it may read what was written when the model was loaded: weights.
 // The next kernel may start once every block has said so. It waits in turn, so saying so costs nothing but the room that
-// its blocks take; they start when all of this kernel's are running, and cannot keep them from it.
+// its blocks take; they start when all of this kernel's are running, and cannot keep them from it. A kernel whose blocks
+// fill processors says so when its own turn has come: else those of the next but one lie where the next one's belong.
 #pragma once
 #include <dsv4/launch.cuh>
 
