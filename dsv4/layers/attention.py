@@ -78,7 +78,7 @@ class Attention:
         pool = pool_rows = None
         if self.spec.kind != "window":
             pool, pool_rows = cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
-        if self.spec.kind == "csa":
+        if scored:
             pool_rows = self.indexer(qr, pooled[-1], cache, step, *index_q)
         heads = q.unflatten(-1, (self.heads, self.head_dim))
         seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)

@@ -27,8 +27,9 @@ class Indexer:
         self.order = compared if self.keep_order else "entry"
 
     def scores(self, step: Step) -> bool:
-        """Whether a step's entries are scored. Not while every visible entry is taken anyway, except in float32, the
-        dtype for comparisons: there attention adds the entries up in the order of their scores, as DeepSeek does.
+        """Whether a step's entries are scored, or all are taken. All while every visible one would be picked, except in
+        float32, the dtype for comparisons: there attention adds the entries up in the order of their scores, as
+        DeepSeek does.
         """
         most = step.plan.compressed[self.spec.kind, self.spec.ratio].most_visible
         return most > (0 if self.keep_order else self.topk)
@@ -40,8 +41,6 @@ class Indexer:
         index keys are in the cache. q: wq_b's product with qr, where it has been made.
         """
         rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
-        if not self.scores(step):
-            return rows.all_rows
         if q is None:
             (q,) = linear(qr, self.wq_b)
         queries = q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), head_weights

@@ -18,6 +18,7 @@
 #include <dsv4/index_select.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/numbers.cuh>
+#include <dsv4/reduce.cuh>
 
 using namespace dsv4;
 
@@ -339,21 +340,11 @@ constexpr int CACHED_BYTES = 80 * 1024;  // keys kept in shared memory between p
 // The sum over the threads before this one, and over all. Two barriers.
 __device__ __forceinline__ uint32_t exclusive_sum(uint32_t x, uint32_t (&warps)[SELECT_WARPS], uint32_t& all) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
-    }
+    const uint32_t sum = sum_up_to(x);
     __syncthreads();  // the last call's readers are done
     if (lane == 31) warps[warp] = sum;
     __syncthreads();
-    uint32_t totals = warps[lane];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(0xffffffffu, totals, step);
-        if (lane >= step) totals += before;
-    }
+    const uint32_t totals = sum_up_to(warps[lane]);
     all = __shfl_sync(0xffffffffu, totals, 31);
     const uint32_t before = __shfl_sync(0xffffffffu, totals, warp ? warp - 1 : 0);
     return sum - x + (warp ? before : 0);
@@ -418,13 +409,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
     __syncthreads();
     if (threadIdx.x < FINE) {  // a lane per code, from the top
         const int code = FINE - 1 - threadIdx.x;
-        const uint32_t own = fine[code];
-        uint32_t sum = own;
-#pragma unroll
-        for (int step = 1; step < FINE; step *= 2) {
-            const uint32_t before = __shfl_up_sync(0xffffffffu, sum, step);
-            if (threadIdx.x >= step) sum += before;
-        }
+        const uint32_t own = fine[code], sum = sum_up_to(own);
         if (sum >= left && sum - own < left) edge_key = bin * FINE + code, edge_left = left - (sum - own);
     }
     __syncthreads();

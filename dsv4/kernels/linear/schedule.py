@@ -65,7 +65,7 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
 
     found = None
     if slices == 1 or sum(count for count, _ in parts) >= (WARPS - 2) * processors:
-        whole, _ = by_tiles(parts, blocks, processors)
+        whole = by_tiles(parts, blocks, processors)
         items = max(b - a for a, b in pairwise(whole)) * slices
         found = fitted(OWN, whole, slices, WARPS, items) or fitted(OWN, whole, 1, WARPS, items)
     if found is None:
@@ -97,13 +97,12 @@ def _shared_bytes(tokens: int, window: int, streams: int, stages: int) -> int:
 
 
 @functools.cache
-def by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[tuple[int, ...], int]:
-    """Cuts between whole tiles that give the busiest block the fewest bytes, and how many more than a fair share.
+def by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -> tuple[int, ...]:
+    """Cuts between whole tiles that give the busiest block the fewest bytes.
 
     A tile of more bytes than that, of a wider format, is a block's only one.
     """
     before = [0, *accumulate(block * blocks for count, block in parts for _ in range(count))]
-    fair = -(-before[-1] // processors)
 
     def cuts(most: int) -> list[int]:
         found = [0]
@@ -118,8 +117,7 @@ def by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -
             high = middle
         else:
             low = middle + 1
-    found = cuts(low)
-    return tuple(found), max(before[b] - before[a] for a, b in pairwise(found)) - fair
+    return tuple(cuts(low))
 
 
 @functools.cache

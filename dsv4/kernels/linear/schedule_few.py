@@ -35,7 +35,7 @@ def plan_few(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, proce
     tiles = sum(count for count, _ in parts)
     mixed = any(block != _NVFP4_BLOCK for _, block in parts)
     if tiles >= 2 * (WARPS - 2) * processors:
-        whole, _ = by_tiles(parts, blocks, processors)
+        whole = by_tiles(parts, blocks, processors)
         found = _fitted(OWN, whole, slices, tokens, 1, (2,), _MOST_STAGES, shared_limit)
         if found is not None:
             return found
@@ -64,7 +64,7 @@ def _spreads(
     for ranks in CLUSTERS:
         if ranks > slices or ranks > processors:
             continue
-        cuts, _ = by_tiles(parts, blocks, processors // ranks)
+        cuts = by_tiles(parts, blocks, processors // ranks)
         window = -(-slices // ranks)
         busiest = max(sum(bytes_of[a:b]) for a, b in pairwise(cuts))
         pace = _ALONE if ranks == 1 and busiest == max(bytes_of) > min(bytes_of) else 1.0

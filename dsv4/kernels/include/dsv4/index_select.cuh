@@ -3,6 +3,7 @@
 #pragma once
 #include <dsv4/cluster.cuh>
 #include <dsv4/index_key.cuh>
+#include <dsv4/reduce.cuh>
 
 namespace dsv4::index {
 
@@ -34,12 +35,7 @@ __device__ __forceinline__ void clear(Selection& s) {
 // The sum over the threads before this one. One barrier; `warps` is this call's own.
 __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t (&warps)[WARPS]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
-    }
+    uint32_t sum = sum_up_to(x);
     if (lane == 31) warps[warp] = sum;
     __syncthreads();
     sum -= x;
@@ -92,13 +88,7 @@ __device__ __forceinline__ uint32_t threshold(Selection& s, int n, uint32_t topk
     }
     __syncthreads();
     const int code = FINE_BINS - 1 - lane;  // a lane per key, from the top
-    const uint32_t here = s.fine[code];
-    uint32_t sum = here;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
-    }
+    const uint32_t here = s.fine[code], sum = sum_up_to(here);
     const int found = __ffs(__ballot_sync(0xffffffffu, sum >= left)) - 1;
     equals = left - __shfl_sync(0xffffffffu, sum - here, found);
     return low + (bin << shift) + (FINE_BINS - 1 - found);

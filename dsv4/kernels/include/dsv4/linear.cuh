@@ -127,12 +127,15 @@ __device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_
     }
 }
 
-template <int TILES, int NT>
-__device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
-                                            const Rows<NT>& rows) {
+// NVFP4 or plain.
+template <int FORMAT, int TILES, int NT>
+__device__ __forceinline__ void unscaled_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
+                                               const Rows<NT>& rows) {
     uint32_t a[TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], block + i * CHUNK);
+    for (int i = 0; i < TILES; ++i)
+        if constexpr (FORMAT == NVFP4) nvfp4_operands(a[i], block + i * CHUNK);
+        else plain_operands(a[i], block + i * CHUNK);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[8];
@@ -140,7 +143,9 @@ __device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][NT][4], const ui
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) mma_f16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
+            for (int i = 0; i < TILES; ++i)
+                if constexpr (FORMAT == NVFP4) mma_f16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
+                else mma_bf16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
     }
 }
 
@@ -166,23 +171,6 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][NT][4], const uint
     }
 }
 
-template <int TILES, int NT>
-__device__ __forceinline__ void plain_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
-                                            const Rows<NT>& rows) {
-    uint32_t a[TILES][4][4];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) plain_operands(a[i], block + i * CHUNK);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        uint32_t b[8];
-        load_b(b, x + rows.offset(n));
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) mma_bf16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
-    }
-}
-
 // sum = a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
 // staged window. The caller refills the ring after each chunk through `next`. Where fewer tiles are left than a warp
 // multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes.
@@ -201,11 +189,11 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
             const uint8_t* chunk = ring.wait();
             if (NT == 1 && blocks - done >= 4) {
 #pragma unroll(TILES == 1 ? 4 : 2)
-                for (int k = 0; k < 4; ++k) nvfp4_block(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+                for (int k = 0; k < 4; ++k) unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
             } else {
 #pragma unroll 1
                 for (int k = 0; k < min(blocks - done, 4); ++k)
-                    nvfp4_block(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+                    unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
             }
             next(ring);
         }
@@ -232,7 +220,7 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
 #pragma unroll 1
         for (int done = 0; done < blocks; ++done, x += 128) {
             const uint8_t* chunk = ring.wait();
-            plain_block(sum, chunk, x, rows);
+            unscaled_block<PLAIN>(sum, chunk, x, rows);
             next(ring);
         }
     }

@@ -1,11 +1,23 @@
-// Sums over a warp and a block, always in the same order: a row's bits do not depend on the rows beside it.
+// Sums over a warp and a block; those of floats always in the same order: a row's bits do not depend on the rows beside it.
 #pragma once
+#include <cstdint>
 
 namespace dsv4 {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+// The sum over the lanes up to this one.
+__device__ __forceinline__ uint32_t sum_up_to(uint32_t x) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t before = __shfl_up_sync(0xffffffffu, x, step);
+        if (lane >= step) x += before;
+    }
     return x;
 }
 
