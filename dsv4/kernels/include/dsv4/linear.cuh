@@ -172,12 +172,12 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][NT][4], const uint
 }
 
 // sum = a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
-// staged window. The caller refills the ring after each chunk through `next`. Where fewer tiles are left than a warp
+// staged window. The caller refills the ring, a Ring or what is like it, after each chunk through `next`. Where fewer tiles are left than a warp
 // multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes.
-template <int TILES, int NT, typename Next>
+template <int TILES, int NT, typename Ring, typename Next>
 __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int format, int tile, int tiles,
-                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows,
-                                              Ring<TILES>& ring, Next&& next) {
+                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows, Ring& ring,
+                                              Next&& next) {
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
@@ -223,6 +223,41 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
             unscaled_block<PLAIN>(sum, chunk, x, rows);
             next(ring);
         }
+    }
+}
+
+// Up to eight tokens: sums of a slice, its scaling undone. undo: the slice's, of all eight.
+template <int TILES>
+__device__ __forceinline__ void undo_scaling(float (&sum)[TILES][1][4], int format, const float* undo) {
+    const float2 back = *reinterpret_cast<const float2*>(undo + threadIdx.x % 4 * 2);
+    const float scale = format == NVFP4 ? w4::UNDO : 1.0f, even = back.x * scale, odd = back.y * scale;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        sum[i][0][0] *= even, sum[i][0][1] *= odd;
+        sum[i][0][2] *= even, sum[i][0][3] *= odd;
+    }
+}
+
+// Up to eight tokens: `count` slices of a part's columns from slice `first` on to shared memory, by WARPS warps:
+// x [tokens][count] slices, rows `stride` bytes apart; undo [count][8].
+template <int WARPS>
+__device__ __forceinline__ void stage_slices(const Part& part, int tokens, int columns, int first, int count, uint8_t* x,
+                                             int stride, float* undo) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int token = warp / count, which = warp - token * count;
+    const int step = WARPS / count, rest = WARPS - step * count;
+#pragma unroll 2
+    while (token < tokens) {
+        const int column = (first + which) * SLICE + lane * 16;
+        uint32_t pairs[8];
+        load_columns(pairs, part.x + token * part.x_stride + column, columns - column, part.x_wide);
+        const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs);
+        uint4* to = reinterpret_cast<uint4*>(x + token * stride + which * 1024 + lane * 32);
+        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        if (lane == 0) undo[which * 8 + token] = back;
+        token += step, which += rest;
+        if (which >= count) which -= count, ++token;
     }
 }
 

@@ -112,27 +112,6 @@ struct FewRequests {
     }
 };
 
-// A part's tokens, the slices of a block, to shared memory: x [T][window] slices, undo [window][FEW_TOKENS].
-__device__ __forceinline__ void stage_few(const Few& task, const Part& part, const Slices& s, int count, uint8_t* x,
-                                          int stride, float* undo) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int token = warp / count, which = warp - token * count;
-    const int tokens = FEW_WARPS / count, rest = FEW_WARPS - tokens * count;
-#pragma unroll 2
-    while (token < task.tokens) {
-        const int column = (s.first + which) * SLICE + lane * 16;
-        uint32_t pairs[8];
-        load_columns(pairs, part.x + token * part.x_stride + column, task.columns - column, part.x_wide);
-        const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs);
-        uint4* to = reinterpret_cast<uint4*>(x + token * stride + which * 1024 + lane * 32);
-        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-        if (lane == 0) undo[which * FEW_TOKENS + token] = back;
-        token += tokens, which += rest;
-        if (which >= count) which -= count, ++token;
-    }
-}
-
 // ONE: all parts are NVFP4, and nothing else is compiled in.
 template <int TILES, bool OWN, bool ONE>
 __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __grid_constant__ Few task) {
@@ -184,13 +163,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
         const int slice = OWN ? place : slices.first + place, format = ONE ? NVFP4 : part.format;
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
         slice_product(sum, part, format, run.tile + group * TILES, tiles, slice, count, x + place * 1024, rows, ring, refill);
-        const float2 back = *reinterpret_cast<const float2*>(undo + place * FEW_TOKENS + 2 * t);
-        const float scale = format == NVFP4 ? w4::UNDO : 1.0f, even = back.x * scale, odd = back.y * scale;
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            sum[i][0][0] *= even, sum[i][0][1] *= odd;
-            sum[i][0][2] *= even, sum[i][0][3] *= odd;
-        }
+        undo_scaling(sum, format, undo + place * FEW_TOKENS);
     };
 #pragma unroll 1
     for (int pass = task.cold ? 0 : 1; pass < 2; ++pass) {
@@ -207,7 +180,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
             if (real && (part.x != seen || (part.format == PLAIN) != plain)) {
                 if (seen != nullptr) __syncthreads();  // nobody reads the tokens before these any more
                 seen = part.x, plain = part.format == PLAIN;
-                stage_few(task, part, slices, staged, x, stride, undo);
+                stage_slices<FEW_WARPS>(part, task.tokens, task.columns, slices.first, staged, x, stride, undo);
                 __syncthreads();
             }
             Unit unit(slices, warp);

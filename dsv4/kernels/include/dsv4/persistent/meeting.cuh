@@ -1,0 +1,52 @@
+// Blocks wait for each other. What a block has written before it comes is visible to all who have met it.
+#pragma once
+#include <dsv4/persistent/program.cuh>
+
+namespace dsv4::persistent {
+
+__device__ __forceinline__ void arrive(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ unsigned arrived(const unsigned* counter) {
+    unsigned here;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(counter) : "memory");
+    return here;
+}
+
+// Counters may wrap around.
+__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned target) {
+    while (static_cast<int>(arrived(counter) - target) < 0) {}
+}
+
+// How often a block has met others in this launch.
+struct Meetings {
+    State* state;
+    unsigned target;  // arrivals at the next meeting of all
+    unsigned group = 0;
+
+    // All blocks are here. Every thread calls.
+    __device__ __forceinline__ void all() {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            arrive(&state->arrivals);
+            wait_until(&state->arrivals, target);
+        }
+        target += gridDim.x;
+        __syncthreads();
+    }
+
+    // All blocks of this one's group of eight are here. Every thread calls, in every block of the group.
+    __device__ __forceinline__ void of_group() {
+        group += GROUP;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            unsigned* counter = &state->groups[blockIdx.x / GROUP];
+            arrive(counter);
+            wait_until(counter, group);
+        }
+        __syncthreads();
+    }
+};
+
+}  // namespace dsv4::persistent

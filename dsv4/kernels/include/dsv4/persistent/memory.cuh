@@ -1,0 +1,41 @@
+// How a block's shared memory is laid out: two phases (the one at hand and the next), barriers of the rings, the work area,
+// of which every phase may use all and in which nothing outlives a phase, then the warps' rings.
+#pragma once
+#include <cstring>
+#include <dsv4/persistent/program.cuh>
+
+namespace dsv4::persistent {
+
+constexpr int PHASES_AT = 0, BARRIERS_AT = 2 * PHASE_BYTES, WORK_AT = BARRIERS_AT + WARPS * MAX_STAGES * 8;
+static_assert(WORK_AT % 128 == 0, "the work area is aligned to 128 bytes");
+
+// Asked for anew where it is needed, so that the compiler knows accesses to be to shared memory.
+__device__ __forceinline__ uint8_t* memory() {
+    extern __shared__ __align__(128) uint8_t bytes[];
+    return bytes;
+}
+
+// The work area as what a phase keeps there.
+template <typename T>
+__device__ __forceinline__ T& work() {
+    return *reinterpret_cast<T*>(memory() + WORK_AT);
+}
+
+// The arguments of the phase in place `turn` (0 or 1).
+template <typename T>
+__device__ __forceinline__ const T& payload(int turn) {
+    static_assert(sizeof(T) <= PAYLOAD_BYTES, "arguments fit into a phase");
+    return *reinterpret_cast<const T*>(memory() + PHASES_AT + turn * PHASE_BYTES + 16);
+}
+
+// On the host: a phase and its arguments, every byte of it set.
+template <typename T>
+static cudaError_t fill_phase(Phase* phase, Kind kind, const T& arguments) {
+    static_assert(sizeof(T) <= PAYLOAD_BYTES, "arguments fit into a phase");
+    std::memset(phase, 0, sizeof(Phase));
+    phase->kind = kind;
+    std::memcpy(phase->payload, &arguments, sizeof(T));
+    return cudaSuccess;
+}
+
+}  // namespace dsv4::persistent

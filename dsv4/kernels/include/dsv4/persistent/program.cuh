@@ -1,0 +1,51 @@
+// A persistent kernel's program: a list of phases that all of its blocks work through together, one block per processor,
+// and for each warp the weights that it will read, in the order in which it does.
+#pragma once
+#include <cstdint>
+
+namespace dsv4::persistent {
+
+constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int TOKENS = 8;         // rows of a step, at most
+constexpr int MAX_BLOCKS = 160;
+constexpr int GROUP = 8;          // blocks 8 g .. 8 g + 7 are group g, if all eight exist
+constexpr int PHASE_BYTES = 1536, PAYLOAD_BYTES = PHASE_BYTES - 16;
+constexpr int MAX_STAGES = 8;     // of a warp's ring
+constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
+
+enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, KINDS };
+
+// One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
+struct alignas(16) Phase {
+    int kind;
+    int unused[3];
+    alignas(16) uint8_t payload[PAYLOAD_BYTES];
+};
+static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/program.py lays programs out");
+
+// Weights that a warp reads one after the other, in pieces of `chunk` bytes. chunk 0: what comes here is not known before
+// the step (routed experts), or it is the end.
+struct alignas(16) Segment {
+    const uint8_t* from;
+    int bytes, chunk;
+};
+
+// Where blocks meet. Zeros before the first launch; launches of a program must follow one another.
+struct State {
+    unsigned arrivals;             // of all launches
+    unsigned before;               // how many of them before this launch
+    unsigned unused[2];
+    unsigned groups[MAX_BLOCKS / GROUP];  // arrivals of each group in this launch
+};
+
+struct Program {
+    const Phase* phases;
+    const Segment* segments;
+    const uint32_t* starts;  // [blocks, WARPS] where a warp's segments begin
+    State* state;
+    uint64_t* times;  // [count, blocks, 2] when each block began and ended each phase, in ns; or null
+    int count;        // of phases
+    int stages, work_bytes;  // of shared memory: see memory.cuh
+};
+
+}  // namespace dsv4::persistent

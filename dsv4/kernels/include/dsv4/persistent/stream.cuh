@@ -1,0 +1,90 @@
+// A warp's weights: a ring of chunks in shared memory that the copy engine fills ahead of the work, across the ends of
+// phases, as far as it is known what will be read.
+#pragma once
+#include <dsv4/bulk.cuh>
+#include <dsv4/persistent/memory.cuh>
+
+namespace dsv4::persistent {
+
+// One lane of a whole warp, the same each time.
+__device__ __forceinline__ bool elected() {
+    uint32_t yes;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(yes));
+    return yes != 0;
+}
+
+// Every lane holds the same numbers. Chunks are read in the order in which they are asked for.
+struct Stream {
+    int data, full;  // where in shared memory the warp's stages and their barriers lie
+    int stages;
+    int head = 0, tail = 0, held = 0;  // the stage to be read, the one to be filled, and how many are asked for
+    uint32_t parity = 0;               // of the head's barrier
+    const Segment* next;
+    Segment ahead;  // the next one of the list, read early
+    const uint8_t* from = nullptr;
+    int left = 0, chunk = 0;  // of the segment that is being asked for
+
+    __device__ __forceinline__ Stream(const Program& program, int warp)
+        : data(WORK_AT + program.work_bytes + warp * program.stages * CHUNK), full(BARRIERS_AT + warp * MAX_STAGES * 8),
+          stages(program.stages), next(program.segments + program.starts[blockIdx.x * WARPS + warp]) {
+        if (threadIdx.x % 32 < stages) {
+            barrier_init(shared_address(memory()) + full + threadIdx.x % 32 * 8, 1);
+            barriers_ready();
+        }
+        __syncwarp();
+        pass();
+    }
+
+    // Goes over a segment of the list without reading it.
+    __device__ __forceinline__ void pass() {
+        const uint4 words = __ldg(reinterpret_cast<const uint4*>(next++));
+        ahead.from = reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x);
+        ahead.bytes = static_cast<int>(words.z), ahead.chunk = static_cast<int>(words.w);
+    }
+    // Begins to ask for these bytes; the last segment has been asked for.
+    __device__ __forceinline__ void open(const uint8_t* bytes, int size, int piece) {
+        from = bytes, left = size, chunk = piece;
+    }
+    // Begins with the next segment of the list; false if that is not known.
+    __device__ __forceinline__ bool open_next() {
+        if (ahead.chunk == 0) return false;
+        open(ahead.from, ahead.bytes, ahead.chunk);
+        pass();
+        return true;
+    }
+    // Asks for chunks while stages are free. more(): opens another segment, or says that none is known.
+    template <typename More>
+    __device__ __forceinline__ void fill(More&& more) {
+        while (held < stages) {
+            if (left == 0 && !more()) return;
+            const int now = min(left, chunk);
+            const uint32_t base = shared_address(memory());
+            if (elected()) bulk_load(base + data + tail * CHUNK, from, now, base + full + 8 * tail);
+            from += now, left -= now, ++held;
+            if (++tail == stages) tail = 0;
+        }
+    }
+    __device__ __forceinline__ void fill() {
+        fill([&] { return open_next(); });
+    }
+
+    // The chunk to be read, which is there.
+    __device__ __forceinline__ const uint8_t* wait() const {
+        barrier_wait(shared_address(memory()) + full + 8 * head, parity);
+        return memory() + data + head * CHUNK;
+    }
+    // Every lane has read it.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        --held;
+        if (++head == stages) head = 0, parity ^= 1;
+    }
+};
+
+}  // namespace dsv4::persistent
