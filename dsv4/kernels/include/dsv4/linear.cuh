@@ -240,24 +240,33 @@ __device__ __forceinline__ void undo_scaling(float (&sum)[TILES][1][4], int form
 
 // Up to eight tokens: `count` slices of a part's columns from slice `first` on to shared memory, by WARPS warps:
 // x [tokens][count] slices, rows `stride` bytes apart; undo [count][8].
-template <int WARPS>
+template <int WARPS, int AT_ONCE = 2>
 __device__ __forceinline__ void stage_slices(const Part& part, int tokens, int columns, int first, int count, uint8_t* x,
                                              int stride, float* undo) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int token = warp / count, which = warp - token * count;
     const int step = WARPS / count, rest = WARPS - step * count;
-#pragma unroll 2
     while (token < tokens) {
-        const int column = (first + which) * SLICE + lane * 16;
-        uint32_t pairs[8];
-        load_columns(pairs, part.x + token * part.x_stride + column, columns - column, part.x_wide);
-        const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs);
-        uint4* to = reinterpret_cast<uint4*>(x + token * stride + which * 1024 + lane * 32);
-        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-        if (lane == 0) undo[which * 8 + token] = back;
-        token += step, which += rest;
-        if (which >= count) which -= count, ++token;
+        uint32_t pairs[AT_ONCE][8];
+        int tokens_of[AT_ONCE], slices_of[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            tokens_of[i] = token, slices_of[i] = which;
+            const int column = (first + which) * SLICE + lane * 16;
+            if (token < tokens)
+                load_columns(pairs[i], part.x + token * part.x_stride + column, columns - column, part.x_wide);
+            token += step, which += rest;
+            if (which >= count) which -= count, ++token;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (tokens_of[i] >= tokens) break;
+            const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs[i]);
+            uint4* to = reinterpret_cast<uint4*>(x + tokens_of[i] * stride + slices_of[i] * 1024 + lane * 32);
+            to[0] = make_uint4(pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
+            to[1] = make_uint4(pairs[i][4], pairs[i][5], pairs[i][6], pairs[i][7]);
+            if (lane == 0) undo[slices_of[i] * 8 + tokens_of[i]] = back;
+        }
     }
 }
 

@@ -11,11 +11,12 @@ constexpr int MOST_PARTS = 12;
 struct Linear {
     linear::Part parts[MOST_PARTS];
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
+    int per_token;                               // 2^16 / tokens, and one: divides what is far below 2^16
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
 };
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16].
-static __device__ __noinline__ void linear_phase(int turn, Stream& weights) {
+__device__ __forceinline__ void linear_phase(int turn, Stream& stream) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     if (tiles == 0) return;
@@ -26,10 +27,9 @@ static __device__ __noinline__ void linear_phase(int turn, Stream& weights) {
     float* const slots = undo + a.slices * TOKENS;
     int own = 0;  // the part of the block's first tile
     while (own + 1 < a.count && first >= a.parts[own + 1].first_tile) ++own;
-    linear::stage_slices<WARPS>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
+    linear::stage_slices<WARPS, 4>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
     __syncthreads();
 
-    Stream stream = weights;
     const auto next = [](Stream& s) {
         s.release();
         s.fill();
@@ -52,16 +52,16 @@ static __device__ __noinline__ void linear_phase(int turn, Stream& weights) {
         tile += tiles_on, slice += slices_on;
         if (slice >= a.slices) slice -= a.slices, ++tile;
     }
-    weights = stream;
     __syncthreads();
 
     place = own;
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
-        const int row = i % linear::TILE_ROWS, pair = i / linear::TILE_ROWS, at = pair / tokens, token = pair - at * tokens;
+        const int row = i % linear::TILE_ROWS, pair = i / linear::TILE_ROWS;
+        const int at = pair * a.per_token >> 16, token = pair - at * tokens;
         const float* slot = slots + at * a.slices * step + token * linear::TILE_ROWS + row;
         while (place + 1 < a.count && first + at >= a.parts[place + 1].first_tile) ++place;
         float y = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int k = 0; k < a.slices; ++k) y += slot[k * step];
         const linear::Part& part = a.parts[place];
         linear::put(part, (first + at - part.first_tile) * linear::TILE_ROWS + row, token, y);
@@ -76,6 +76,7 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     for (int i = 0; i < count; ++i) a.parts[i] = parts[i];
     for (int b = 0; b <= grid; ++b) a.cuts[b] = cuts[b];
     a.count = count, a.tokens = tokens, a.columns = columns;
+    a.per_token = (1 << 16) / tokens + 1;
     a.blocks = (columns + linear::BLOCK_COLUMNS - 1) / linear::BLOCK_COLUMNS;
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
     if (a.slices > WARPS) return cudaErrorInvalidValue;

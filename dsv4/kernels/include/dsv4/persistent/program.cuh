@@ -40,8 +40,8 @@ struct State {
 
 struct Program {
     const Phase* phases;
-    const Segment* segments;
-    const uint32_t* starts;  // [blocks, WARPS] where a warp's segments begin
+    const Segment* segments;  // ends with 16 that nobody uses
+    const uint32_t* starts;   // [blocks, WARPS] where a warp's segments begin: multiples of 8
     State* state;
     uint64_t* times;  // [count, blocks, 2] when each block began and ended each phase, in ns; or null
     int count;        // of phases

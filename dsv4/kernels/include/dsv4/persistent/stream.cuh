@@ -20,32 +20,50 @@ __device__ __forceinline__ bool elected() {
 }
 
 // Every lane holds the same numbers. Chunks are read in the order in which they are asked for.
+// Of the list, which begins at a multiple of 128 bytes, two halves of eight segments are in shared memory.
 struct Stream {
     int data, full;  // where in shared memory the warp's stages and their barriers lie
     int stages;
     int head = 0, tail = 0, held = 0;  // the stage to be read, the one to be filled, and how many are asked for
     uint32_t parity = 0;               // of the head's barrier
-    const Segment* next;
-    Segment ahead;  // the next one of the list, read early
+    const Segment* list;
+    int place = 0;  // in the list: of the segment that comes next
     const uint8_t* from = nullptr;
     int left = 0, chunk = 0;  // of the segment that is being asked for
 
     __device__ __forceinline__ Stream(const Program& program, int warp)
-        : data(WORK_AT + program.work_bytes + warp * program.stages * CHUNK), full(BARRIERS_AT + warp * MAX_STAGES * 8),
-          stages(program.stages), next(program.segments + program.starts[blockIdx.x * WARPS + warp]) {
-        if (threadIdx.x % 32 < stages) {
+        : data(WORK_AT + program.work_bytes + warp * program.stages * CHUNK), full(BARRIERS_AT + warp * BARRIERS * 8),
+          stages(program.stages), list(program.segments + program.starts[blockIdx.x * WARPS + warp]) {
+        if (threadIdx.x % 32 < BARRIERS) {
             barrier_init(shared_address(memory()) + full + threadIdx.x % 32 * 8, 1);
             barriers_ready();
         }
         __syncwarp();
-        pass();
+        load_half(0), load_half(1);
+        wait_half(0);
     }
 
-    // Goes over a segment of the list without reading it.
+    __device__ __forceinline__ int segments() const { return SEGMENTS_AT + threadIdx.x / 32 * (2 * HALF * 16); }
+    __device__ __forceinline__ uint32_t half_barrier(int number) const {
+        return shared_address(memory()) + full + (MAX_STAGES + number % 2) * 8;
+    }
+    __device__ __forceinline__ void load_half(int number) const {
+        const uint32_t to = shared_address(memory()) + segments() + number % 2 * (HALF * 16);
+        if (elected()) bulk_load(to, list + number * HALF, HALF * 16, half_barrier(number));
+    }
+    __device__ __forceinline__ void wait_half(int number) const { barrier_wait(half_barrier(number), number / 2 % 2); }
+
+    // The segment that comes next, and over it without reading it.
+    __device__ __forceinline__ Segment ahead() const {
+        const uint4 words = *reinterpret_cast<const uint4*>(memory() + segments() + place % (2 * HALF) * 16);
+        return {reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x),
+                static_cast<int>(words.z), static_cast<int>(words.w)};
+    }
     __device__ __forceinline__ void pass() {
-        const uint4 words = __ldg(reinterpret_cast<const uint4*>(next++));
-        ahead.from = reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x);
-        ahead.bytes = static_cast<int>(words.z), ahead.chunk = static_cast<int>(words.w);
+        if (++place % HALF != 0) return;
+        __syncwarp();  // every lane has read the half behind
+        load_half(place / HALF + 1);
+        wait_half(place / HALF);
     }
     // Begins to ask for these bytes; the last segment has been asked for.
     __device__ __forceinline__ void open(const uint8_t* bytes, int size, int piece) {
@@ -53,8 +71,9 @@ struct Stream {
     }
     // Begins with the next segment of the list; false if that is not known.
     __device__ __forceinline__ bool open_next() {
-        if (ahead.chunk == 0) return false;
-        open(ahead.from, ahead.bytes, ahead.chunk);
+        const Segment segment = ahead();
+        if (segment.chunk == 0) return false;
+        open(segment.from, segment.bytes, segment.chunk);
         pass();
         return true;
     }
