@@ -19,6 +19,7 @@ from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.attention import Attention
 from dsv4.layers.mhc import Site, StreamHead, Streams
 from dsv4.layers.moe import MoE
+from dsv4.layers.persistent import Persistent
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings, check_device
 from dsv4.layers.step import Rotaries, Step
@@ -130,6 +131,20 @@ class Model:
                 observe(f"layers.{i}.attn", mid.h)
                 observe(f"layers.{i}.ffn", h)
         return h
+
+    def at_once(self, step: Step, cache: KVCache) -> Persistent:
+        """All layers of a decode step at fixed shapes as one op, for `body_at_once`. KernelError where that cannot be;
+        `body` always can.
+        """
+        return Persistent(self.blocks, cache, step, self.config, self.settings)
+
+    def body_at_once(self, step: Step, layers: Persistent) -> Tensor:
+        """As `body`, bit for bit."""
+        streams = layers.entered
+        embed(step.plan.tokens, self.embed, self.config.hc_mult, out=streams.h)
+        self.blocks[0].attn_site.enter(streams.h, out=streams)
+        last, y = layers()
+        return last.leave(y, self.settings.tp)
 
     def head(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """h [T, M, D] -> logits [T, V] f32."""

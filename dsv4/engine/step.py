@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv4.engine.sampler import SamplerBuffers
 from dsv4.errors import CapacityError, KernelError
 from dsv4.kvcache import KVCache
+from dsv4.layers.persistent import Persistent
 from dsv4.model import Model
 
 _STAGES = 8  # staging buffers in turn: a copy from one has long been made when its turn comes again
@@ -28,6 +29,7 @@ class DecodeStep:
 
     sampler: parameters of the rows, `rows` of them or more; greedy when none are given. pool: a handle of torch.cuda's
     graph_pool_handle, for memory shared with other steps' graphs. On a CPU there is no graph and `run` is the body.
+    persistent: all layers are one launch (layers/persistent.py); None: on a GPU, where they can be. Bits are the same.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class DecodeStep:
         max_length: int | None = None,
         sampler: SamplerBuffers | None = None,
         pool: Any = None,
+        persistent: bool | None = None,
     ):
         longest = min(cache.max_tokens, model.config.max_position_embeddings)
         vocab = model.config.vocab_size
@@ -51,6 +54,7 @@ class DecodeStep:
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
+        self.layers = self._persistent(persistent)
         self.logits = torch.zeros(rows, vocab, device=self.device)
         self.tokens, self._ring, self._count = integers(rows), integers(_LINES, rows), integers(1)
         self._host_ring = torch.zeros(_LINES, rows, dtype=torch.int64, pin_memory=on_gpu)
@@ -58,6 +62,16 @@ class DecodeStep:
         self._copied = [torch.cuda.Event() for _ in range(_STAGES)] if on_gpu else []
         self._done = torch.cuda.Event() if on_gpu else None
         self._stages = self._runs = 0
+
+    def _persistent(self, wanted: bool | None) -> Persistent | None:
+        if wanted is False or (wanted is None and self.device.type != "cuda"):
+            return None
+        try:
+            return self.model.at_once(self._step, self.cache)
+        except KernelError:
+            if wanted:
+                raise
+            return None
 
     @torch.inference_mode()
     def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
@@ -86,7 +100,11 @@ class DecodeStep:
         """All that a run does on the device, launched on the current stream."""
         static = self.static
         static.update()
-        self.model.head(self.model.body(self._step, self.cache), out=self.logits)
+        if self.layers is None:
+            h = self.model.body(self._step, self.cache)
+        else:
+            h = self.model.body_at_once(self._step, self.layers)
+        self.model.head(h, out=self.logits)
         self.sampler.sample(self.logits, out=self.tokens)
         self.sampler.advance(self.tokens, static.slots, static.tokens, static.positions, self._ring, self._count)
         self._host_ring.copy_(self._ring, non_blocking=True)

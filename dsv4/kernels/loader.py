@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,19 +59,46 @@ def load(op: str, arch: str) -> ctypes.CDLL:
     return cached_library(op, arch)
 
 
+class Launch(NamedTuple):
+    """What an op's launcher would have been given, and the letters of its C types."""
+
+    op: str
+    letters: str
+    arguments: tuple[Any, ...]
+
+
+_notes: ContextVar[list[Launch] | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """Launches made inside are written down instead, tensors as tensors. Needs no GPU."""
+    launches: list[Launch] = []
+    before = _notes.set(launches)
+    try:
+        yield launches
+    finally:
+        _notes.reset(before)
+
+
 class Kernel:
     """An op's launcher. `arguments` are its C types in order: p pointer, q int64, i int, f float; the stream follows.
+    `part` names another function that the op's library exports beside it.
 
     Loaded at the first launch on a device (a step captured in a graph has run before). A launch goes to torch's current
     stream of that device; an error it returns is raised with the op, the target and CUDA's words.
     """
 
-    def __init__(self, op: str, arguments: str):
-        self.op = op
+    def __init__(self, op: str, arguments: str, part: str | None = None):
+        self.op, self.letters, self.part = op, arguments, part
         self.types = [_ARGUMENTS[letter] for letter in arguments] + [ctypes.c_void_p]
         self.loaded: dict[int, tuple[Any, Any, str]] = {}
 
     def __call__(self, device: torch.device, *arguments: Tensor | int | float | None) -> None:
+        notes = _notes.get()
+        if notes is not None:
+            notes.append(Launch(self.op, self.letters, arguments))
+            return
         index = torch.cuda.current_device() if device.index is None else device.index
         launcher, error_text, arch = self.loaded.get(index) or self._load(index)
         values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
@@ -84,15 +114,16 @@ class Kernel:
     def _load(self, index: int) -> tuple[Any, Any, str]:
         arch = arch_of(torch.device("cuda", index))
         library = load(self.op, arch)
-        launcher, error_text = bind(library, self.op, self.types)
+        launcher, error_text = bind(library, self.op, self.types, self.part)
         self.loaded[index] = launcher, error_text, arch
         return self.loaded[index]
 
 
-def bind(library: ctypes.CDLL, op: str, types: list[Any]) -> tuple[Any, Any]:
-    """The typed launcher and the function that puts its error codes into words."""
+def bind(library: ctypes.CDLL, op: str, types: list[Any], part: str | None = None) -> tuple[Any, Any]:
+    """The typed launcher (or `part` beside it) and the function that puts its error codes into words."""
+    name = symbol(op) if part is None else f"{symbol(op)}_{part}"
     try:
-        launcher, error_text = library[symbol(op)], library["dsv4_error"]
+        launcher, error_text = library[name], library["dsv4_error"]
     except AttributeError as error:
         raise KernelError(f"{library._name} does not export {error}; rebuild it: {BUILD_COMMAND}") from error
     launcher.argtypes, launcher.restype = types, ctypes.c_int

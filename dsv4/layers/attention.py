@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
-from dsv4.kernels.compress.rows import Compression
 from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import grouped_operand
 from dsv4.kernels.linear.launch import follows
@@ -19,7 +20,7 @@ from dsv4.layers.compressor import Compressor
 from dsv4.layers.indexer import Indexer
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings
-from dsv4.layers.step import Step
+from dsv4.layers.step import Given, Step
 
 
 class Attention:
@@ -62,12 +63,12 @@ class Attention:
         In float32, the dtype for comparisons, a decode step sums over a whole window even while it is short, as
         DeepSeek's code does: the zeros behind it change the last bit of a vectorised sum.
         """
-        cis, window = step.cis(self.spec), step.plan.window
+        window = step.plan.window
         qr, kv, *pooled = linear(x, self.in_proj)
         ring = cache.ring.view(-1, cache.ring.shape[-1])
         before = None if window.in_ring else ring[window.history]
-        written = cis, cache.ring, window.write_rows, window.write_to, self._compressions(pooled, cache, step)
-        qr, entry = attn_inputs(qr, self.q_norm, kv, self.kv_norm, *written, eps=self.eps, quantize=self.kv_quant)
+        given, named = self.inputs_of(qr, kv, pooled, cache, step)
+        qr, entry = attn_inputs(*given, **named)
         scored = self.spec.kind == "csa" and self.indexer.scores(step)
         q, *index_q = linear(qr, self.queries if scored else self.wq_b)
         local = cache.ring if before is None else torch.cat([before, entry])
@@ -75,22 +76,35 @@ class Attention:
         if window.in_ring and rows.shape[1] < self.window:
             rows = torch.nn.functional.pad(rows, (0, self.window - rows.shape[1]), value=-1)
 
-        pool = pool_rows = None
-        if self.spec.kind != "window":
-            pool, pool_rows = cache.pool, step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
-        if scored:
-            pool_rows = self.indexer(qr, pooled[-1], cache, step, *index_q)
-        heads = q.unflatten(-1, (self.heads, self.head_dim))
-        seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)
-        o = sparse_attention(heads, *seen, scale=self.head_dim**-0.5, turn=cis, eps=self.eps)
+        picked = self.indexer(qr, pooled[-1], cache, step, *index_q) if scored else None
+        given, named = self.attention_of(q, local, rows, picked, cache, step)
+        o = sparse_attention(*given, **named)
         (out,) = linear(grouped_linear(o.flatten(1), self.wo_a), self.wo_b)
         return out
 
-    def _compressions(self, pooled: list[Tensor], cache: LayerCache, step: Step) -> list[Compression]:
-        """pooled: what the input projections gave for the compressor and, in CSA, for the indexer's."""
-        made = []
+    def inputs_of(self, qr: Tensor, kv: Tensor, pooled: Sequence[Tensor], cache: LayerCache, step: Step) -> Given:
+        """What attn_inputs takes. pooled: what the input projections gave for the compressor and, in CSA, for the
+        indexer's.
+        """
+        window, made = step.plan.window, []
         if self.spec.kind != "window":
             made.append(self.compressor(pooled[0], pooled[1], cache.state, cache.pool, step))
         if self.spec.kind == "csa":
             made.append(self.indexer.compressor(pooled[2], pooled[3], cache.index_state, cache.index_pool, step))
-        return made
+        written = step.cis(self.spec), cache.ring, window.write_rows, window.write_to, made
+        return (qr, self.q_norm, kv, self.kv_norm, *written), {"eps": self.eps, "quantize": self.kv_quant}
+
+    def attention_of(
+        self, q: Tensor, local: Tensor, rows: Tensor, picked: Tensor | None, cache: LayerCache, step: Step
+    ) -> Given:
+        """What sparse_attention takes: wq_b's output, the window's entries and each token's rows of them, and the pool
+        rows that the indexer picked; None: all.
+        """
+        pool = pool_rows = None
+        if self.spec.kind != "window":
+            pool, pool_rows = cache.pool, picked
+            if picked is None:
+                pool_rows = step.plan.compressed[self.spec.kind, self.spec.ratio].all_rows
+        heads = q.unflatten(-1, (self.heads, self.head_dim))
+        seen = local, rows, pool, pool_rows, self.sink, step.cis_back(self.spec)
+        return (heads, *seen), {"scale": self.head_dim**-0.5, "turn": step.cis(self.spec), "eps": self.eps}

@@ -13,7 +13,7 @@ from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.compressor import Compressor
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings
-from dsv4.layers.step import Step
+from dsv4.layers.step import Given, Step
 
 
 class Indexer:
@@ -40,10 +40,16 @@ class Indexer:
         """qr [T, q_lora_rank] (after q_norm), head_weights [T, Hi] f32 -> pool rows [T, <= index_topk] i64. The step's
         index keys are in the cache. q: wq_b's product with qr, where it has been made.
         """
-        rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
         if q is None:
             (q,) = linear(qr, self.wq_b)
+        given, named = self.selection_of(q, head_weights, cache, step)
+        picked = index_topk(*given, **named)
+        most = step.plan.compressed[self.spec.kind, self.spec.ratio].most_visible
+        return picked[:, :most] if self.keep_order else picked  # no sums over what is not there
+
+    def selection_of(self, q: Tensor, head_weights: Tensor, cache: LayerCache, step: Step) -> Given:
+        """What index_topk takes."""
+        rows = step.plan.compressed[self.spec.kind, self.spec.ratio]
         queries = q.unflatten(-1, (self.heads, -1)), step.cis(self.spec), head_weights
         entries = cache.index_pool, rows.pages, rows.sequence, rows.visible
-        picked = index_topk(*queries, *entries, self.topk, self.order, self.scale, quantize=self.quantize)
-        return picked[:, : rows.most_visible] if self.keep_order else picked  # no sums over what is not there
+        return (*queries, *entries, self.topk, self.order, self.scale), {"quantize": self.quantize}

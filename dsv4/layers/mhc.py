@@ -19,6 +19,7 @@ from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.mhc_seam.peers import RANKS, ROWS, Peers, inbox_words
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
 from dsv4.layers.scope import Scope
+from dsv4.layers.step import Given
 from dsv4.parallel.mesh import Mesh
 
 
@@ -49,35 +50,30 @@ class Site:
         self.norm = scope.f32(f"{name}_norm.weight")
         self.iters, self.hc_eps, self.eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
-    def enter(self, h: Tensor) -> Streams:
-        """h [T, M, D] -> inside this site."""
+    def enter(self, h: Tensor, out: Streams | None = None) -> Streams:
+        """h [T, M, D] -> inside this site. With `out`, h is out.h."""
+        pre = None if out is None else (torch.empty_like(out.x), out.post, out.comb)
         x, post, comb = mhc_pre(
-            h, self.fn, self.base, self.scale, sinkhorn_iters=self.iters, hc_eps=self.hc_eps, norm_eps=self.eps
+            h, self.fn, self.base, self.scale, sinkhorn_iters=self.iters, hc_eps=self.hc_eps, norm_eps=self.eps, out=pre
         )
-        return Streams(h, rms_norm(x, self.norm, self.eps), post, comb)
+        x = rms_norm(x, self.norm, self.eps, out=None if out is None else out.x)
+        return Streams(h, x, post, comb)
 
     def seam(self, y: Tensor, before: Streams) -> Streams:
         """Leave the site before, with its sublayer's output y [T, D], and enter this one; `.h` lie between. With `tp`,
         y f32 is a rank's part.
         """
-        peers = self.peers if len(y) <= ROWS else None
-        if self.tp is not None and peers is None:
+        if self.tp is not None and (self.peers is None or len(y) > ROWS):
             y = self.tp.all_reduce(y, before.h.dtype)
-        h, x, post, comb = mhc_seam(
-            y,
-            before.h,
-            before.post,
-            before.comb,
-            self.fn,
-            self.base,
-            self.scale,
-            self.norm,
-            sinkhorn_iters=self.iters,
-            hc_eps=self.hc_eps,
-            norm_eps=self.eps,
-            peers=peers,
-        )
-        return Streams(h, x, post, comb)
+        given, named = self.seam_of(y, before)
+        return Streams(*mhc_seam(*given, **named))
+
+    def seam_of(self, y: Tensor, before: Streams) -> Given:
+        """What mhc_seam takes."""
+        norms = {"sinkhorn_iters": self.iters, "hc_eps": self.hc_eps, "norm_eps": self.eps}
+        peers = self.peers if len(y) <= ROWS else None
+        site = self.fn, self.base, self.scale, self.norm
+        return (y, before.h, before.post, before.comb, *site), {**norms, "peers": peers}
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dsv4.config import LayerSpec, ModelConfig
@@ -12,7 +14,7 @@ from dsv4.kernels.moe.moe import moe
 from dsv4.kernels.moe.operand import experts_operand
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings
-from dsv4.layers.step import Step
+from dsv4.layers.step import Given, Step
 
 
 class MoE:
@@ -34,8 +36,12 @@ class MoE:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, D], normed -> [T, D], or of several ranks this one's part of it in f32."""
-        logits, gate, up = linear(x, self.in_proj)
-        given = logits, gate, up, self.bias, self.tid2eid, step.plan.tokens
-        ids, weights, activated = ffn_inputs(*given, topk=self.topk, route_scale=self.route_scale, limit=self.limit)
+        given, named = self.routing_of(linear(x, self.in_proj), step)
+        ids, weights, activated = ffn_inputs(*given, **named)
         (shared,) = linear(activated, self.shared_w2)
         return moe(x, self.experts, ids, weights, shared, limit=self.limit)
+
+    def routing_of(self, projected: Sequence[Tensor], step: Step) -> Given:
+        """What ffn_inputs takes, of what in_proj gave."""
+        how = {"topk": self.topk, "route_scale": self.route_scale, "limit": self.limit}
+        return (*projected, self.bias, self.tid2eid, step.plan.tokens), how

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dsv4.kvcache.layout import CompressedKind
 from dsv4.layers.rotary import cis, frequencies
 
 RopeKey = tuple[float, object]
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # what an op takes, by place and by name
 
 
 class Rotaries:

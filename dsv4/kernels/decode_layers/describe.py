@@ -1,0 +1,197 @@
+"""Phases as the kernel reads them: each is filled by the function of decode_layers.cu that knows its arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.errors import KernelError
+from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
+from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Product, Seam
+from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, Run, even_cuts, spread
+from dsv4.kernels.grouped_linear.operand import GroupedOperand
+from dsv4.kernels.index_topk.index_topk import TOGETHER, index_topk
+from dsv4.kernels.launch import row_stride
+from dsv4.kernels.linear.launch import Launcher, _Part
+from dsv4.kernels.linear.operand import LinearOperand
+from dsv4.kernels.loader import Kernel, noted
+from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
+from dsv4.kernels.moe.tiled import TiledExperts
+from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
+
+PHASE_BYTES = 1536  # constant of program.cuh
+_SIZES = Kernel("decode_layers", "piiii", "sizes")
+_LINEAR = Kernel("decode_layers", "p" + "pipiii", "linear")
+_EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What phases keep outside of their tensors, and the shared memory that those take which are not LINEAR."""
+
+    grid: int
+    words: Tensor  # of seams
+    index: Tensor
+    attention: Tensor
+    mid: Tensor  # of experts
+    state_bytes: int
+    work_bytes: int
+
+    @staticmethod
+    def on(device: torch.device, grid: int, rows: int, width: int, inner: int) -> Room:
+        """width: D; inner: values that experts keep, of all rows."""
+        sizes = (ctypes.c_int * 5)()
+        _SIZES(device, ctypes.addressof(sizes), grid, rows, width, inner)
+        words, index, attention = (torch.zeros(max(n, 16), dtype=torch.uint8, device=device) for n in sizes[:3])
+        mid = torch.zeros(max(inner, 8), dtype=torch.bfloat16, device=device)
+        return Room(grid, words, index, attention, mid, sizes[3], sizes[4])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A LINEAR phase: its parts in the order in which they are spread."""
+
+    parts: tuple[_Part, ...]
+    run: Run
+    columns: int
+    most: int  # tiles of a block
+
+    def work_bytes(self, rows: int) -> int:
+        """What linear_phase.cuh lays out."""
+        slices = -(-self.run.blocks // SLICE_BLOCKS)
+        return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64
+
+    def phase(self, device: torch.device, rows: int) -> bytes:
+        table = (_Part * len(self.parts))(*self.parts)
+        cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
+        given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
+        return _filled(_LINEAR, device, *given)
+
+
+def joined(phase: Linear, grid: int) -> Joined:
+    parts = [part for product in phase.products for part in _parts(product)]
+    launchers = [_launcher(product.operand) for product in phase.products]
+    columns, blocks = launchers[0].columns, launchers[0].blocks
+    if any(launcher.columns != columns for launcher in launchers):
+        raise KernelError("decode_layers: products of one phase have one K")
+    inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
+    shapes = [shape for launcher in launchers for shape in launcher.shapes]
+    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid)
+    first = 0
+    for place in how.order:
+        parts[place].first_tile = first
+        first += shapes[place][0]
+    weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
+    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, how.cuts, False), columns, how.most)
+
+
+def shared_run(phase: Experts, grid: int) -> Run:
+    """The weights of the shared expert's second product, which the blocks of an EXPERTS phase share evenly."""
+    launcher = _launcher(phase.shared_w2)
+    (tiles, size), part = launcher.shapes[0], launcher.table[0]
+    return Run(((part.tiles, tiles, size),), launcher.blocks, even_cuts(tiles, grid), True)
+
+
+def experts(phase: Experts, room: Room, work_bytes: int) -> bytes:
+    logits, gate, up, bias, tid2eid, tokens = phase.args
+    x, first, second = phase.x, phase.experts.w13, phase.experts.down
+    if not isinstance(first, TiledExperts) or not isinstance(second, TiledExperts):
+        raise KernelError("decode_layers: the experts were made on a CPU; make them from weights on the GPU")
+    launcher, (rows, width), topk = _launcher(phase.shared_w2), x.shape, phase.routing["topk"]
+    inner = second.columns
+    if gate.shape[1] != inner or phase.experts.in_treatment != "none" or launcher.columns != inner:
+        raise KernelError(f"decode_layers: a shared expert of {gate.shape[1]} channels beside routed ones of {inner}")
+    shared = (_Part * 1)(launcher.table[0])
+    strides = [row_stride("decode_layers", "x", tensor) for tensor in (logits, x, gate, up)]
+    vocabulary = 0 if tid2eid is None else len(tid2eid)
+    routing = logits, strides[0], bias, tid2eid, tokens, vocabulary, phase.routing["route_scale"]
+    rest = x, strides[1], gate, strides[2], up, strides[3], ctypes.addressof(shared)
+    weights = first.tiles, first.alpha, second.tiles, second.alpha, room.mid, phase.out
+    sizes = phase.out.dtype == torch.float32, rows, len(first.tiles), topk, width, inner
+    given = *routing, *rest, *weights, *sizes, phase.routing["limit"], room.grid, work_bytes
+    return _filled(_EXPERTS, x.device, *given)
+
+
+def seam(phase: Seam, room: Room) -> bytes:
+    letters, given = _launched(mhc_seam, phase, phase.out)
+    kept = [*range(12), *range(13, 19), *range(20, 24)]  # not where a launch keeps its sums, and the dtype is BF16
+    return _like("seam", "".join(letters[i] for i in kept), [given[i] for i in kept], room.words)
+
+
+def inputs(phase: Inputs, room: Room) -> bytes:
+    return _like("inputs", *_launched(attn_inputs, phase, phase.out))
+
+
+def index(phase: Index, room: Room) -> bytes:
+    keys, pages = phase.args[3:5]
+    if pages.shape[1] * keys.shape[1] > TOGETHER:
+        raise KernelError(
+            f"decode_layers: rows of {pages.shape[1] * keys.shape[1]} entries; it selects from {TOGETHER}"
+        )
+    return _like("index", *_launched(index_topk, phase, phase.out[0]), room.index, room.grid)
+
+
+def attention(phase: Attention, room: Room) -> bytes:
+    return _like("attention", *_launched(sparse_attention, phase, phase.out[0]), room.attention, room.grid)
+
+
+FILL: dict[type, Callable[[Any, Room], bytes]] = {Seam: seam, Inputs: inputs, Index: index, Attention: attention}
+
+
+def _launched(op: Callable[..., Any], phase: Call, out: Any) -> tuple[str, tuple[Any, ...]]:
+    """What the op would launch, checked as it checks it: letters and arguments."""
+    with noted() as launches:
+        inspect.unwrap(op)(*phase.args, **phase.named, out=out)
+    if len(launches) != 1 or launches[0].op != op.__name__:
+        raise KernelError(f"decode_layers: {op.__name__} is not one launch here but {[found.op for found in launches]}")
+    return launches[0].letters, launches[0].arguments
+
+
+def _like(name: str, letters: str, given: Sequence[Any], *scratch: Tensor | int) -> bytes:
+    """A phase whose arguments are those of an op and then `scratch`."""
+    more = "".join("p" if isinstance(value, Tensor) else "i" for value in scratch)
+    first = next(value for value in given if isinstance(value, Tensor))
+    return _filled(_kernel(name, letters + more), first.device, *given, *scratch)
+
+
+@functools.cache
+def _kernel(name: str, letters: str) -> Kernel:
+    return Kernel("decode_layers", "p" + letters, name)
+
+
+def _filled(kernel: Kernel, device: torch.device, *given: Any) -> bytes:
+    phase = ctypes.create_string_buffer(PHASE_BYTES)
+    kernel(device, ctypes.addressof(phase), *given)
+    return phase.raw
+
+
+def _launcher(operand: LinearOperand | GroupedOperand) -> Launcher:
+    launcher = operand.launcher
+    treated = [operand.treatment] if isinstance(operand, GroupedOperand) else [j.treatment for j in operand.joined]
+    if launcher is None or set(treated) != {"none"}:
+        raise KernelError("decode_layers: a projection whose weights are not on the GPU, or whose input is quantised")
+    return launcher
+
+
+def _parts(product: Product) -> list[_Part]:
+    """The operand's parts, pointed at what this product reads and writes."""
+    launcher, (x, outputs) = _launcher(product.operand), (product.x, list(product.out))
+    inputs = [x] * len(outputs)
+    if isinstance(product.operand, GroupedOperand):
+        groups = len(launcher.parts)
+        inputs = list(x.unflatten(1, (groups, -1)).unbind(1))
+        outputs = list(outputs[0].unflatten(1, (groups, -1)).unbind(1))
+    parts = list((_Part * len(outputs))(*launcher.table))
+    for part, given, out in zip(parts, inputs, outputs, strict=True):
+        part.x, part.x_stride = given.data_ptr(), given.stride(0)
+        part.x_wide = part.x % 16 == 0 and (part.x_stride % 8 == 0 or len(given) == 1)
+        part.row_scale, part.row_scale_stride = None, 0
+        part.out, part.out_stride, part.out_f32 = out.data_ptr(), out.stride(0), out.dtype == torch.float32
+    return parts

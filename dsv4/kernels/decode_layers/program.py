@@ -1,0 +1,101 @@
+"""A program: the phases of a decode step, and on a GPU what its blocks read of them (include/dsv4/persistent)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.errors import KernelError
+from dsv4.kernels.decode_layers import describe
+from dsv4.kernels.decode_layers.describe import PHASE_BYTES, Room, joined
+from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, operands
+from dsv4.kernels.decode_layers.spread import WARPS, segments_on
+from dsv4.kernels.moe.operand import ExpertsOperand
+
+ROWS, MAX_BLOCKS, MAX_STAGES, CHUNK = 8, 160, 8, 2304  # constants of program.cuh
+_WORK_AT = 2 * PHASE_BYTES + WARPS * MAX_STAGES * 8  # of a block's shared memory (memory.cuh)
+_STATIC_BYTES = 1024  # of it, which kernel and driver use themselves
+_ALIGNED = 128
+
+
+@dataclass(frozen=True)
+class Tables:
+    """On the GPU: phases [count * 1536] u8, what each warp reads, where blocks meet. `held`: what phases point to."""
+
+    phases: Tensor
+    segments: Tensor
+    starts: Tensor
+    state: Tensor
+    count: int
+    grid: int
+    stages: int  # of a warp's ring
+    work_bytes: int
+    held: tuple[object, ...]
+
+
+class Program:
+    """h [T, M, D]: the streams that the first phases read; y [T, D]: what the last one writes. Both are buffers of
+    `phases`, and T is at most ROWS.
+
+    On a GPU the tables are made here, once. KernelError for what the kernel does not take.
+    """
+
+    def __init__(self, phases: Sequence[Phase], h: Tensor, y: Tensor):
+        if not 1 <= len(h) <= ROWS:
+            raise KernelError(f"decode_layers: {len(h)} rows; a program takes 1 to {ROWS}")
+        self.phases, self.h, self.y = tuple(phases), h, y
+        self.tables = _tables(self.phases, h) if h.is_cuda else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that a step reads: of routed experts as many as its rows may choose."""
+        total = 0
+        for phase in self.phases:
+            for operand in operands(phase):
+                if isinstance(operand, ExpertsOperand) and isinstance(phase, Experts):
+                    chosen = len(phase.x) * phase.routing["topk"] / phase.args[0].shape[1]
+                    total += round(operand.nbytes * min(1.0, chosen))
+                else:
+                    total += operand.nbytes
+        return total
+
+
+def _tables(phases: tuple[Phase, ...], h: Tensor) -> Tables:
+    device = h.device
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin") - _STATIC_BYTES - _WORK_AT  # noqa: B009
+    return make_tables(phases, h, min(properties.multi_processor_count, MAX_BLOCKS), shared)
+
+
+def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) -> Tables:
+    """grid: blocks, one per processor; shared: bytes that work area and rings may take together."""
+    rows, device = len(h), h.device
+    kept = [len(p.x) * p.routing["topk"] * p.args[1].shape[1] for p in phases if isinstance(p, Experts)]
+    room = Room.on(device, grid, rows, h.shape[2], max(kept, default=0))
+    products = {place: joined(phase, grid) for place, phase in enumerate(phases) if isinstance(phase, Linear)}
+    work = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
+    work = -(-work // _ALIGNED) * _ALIGNED
+    stages = min(MAX_STAGES, (shared - work) // (WARPS * CHUNK))
+    if stages < 2:
+        raise KernelError(
+            f"decode_layers: phases of {rows} rows work in {work} bytes of shared memory, which leaves no two stages "
+            f"of {WARPS * CHUNK} bytes of the {shared} there are"
+        )
+    made, runs = [], []
+    for place, phase in enumerate(phases):
+        match phase:
+            case Linear():
+                made.append(products[place].phase(device, rows))
+                runs.append(products[place].run)
+            case Experts():
+                made.append(describe.experts(phase, room, work))
+                runs.append(describe.shared_run(phase, grid))
+            case _:
+                made.append(describe.FILL[type(phase)](phase, room))
+    segments, starts = segments_on(device, tuple(runs))
+    table = torch.frombuffer(bytearray(b"".join(made)), dtype=torch.uint8).to(device)
+    state = torch.zeros(room.state_bytes, dtype=torch.uint8, device=device)
+    return Tables(table, segments, starts, state, len(made), grid, stages, work, (room, phases))
