@@ -1,5 +1,5 @@
 // mhc_head: what mhc.cuh says, with M mixes, no Sinkhorn and no norm.
-#include <dsv4/mhc.cuh>
+#include <dsv4/mhc_kernels.cuh>
 
 using namespace dsv4;
 using namespace dsv4::mhc;

@@ -1,5 +1,5 @@
 // mhc_pre: what mhc.cuh says, without a norm.
-#include <dsv4/mhc.cuh>
+#include <dsv4/mhc_kernels.cuh>
 
 using namespace dsv4;
 using namespace dsv4::mhc;

@@ -3,13 +3,13 @@
 // A block takes 64 columns, in all M streams, of TT tokens: its share of a token's ROWS products with fn and of the sum
 // of squares; in a SEAM of the products of the streams with each other, which give the sum of squares of any mixture of
 // them, so that the norm of the collapsed x needs no sum of its own. A token's shares are added up always in the same
-// order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens that is one launch, in
-// which the blocks of a token tell each other their shares and each goes on with its own columns (exchange.cuh); for
-// many there is a second launch, one block per token. A row's bits are the same either way.
+// order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens the blocks of a token tell
+// each other their shares and each goes on with its own columns (exchange.cuh): here is what they do, in a launch
+// (mhc_kernels.cuh) or a phase of a program (persistent/seam_phase.cuh).
 //
 // In a SEAM of several ranks y is this rank's part of a sum (Peers).
 #pragma once
-#include <dsv4/dependent.cuh>
+#include <dsv4/launch.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/peers.cuh>
 #include <dsv4/reduce.cuh>
@@ -66,10 +66,10 @@ struct Words {
 struct Place {
     int team, stream, column, d, left;  // column: of the block's 64
     bool wide;
-    __device__ Place(int D, bool all_wide) {
+    __device__ Place(int slice, int D, bool all_wide) {
         const int place = threadIdx.x % PLACES;
         team = threadIdx.x / PLACES, stream = place / QUADS, column = place % QUADS * W;
-        d = blockIdx.x * COLUMNS + column, left = D - d;
+        d = slice * COLUMNS + column, left = D - d;
         wide = all_wide && left > 0;
     }
 };
@@ -127,32 +127,39 @@ __device__ __forceinline__ void peers_heard() {
     asm volatile("bar.sync 1, %0;" ::"n"(Shape<SEAM>::WORKERS) : "memory");
 }
 
-// h' = post y + comb^T h, rounded, of a thread's columns of a token: into `streams` and written. `sums`: y, if it has
-// several parts, in float32, to be rounded; other warps hear it meanwhile.
-template <int TT, typename T>
-__device__ __forceinline__ void leave(const Args<T>& a, const Place& p, int64_t token, const float* sums,
-                                      float (&streams)[M][COLUMNS]) {
-    float from[W], mixes[M], v[W] = {};
-    const bool alone = TT > HEARD || !a.peers.any();
-    const T* h = a.h + token * M * a.D;
+// h' = post y + comb^T h, rounded, of a thread's columns of a token. alone: y has one part, else others hear it meanwhile.
+template <typename T>
+struct Leaving {
+    float v[W], gain;
     Raw<T, M + 1> old;  // and y; where that is heard, any memory
-    const T* y = alone ? a.y + token * a.y_stride : h;
-    old.load(p, [&](int j) { return j < M ? h + static_cast<int64_t>(j) * a.D : y; });
+
+    __device__ __forceinline__ void read(const Args<T>& a, const Place& p, int64_t token, bool alone) {
+        float mixes[M];
+        const T* h = a.h + token * M * a.D;
+        const T* y = alone ? a.y + token * a.y_stride : h;
+        old.load(p, [&](int j) { return j < M ? h + static_cast<int64_t>(j) * a.D : y; });
 #pragma unroll
-    for (int j = 0; j < M; ++j) mixes[j] = a.comb[(token * M + j) * M + p.stream];
-    const float gain = a.post[token * M + p.stream];
+        for (int j = 0; j < M; ++j) mixes[j] = a.comb[(token * M + j) * M + p.stream];
+        gain = a.post[token * M + p.stream];
 #pragma unroll
-    for (int j = 0; j < M; ++j)
+        for (int k = 0; k < W; ++k) v[k] = 0.0f;
 #pragma unroll
-        for (int k = 0; k < W; ++k) v[k] = fmaf(old.value(j, k), mixes[j], v[k]);
-    if (!alone) peers_heard();
+        for (int j = 0; j < M; ++j)
 #pragma unroll
-    for (int k = 0; k < W; ++k) from[k] = alone ? old.value(M, k) : rounded<T>(sums[p.column + k]);
+            for (int k = 0; k < W; ++k) v[k] = fmaf(old.value(j, k), mixes[j], v[k]);
+    }
+    // Into `streams` and written. `sums`: what was heard, in float32, to be rounded.
+    __device__ __forceinline__ void finish(const Args<T>& a, const Place& p, int64_t token, bool alone, const float* sums,
+                                           float (&streams)[M][COLUMNS]) {
+        float from[W];
 #pragma unroll
-    for (int k = 0; k < W; ++k) v[k] = rounded<T>(fmaf(from[k], gain, v[k]));
-    *reinterpret_cast<float4*>(&streams[p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
-    if (p.left > 0) store<W>(a.h_out + (token * M + p.stream) * a.D + p.d, v, p.left, p.wide);
-}
+        for (int k = 0; k < W; ++k) from[k] = alone ? old.value(M, k) : rounded<T>(sums[p.column + k]);
+#pragma unroll
+        for (int k = 0; k < W; ++k) v[k] = rounded<T>(fmaf(from[k], gain, v[k]));
+        *reinterpret_cast<float4*>(&streams[p.stream][p.column]) = make_float4(v[0], v[1], v[2], v[3]);
+        if (p.left > 0) store<W>(a.h_out + (token * M + p.stream) * a.D + p.d, v, p.left, p.wide);
+    }
+};
 
 // The site's streams of the block's columns and tokens `first`.. into `streams`; of each token by one team, so that all
 // are loaded at once. told: the peers have this rank's parts.
@@ -164,11 +171,15 @@ __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, i
         static_assert(TT <= S::TEAM);
         __shared__ __align__(8) float sums[TT][COLUMNS];
         if (p.team < count) {
-            leave<TT>(a, p, first + p.team, sums[p.team], streams[p.team]);
+            const bool alone = TT > HEARD || !a.peers.any();
+            Leaving<T> leaving;
+            leaving.read(a, p, first + p.team, alone);
+            if (!alone) peers_heard();
+            leaving.finish(a, p, first + p.team, alone, sums[p.team], streams[p.team]);
         } else if (TT <= HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
             if (t < count) {
-                const Meeting meeting(a.peers, first + t, a.D);
+                const Meeting meeting(a.peers, first + t, a.peers.turn_of(first + t), blockIdx.x, a.D);
                 if (!told) meeting.tell();
                 *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear();
             }
@@ -240,6 +251,40 @@ __device__ __forceinline__ void total_of_word(const float (&sums)[4], int word, 
     if (lane % 8 == 0 && lane / 8 < exchange::PER_WORD) totals[word * exchange::PER_WORD + lane / 8] = total;
 }
 
+// One of a token's words that a warp hears of all slices, if there is any, and where the sums belong.
+struct WordOfSlices {
+    bool any;
+    int word;
+    uint32_t turn;
+    const exchange::Word* from;
+    float* totals;
+};
+
+// By a warp, all at once.
+template <int COUNT>
+__device__ __forceinline__ void hear_slices(const WordOfSlices (&all)[COUNT], int slices) {
+    constexpr int N = MOST_SLICES / 32;
+    const int lane = threadIdx.x % 32;
+    exchange::Word heard[COUNT][N];
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (all[c].any && lane + 32 * i < slices) heard[c][i] = look(all[c].from + lane + 32 * i);
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) {
+        float sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (all[c].any && lane + 32 * i < slices) {
+                while (heard[c][i].turn != all[c].turn) heard[c][i] = look(all[c].from + lane + 32 * i);
+#pragma unroll
+                for (int k = 0; k < exchange::PER_WORD; ++k) sums[k] += heard[c][i].values[k];
+            }
+        if (all[c].any) total_of_word(sums, all[c].word, all[c].totals);
+    }
+}
+
 // The sum of squares of all streams.
 template <Kind KIND>
 __device__ __forceinline__ float squares_of(const float* totals) {
@@ -306,87 +351,11 @@ __device__ __forceinline__ void finish_mixes(const Args<T>& a, int64_t token, fl
     if (entry >= 0 && entry < M * M) a.comb_out[token * M * M + entry] = __fmul_rn(__fmul_rn(own, row), column);
 }
 
-// A few tokens: block (slice, TT tokens).
-template <Kind KIND, int TT, typename T>
-__device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
-    using S = Shape<KIND>;
-    __shared__ float parts[TT][S::WARPS][S::SHARE + 1], totals[TT][S::WORDS * exchange::PER_WORD];
-    __shared__ __align__(16) float streams[TT][M][COLUMNS];
-    const Place p(a.D, a.wide);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = blockIdx.x, slices = gridDim.x;
-    const int first = blockIdx.y * TT, count = min(TT, static_cast<int>(a.tokens) - first);
-    const int d = slice * COLUMNS + lane * W, left = lane < QUADS ? a.D - d : 0;  // of the first warps, at the end
-    const bool wide = a.wide && left > 0;
-
-    let_next_start();
-    float f[S::SHARE][W];
-    load_rows<KIND>(a, p, f);
-    const float scale = scale_of<KIND>(a, lane), base = a.base[row_of<KIND>(lane)];
-    wait_for_previous();
-
-    uint32_t turns[TT];
-#pragma unroll
-    for (int t = 0; t < TT; ++t)
-        if (t < count) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
-    load_streams<KIND, TT>(a, p, first, count, false, streams);
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < TT; ++t)
-        if (t < count) part_of_sums<KIND>(f, p, streams[t], parts[t][warp]);
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < TT; ++t)
-        if (t < count && warp == t && lane < S::WORDS) {
-            float values[exchange::PER_WORD];
-            shares_of_word<KIND>(parts[t], lane, values);
-            exchange::tell(&words.sums[first + t][lane][slice], values, turns[t]);
-        }
-    float weight[W];
-    if constexpr (KIND == SEAM)
-        if (warp < TT) load<W>(a.weight + d, weight, left, wide);
-    if (warp < S::WORDS) {
-        constexpr int N = MOST_SLICES / 32;
-        const auto word = [&](int t, int i) { return &words.sums[first + t][warp][lane + 32 * i]; };
-        exchange::Word heard[TT][N];
-#pragma unroll
-        for (int t = 0; t < TT; ++t)
-#pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (t < count && lane + 32 * i < slices) heard[t][i] = look(word(t, i));
-#pragma unroll
-        for (int t = 0; t < TT; ++t) {
-            float sums[4] = {};
-#pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (t < count && lane + 32 * i < slices) {
-                    while (heard[t][i].turn != turns[t]) heard[t][i] = look(word(t, i));
-#pragma unroll
-                    for (int k = 0; k < exchange::PER_WORD; ++k) sums[k] += heard[t][i].values[k];
-                }
-            total_of_word(sums, warp, totals[t]);
-        }
-    }
-    __syncthreads();
-    // Every block of these tokens has read the numbers of the turn: this one has heard of all. By idle warps.
-    if (slice == 0) {
-#pragma unroll
-        for (int t = 0; t < TT; ++t)
-            if (t < count && threadIdx.x == 128 + t) words.turns[first + t] = turns[t];
-        const int t = static_cast<int>(threadIdx.x) - 160;
-        if (KIND == SEAM && a.peers.any() && t >= 0 && t < count)
-            a.peers.turns[first + t] = exchange::last_turn(a.peers.turns + first + t) + 1;
-    }
-    const bool ends = KIND != HEAD && slice == slices - 1;  // and finishes the mixes, in warps of their own
-    if (warp >= count && !(ends && warp >= TT && warp < TT + count)) return;
-    const int t = warp % TT;
-    const int64_t token = first + t;
-    const float z = mix<KIND>(a, totals[t], scale, base);
-    if constexpr (KIND != HEAD) {
-        if (warp >= TT) {
-            finish_mixes(a, token, z);
-            return;
-        }
-    }
+// x from a block's streams, by a warp whose lane i holds mix i; a lane's columns begin at d, if `left` is not 0.
+template <Kind KIND, typename T>
+__device__ __forceinline__ void collapse(const Args<T>& a, int64_t token, float z, const float* totals,
+                                         const float (&streams)[M][COLUMNS], const float (&weight)[W], int d, int left,
+                                         bool wide) {
     const float gain = sigmoid(z) + a.hc_eps;
     float pre[M], x[W];
 #pragma unroll
@@ -395,169 +364,41 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
     for (int k = 0; k < W; ++k) {
         float sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < M; ++j) sum = fmaf(pre[j], streams[t][j][lane % QUADS * W + k], sum);
+        for (int j = 0; j < M; ++j) sum = fmaf(pre[j], streams[j][threadIdx.x % QUADS * W + k], sum);
         x[k] = rounded<T>(sum);
     }
     if constexpr (KIND == SEAM) {
-        const float factor = norm_factor(a, totals[t], pre);
+        const float factor = norm_factor(a, totals, pre);
 #pragma unroll
         for (int k = 0; k < W; ++k) x[k] = x[k] * factor * weight[k];
     }
     if (left > 0) store<W>(a.x_out + token * a.D + d, x, left, wide);
 }
 
-// Many tokens, the first launch: block (slice, every gridDim.y-th group of TT tokens).
-template <Kind KIND, int TT, typename T>
-__device__ void shares_of_many(const Args<T>& a) {
-    using S = Shape<KIND>;
-    __shared__ float parts[TT][S::WARPS][S::SHARE + 1];
-    __shared__ __align__(16) float streams[TT][M][COLUMNS];
-    static_assert(TT * S::WORDS <= S::WORKERS);
-    const Place p(a.D, a.wide);
-    const int warp = threadIdx.x / 32;
-    let_next_start();
-    float f[S::SHARE][W];
-    load_rows<KIND>(a, p, f);
-    wait_for_previous();
-    const int64_t begin = static_cast<int64_t>(blockIdx.y) * TT, step = static_cast<int64_t>(gridDim.y) * TT;
-    if (KIND == SEAM && TT <= HEARD && a.peers.any())
-        for (int64_t first = begin; first < a.tokens; first += step)
-            if (warp < TT && first + warp < a.tokens) Meeting(a.peers, first + warp, a.D).tell();
-    for (int64_t first = begin; first < a.tokens; first += step) {
-        const int count = min(static_cast<int64_t>(TT), a.tokens - first);
-        load_streams<KIND, TT>(a, p, first, count, true, streams);
-        __syncthreads();
-#pragma unroll 2
-        for (int t = 0; t < count; ++t) part_of_sums<KIND>(f, p, streams[t], parts[t][warp]);
-        __syncthreads();  // the streams may be overwritten
-        const int t = threadIdx.x / S::WORDS, word = threadIdx.x % S::WORDS;
-        if (t < count) {
-            float values[exchange::PER_WORD];
-            shares_of_word<KIND>(parts[t], word, values);
-            a.shares[((first + t) * S::WORDS + word) * gridDim.x + blockIdx.x] =
-                make_float4(values[0], values[1], values[2], 0.0f);
-        }
-    }
-}
-
-// Many tokens, the second launch: a block per token, S::THREADS threads, so many of them on a processor.
+// What a SEAM is called with. size > 1: y is this rank's part in float32, inboxes the addresses of all ranks'.
 template <typename T>
-constexpr int ENDS = sizeof(T) == 2 ? 2 : 1;
-
-template <Kind KIND, typename T>
-__device__ void enter_many(const Args<T>& a, int slices) {
-    using S = Shape<KIND>;
-    constexpr int N = wide_elements<T>, ROUNDS = MOST_COLUMNS / S::WORKERS / N;
-    __shared__ float totals[S::WORDS * exchange::PER_WORD], mixes[S::ROWS], pre[M], norm;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t token = blockIdx.x;
-    const T* h = KIND == SEAM ? a.h_out : a.h;
-    union Raw {
-        uint4 chunk;
-        T element[N];
-    } streams[ROUNDS][M];
-    take_turn();
-    if (KIND == SEAM && a.peers.any() && threadIdx.x == 0) ++a.peers.turns[token];
-    if (warp < S::WARPS) {
-        float sums[4] = {};
-        if (warp < S::WORDS) {
-#pragma unroll
-            for (int i = 0; i < MOST_SLICES / 32; ++i)
-                if (lane + 32 * i < slices) {
-                    const float4 word = a.shares[(token * S::WORDS + warp) * slices + lane + 32 * i];
-                    sums[0] += word.x, sums[1] += word.y, sums[2] += word.z;
-                }
-        }
-#pragma unroll
-        for (int round = 0; round < ROUNDS; ++round) {  // while the sums are made
-            const int d = (round * S::WORKERS + threadIdx.x) * N, left = a.D - d;
-#pragma unroll
-            for (int j = 0; j < M; ++j) {
-                const T* from = h + (token * M + j) * a.D + d;
-                if (a.wide && left > 0)
-                    streams[round][j].chunk = *reinterpret_cast<const uint4*>(from);
-                else
-#pragma unroll
-                    for (int i = 0; i < N; ++i)
-                        streams[round][j].element[i] = i < left ? from[i] : from_float<T>(0.0f);
-            }
-        }
-        if (warp < S::WORDS) total_of_word(sums, warp, totals);
+static Args<T> seam_args(const void* y, const void* h, const float* post, const float* comb, const float* fn,
+                         const float* base, const float* scale, const float* weight, void* h_out, void* x_out,
+                         float* post_out, float* comb_out, int64_t tokens, int D, int64_t y_stride, int iters,
+                         float hc_eps, float norm_eps, uint64_t* const* inboxes, uint32_t* turns, int rank, int size) {
+    constexpr int N = wide_elements<T>;
+    const bool y_wide = size > 1 || (y_stride % N == 0 && aligned16(y));
+    Args<T> args = {};
+    args.h = static_cast<const T*>(h), args.post = post, args.comb = comb, args.fn = fn, args.base = base;
+    args.scale = scale, args.weight = weight, args.h_out = static_cast<T*>(h_out), args.x_out = static_cast<T*>(x_out);
+    args.post_out = post_out, args.comb_out = comb_out, args.tokens = tokens, args.y_stride = y_stride, args.D = D;
+    args.iters = iters, args.hc_eps = hc_eps, args.norm_eps = norm_eps, args.mean = 1.0f / static_cast<float>(D);
+    args.wide = y_wide && D % N == 0 && aligned16(h) && aligned16(fn) && aligned16(weight) && aligned16(h_out) &&
+                aligned16(x_out);
+    args.peers.size = size;
+    if (size > 1 && size <= MOST_RANKS) {
+        args.peers.part = static_cast<const float*>(y), args.peers.stride = y_stride;
+        args.peers.turns = turns, args.peers.rank = rank;
+        for (int i = 0; i < size; ++i) args.peers.inboxes[i] = inboxes[i];
+    } else {
+        args.y = static_cast<const T*>(y);
     }
-    __syncthreads();
-    if (warp == 0) {
-        const float z = mix<KIND>(a, totals, scale_of<KIND>(a, lane), a.base[row_of<KIND>(lane)]);
-        const float gain = sigmoid(z) + a.hc_eps;
-        if (lane < S::ROWS) mixes[lane] = z;
-        if (lane < M) pre[lane] = gain;
-        if constexpr (KIND == SEAM) {
-            float gains[M];
-#pragma unroll
-            for (int j = 0; j < M; ++j) gains[j] = __shfl_sync(ALL, gain, j);
-            norm = norm_factor(a, totals, gains);
-        }
-    }
-    __syncthreads();
-    if constexpr (KIND != HEAD) {
-        if (warp == S::WARPS) {
-            finish_mixes(a, token, mixes[row_of<KIND>(lane)]);
-            return;
-        }
-    }
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int d = (round * S::WORKERS + threadIdx.x) * N, left = a.D - d;
-        if (left <= 0) break;
-        float x[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < M; ++j) sum = fmaf(pre[j], to_float(streams[round][j].element[k]), sum);
-            x[k] = rounded<T>(sum);
-        }
-        if constexpr (KIND == SEAM) {
-            float w[N];
-            load<N>(a.weight + d, w, left, a.wide);
-#pragma unroll
-            for (int k = 0; k < N; ++k) x[k] = x[k] * norm * w[k];
-        }
-        store<N>(a.x_out + token * a.D + d, x, left, a.wide);
-    }
-}
-
-// An op's kernels: of one launch, with one token or two to a block; of two, the first with four or eight.
-template <typename T>
-struct Kernels {
-    void (*one)(Args<T>), (*two)(Args<T>), (*four)(Args<T>), (*eight)(Args<T>), (*end)(Args<T>, int);
-};
-
-// One launch where its blocks all run at once, else two.
-template <Kind KIND, typename T>
-static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t stream) {
-    using S = Shape<KIND>;
-    args.mean = 1.0f / static_cast<float>(args.D);
-    if (args.D > MOST_COLUMNS || (args.peers.size > 1 && args.tokens > INBOX_ROWS) || args.peers.size > MOST_RANKS)
-        return cudaErrorInvalidValue;
-    const int slices = (args.D + COLUMNS - 1) / COLUMNS;
-    int device = 0, processors = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-        return error;
-    const int64_t pairs = (args.tokens + 1) / 2, at_once = 2 * processors / slices;  // two blocks fit on a processor
-    if (args.tokens <= FEW && args.tokens * slices <= processors)
-        return launch_dependent(kernels.one, slices, args.tokens, S::WORKERS, 0, stream, args);
-    if (args.tokens <= FEW && pairs <= at_once)
-        return launch_dependent(kernels.two, slices, pairs, S::WORKERS, 0, stream, args);
-    const bool alone = args.peers.size <= 1;
-    const int together = args.tokens <= 32 || !alone ? HEARD : 8;  // fn is read once for so many
-    int64_t groups = (args.tokens + together - 1) / together;
-    if (!alone) groups = groups < at_once ? groups : at_once;  // peers wait for every block
-    if (groups == 0) return cudaErrorInvalidConfiguration;
-    const auto first = together == HEARD ? kernels.four : kernels.eight;
-    const cudaError_t error = launch_dependent(first, slices, groups, S::WORKERS, 0, stream, args);
-    if (error != cudaSuccess) return error;
-    return launch_dependent(kernels.end, args.tokens, 1, S::THREADS, 0, stream, args, slices);
+    return args;
 }
 
 }  // namespace dsv4::mhc

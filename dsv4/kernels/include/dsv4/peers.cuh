@@ -23,9 +23,10 @@ struct Peers {
     int rank, size;
 
     __device__ bool any() const { return size > 1; }
+    __device__ uint32_t turn_of(int64_t token) const { return exchange::last_turn(turns + token) + 1; }
 };
 
-// A warp's two columns of the block, of a token: this rank's part of them, and where the ranks meet this time.
+// A warp's two columns of a slice, of a token: this rank's part of them, and where the ranks meet this time.
 struct Meeting {
     const Peers& p;
     int64_t token;
@@ -33,10 +34,10 @@ struct Meeting {
     uint32_t turn;
     float2 own;
 
-    __device__ Meeting(const Peers& peers, int64_t token, int D) : p(peers), token(token) {
-        d = blockIdx.x * COLUMNS + threadIdx.x % 32 * 2;
+    __device__ Meeting(const Peers& peers, int64_t token, uint32_t turn, int slice, int D)
+        : p(peers), token(token), turn(turn) {
+        d = slice * COLUMNS + threadIdx.x % 32 * 2;
         const float* part = p.part + token * p.stride + d;
-        turn = exchange::last_turn(p.turns + token) + 1;
         own = make_float2(d < D ? part[0] : 0.0f, d + 1 < D ? part[1] : 0.0f);
     }
     __device__ uint64_t* at(int owner, int from) const {
