@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ def decode(
     waterfall: Annotated[
         bool, typer.Option("--waterfall", help="Also where the step goes, by op, and a picture of its layers.")
     ] = False,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="The ops of layers one by one, not all layers at once.")
+    ] = False,
     *,
     load: BenchLoad,
     output: Output,
@@ -82,7 +86,9 @@ def decode(
     batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
     timer, loaded, stored, run = _open(model.resolve(), load)
     how: dict[str, Any] = {"repeats": repeats, "waterfall": waterfall}
-    found = bench_decode(loaded, stored, run, timer, decode_step(), batches=batches, contexts=contexts, **how)
+    found = bench_decode(
+        loaded, stored, run, timer, decode_step(chain=chain), batches=batches, contexts=contexts, **how
+    )
     rows = _collect(found)
     _print(f"decode, {_about(run)}", rows, ("batch", "context", "us_per_step", "bytes", "gb_s", "share", "kernels",
            "tokens_per_s", "distinct_experts", "peak_bytes", "predicted_bytes"))  # fmt: skip
@@ -127,7 +133,7 @@ def kernels(
 ) -> None:
     """Time every op of a decode step alone, at the model's shapes, on weights that are not in the cache."""
     timer, loaded, _, run = _open(model.resolve(), load)
-    found = bench_kernels(loaded, run, timer, decode_step(), batch=batch, context=context, repeats=repeats)
+    found = bench_kernels(loaded, run, timer, decode_step(chain=True), batch=batch, context=context, repeats=repeats)
     rows = _collect(found)
     columns = ("calls", "us", "us_per_step", "bytes", "gb_s", "share")
     title = f"kernels, batch {batch}, context {context:,}, {_about(run)}"
@@ -157,11 +163,11 @@ def make_timer() -> Timer:
     return CudaTimer()
 
 
-def decode_step() -> MakeStep:
-    """How a decode step is made."""
+def decode_step(*, chain: bool) -> MakeStep:
+    """How a decode step is made. chain: never with all layers at once."""
     from dsv4.engine.step import DecodeStep
 
-    return DecodeStep
+    return functools.partial(DecodeStep, persistent=False if chain else None)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -142,7 +142,7 @@ def test_names_and_numbers_for_people() -> None:
 def dsv4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
     command = importlib.import_module("dsv4.cli.bench")  # the package's attribute of that name is the command group
     monkeypatch.setattr(command, "make_timer", FakeTimer)
-    monkeypatch.setattr(command, "decode_step", lambda: FakeStep)
+    monkeypatch.setattr(command, "decode_step", lambda *, chain: FakeStep)
     return Program(capsys)
 
 

@@ -122,7 +122,7 @@ def experts(phase: Experts, room: Room, work_bytes: int) -> bytes:
 def seam(phase: Seam, room: Room) -> bytes:
     letters, given = _launched(mhc_seam, phase, phase.out)
     kept = [*range(12), *range(13, 19), *range(20, 24)]  # not where a launch keeps its sums, and the dtype is BF16
-    return _like("seam", "".join(letters[i] for i in kept), [given[i] for i in kept], room.words)
+    return _like("seam", "".join(letters[i] for i in kept), [given[i] for i in kept], room.words, room.grid)
 
 
 def inputs(phase: Inputs, room: Room) -> bytes:

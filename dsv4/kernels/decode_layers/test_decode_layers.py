@@ -1,0 +1,173 @@
+"""decode_layers: its twin against the ops, and what a program tells the kernel: who reads which weights, and when."""
+
+import ctypes
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dsv4.errors import KernelError
+from dsv4.kernels.case import Maker
+from dsv4.kernels.check import check_case
+from dsv4.kernels.decode_layers import describe
+from dsv4.kernels.decode_layers.cases import Small, cases
+from dsv4.kernels.decode_layers.decode_layers import decode_layers
+from dsv4.kernels.decode_layers.phases import Experts, Linear
+from dsv4.kernels.decode_layers.program import CHUNK, WARPS, Program, make_tables
+from dsv4.kernels.decode_layers.spread import Run, even_cuts, segments_of, spread
+from dsv4.quant.weights import FP8Weight, NVFP4Weight, PlainWeight
+
+CPU = torch.device("cpu")
+FLASH_IN = ((64, 576, 0), (32, 576, 0), (64, 2048, 0), (64, 2048, 0), (16, 2048, 0), (16, 2048, 0), (4, 2048, 0))
+PARTS = {
+    "in_proj": FLASH_IN,
+    "wo_a": tuple((64, 576, group) for group in range(8)),
+    "ffn": ((16, 2048, 0), (128, 576, 0), (128, 576, 0)),
+    "one tile": ((1, 1024, 0),),
+    "in turns": ((5, 576, 0), (7, 2048, 0), (3, 1024, 0), (40, 576, 1)),
+}
+
+
+def test_the_twin_is_the_ops():
+    for case in cases(Maker(CPU), True):
+        row = check_case(case, timed=False)
+        assert row.ok and row.equal == 1, row.finding
+
+
+@pytest.mark.parametrize("grid", [16, 132])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_block_has_tiles_of_one_input_and_no_more_bytes_than_it_must(name, grid):
+    parts = PARTS[name]
+    how = spread(parts, grid)
+    tiles = [parts[place] for place in how.order for _ in range(parts[place][0])]
+    assert len(how.cuts) == grid + 1 and how.cuts[0] == 0 and how.cuts[-1] == len(tiles)
+    assert list(how.cuts) == sorted(how.cuts) and how.most == max(b - a for a, b in pairwise(how.cuts))
+    kinds = [{(given, block == 2048) for _, block, given in tiles[a:b]} for a, b in pairwise(how.cuts)]
+    assert all(len(found) <= 1 for found in kinds)
+    busiest = max(sum(block for _, block, _ in tiles[a:b]) for a, b in pairwise(how.cuts))
+    groups = len({(given, block == 2048) for _, block, given in parts})
+    largest = max(block for _, block, _ in tiles)
+    assert busiest <= sum(block for _, block, _ in tiles) / (grid - groups + 1) + largest
+
+
+def test_more_inputs_than_blocks_are_refused():
+    with pytest.raises(KernelError, match="3 inputs of one phase for 2 blocks"):
+        spread(tuple((2, 576, group) for group in range(3)), 2)
+
+
+def lists_of(runs):
+    """The kernel's walk, unit by unit, in Python: [block][warp] lists of (address, bytes, chunk)."""
+    grid = len(runs[0].cuts) - 1
+    lists = [[[] for _ in range(WARPS)] for _ in range(grid)]
+    for run in runs:
+        slices = -(-run.blocks // 8)
+        tiles = [(a, t, size) for a, count, size in run.parts for t in range(count)]
+        for block, warps in enumerate(lists):
+            for tile in range(run.cuts[block], run.cuts[block + 1]):
+                address, t, size = tiles[tile]
+                for slice_ in range(slices):
+                    unit = (tile - run.cuts[block]) * slices + slice_
+                    count = min(8, run.blocks - 8 * slice_)
+                    chunk = {576: 2304, 1024: 2048, 2048: 2048}[size]
+                    at = address + (t * run.blocks + 8 * slice_) * size
+                    warps[unit % WARPS].append((at, count * size, chunk))
+            for warp in warps:
+                if run.opens:
+                    warp.append((0, 0, 0))
+    for warps in lists:
+        for warp in warps:
+            warp.append((0, 0, 0))
+    return lists
+
+
+def test_segments_are_the_units_of_a_warp_in_its_order():
+    parts = ((1 << 20, 9, 576), (1 << 21, 4, 1024), (1 << 22, 3, 2048))
+    runs = [Run(parts, 20, (0, 5, 5, 13, 16), False), Run(parts[:1], 8, even_cuts(9, 4), True)]
+    runs += [Run(parts[2:], 3, even_cuts(3, 4), False), Run(parts[1:2], 9, (0, 4, 4, 4, 4), True)]
+    segments, starts = segments_of(runs)
+    ends = [*starts.tolist()[1:], len(segments)]
+    found = [segments[a:b].tolist() for a, b in zip(starts.tolist(), ends, strict=True)]
+    assert segments.dtype.itemsize == 16
+    assert found == [warp for warps in lists_of(runs) for warp in warps]
+
+
+class Filled:
+    """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes."""
+
+    def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000)):
+        self.calls = []
+
+        def call(kernel, device, *given):
+            values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
+            assert kernel.op == "decode_layers" and len(values) + 1 == len(kernel.types), kernel.part
+            for value, kind in zip(values, kernel.types, strict=False):
+                kind(value)
+            if kernel.part == "sizes":
+                (ctypes.c_int * 5).from_address(values[0])[:] = sizes
+            else:
+                ctypes.memset(values[0], len(self.calls) % 251, describe.PHASE_BYTES)
+            self.calls.append((kernel.part, values))
+
+        class Fake(describe.Kernel):
+            def __call__(self, device, *given):
+                call(self, device, *given)
+
+        for name in ("_SIZES", "_LINEAR", "_EXPERTS"):
+            kernel = getattr(describe, name)
+            monkeypatch.setattr(describe, name, Fake(kernel.op, kernel.letters, kernel.part))
+        monkeypatch.setattr(describe, "_kernel", lambda name, letters: Fake("decode_layers", "p" + letters, name))
+
+
+def on_tiles(monkeypatch):
+    """Operands in the form they have on a GPU."""
+
+    class Gpu:
+        type = "cuda"
+
+    for form in (NVFP4Weight, FP8Weight, PlainWeight):
+        monkeypatch.setattr(form, "device", property(lambda self: Gpu()))
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(1, 0), (3, 1), (8, 2)])
+def test_tables_of_a_program(monkeypatch, rows, padding):
+    on_tiles(monkeypatch)
+    small = Small(Maker(CPU), rows, padding, "nvfp4")
+    filled = Filled(monkeypatch)
+    tables = make_tables(small.program.phases, small.h, 24, 231424 - 4096)
+    names = [name for name, _ in filled.calls]
+    layer = ["linear", "attention", "linear", "linear", "seam", "linear", "experts"]
+    assert names == ["sizes", "linear", "inputs", *layer, "seam", "linear", "inputs", layer[0], "index", *layer[1:]]
+    assert tables.count == len(small.phases) == len(names) - 1 and tables.grid == 24
+    assert tables.phases.view(-1, describe.PHASE_BYTES)[:, 0].tolist() == list(range(1, len(names)))
+    assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
+    assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
+    for place, phase in enumerate(small.phases):
+        values = filled.calls[1 + place][1]
+        if isinstance(phase, Linear):
+            part = (describe._Part * values[2]).from_address(values[1])
+            assert values[2] >= len(phase.products) and values[4:6] == [24, rows] and part
+        if isinstance(phase, Experts):
+            assert values[-8:-6] == [rows, 8] and values[-1] == tables.work_bytes
+    read = np.frombuffer(tables.segments.numpy().tobytes(), dtype=[("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])
+    operands = [p.operand for phase in small.phases if isinstance(phase, Linear) for p in phase.products]
+    operands += [phase.shared_w2 for phase in small.phases if isinstance(phase, Experts)]
+    every = sum(part.tiles.numel() for operand in operands for part in operand.launcher.parts)
+    assert read["bytes"].sum() == every
+    assert (read["chunk"] == 0).sum() == 24 * WARPS * (1 + 2)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    on_tiles(monkeypatch)
+    small = Small(Maker(CPU), 2, 0, "nvfp4")
+    Filled(monkeypatch, (64, 64, 64, 96, 170000))
+    with pytest.raises(KernelError, match="work in 170112 bytes of shared memory, which leaves no two stages"):
+        make_tables(small.program.phases, small.h, 24, 231424 - 4096)
+    with pytest.raises(KernelError, match="9 rows; a program takes 1 to 8"):
+        Program([], torch.zeros(9, 4, 64), torch.zeros(9, 64))
+
+
+def test_a_program_reads_the_weights_that_its_rows_use():
+    one, many = (Small(Maker(CPU), rows, 0, "nvfp4").program.nbytes for rows in (1, 8))
+    assert one < many
+    assert decode_layers(*(lambda s: (s.h, s.program))(Small(Maker(CPU), 2, 0, "fp8"))).shape == (2, 512)
