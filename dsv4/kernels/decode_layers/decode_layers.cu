@@ -17,33 +17,43 @@ __device__ __forceinline__ void fetch_phase(const Program& program, int index, i
                      reinterpret_cast<const uint8_t*>(program.phases + index) + at);
 }
 
-__device__ __forceinline__ uint64_t nanoseconds() {
+__device__ __forceinline__ int phase_kind(int turn) {
+    return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn].kind;
+}
+
+// end: 0 for the beginning of a phase, 1 for its end.
+__device__ __forceinline__ void note_time(const Program& program, int index, int end) {
+    if (program.times == nullptr || threadIdx.x > 0) return;
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
+    program.times[(static_cast<int64_t>(index) * gridDim.x + blockIdx.x) * 2 + end] = now;
 }
 
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
     Stream stream(program, threadIdx.x / 32);
     stream.fill();
     fetch_phase(program, 0, 0);
-    wait_for_previous();
-    Meetings meetings = {program.state, program.state->before + gridDim.x};
     wait_for_copies();
     __syncthreads();
+    wait_for_previous();
+    Meetings meetings = {program.state, program.state->before + gridDim.x};
 #pragma unroll 1
-    for (int index = 0; index < program.count; ++index) {
+    for (int index = 0; index <= program.count; ++index) {
         const int turn = index % 2;
+        const int kind = index < program.count ? phase_kind(turn) : KINDS;
+        Ahead ahead;
+        if (kind == LINEAR) prepare_linear(turn, stream, ahead);
+        if (index > 0) meetings.wait_for_all();
+        if (kind == KINDS) break;
         fetch_phase(program, index + 1, turn ^ 1);
-        uint64_t* const times = program.times + (static_cast<int64_t>(index) * gridDim.x + blockIdx.x) * 2;
-        if (program.times != nullptr && threadIdx.x == 0) times[0] = nanoseconds();
-        switch (reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn].kind) {
-            case LINEAR: linear_phase(turn, stream); break;
+        note_time(program, index, 0);
+        switch (kind) {
+            case LINEAR: linear_phase(turn, stream, ahead); break;
             default: break;
         }
-        if (program.times != nullptr && threadIdx.x == 0) times[1] = nanoseconds();
+        note_time(program, index, 1);
         wait_for_copies();
-        meetings.all();
+        meetings.come();
     }
     if (blockIdx.x > 0) return;
     if (threadIdx.x == 0) program.state->before = meetings.target - gridDim.x;

@@ -1,69 +1,136 @@
 // LINEAR: projections of up to eight tokens. A block has tiles of one input; its warps take (tile, slice) units in turn,
 // their sums meet in shared memory and are added up in the order of slices, as in linear_few.cuh, and so are the bits.
+// While blocks wait for each other and nobody knows the tokens yet, a warp unpacks the first weights of its first unit.
 #pragma once
 #include <dsv4/linear.cuh>
 #include <dsv4/persistent/stream.cuh>
 
 namespace dsv4::persistent {
 
-constexpr int MOST_PARTS = 12;
+constexpr int MOST_PARTS = 12, CHUNK_BLOCKS = 4;  // the latter: of NVFP4
+constexpr int EARLY_BLOCKS = 3;                   // are unpacked early: as many as there are registers for
 
 struct Linear {
     linear::Part parts[MOST_PARTS];
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
-    int per_token;                               // 2^16 / tokens, and one: divides what is far below 2^16
+    int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
 };
 
+// A warp's units: a tile of the block, the part it belongs to, and a slice.
+struct Unit {
+    int tile, slice, part;
+
+    __device__ __forceinline__ explicit Unit(const Linear& a) : part(0) {
+        const int warp = threadIdx.x / 32;
+        tile = warp * a.per_slice >> 16, slice = warp - tile * a.slices;
+    }
+    __device__ __forceinline__ void find_part(const Linear& a, int first) {
+        while (part + 1 < a.count && first + tile >= a.parts[part + 1].first_tile) ++part;
+    }
+    __device__ __forceinline__ void advance(const Linear& a) {
+        const int tiles_on = WARPS * a.per_slice >> 16;
+        tile += tiles_on, slice += WARPS - tiles_on * a.slices;
+        if (slice >= a.slices) slice -= a.slices, ++tile;
+    }
+    __device__ __forceinline__ int blocks(const Linear& a) const {
+        return min(a.blocks - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS);
+    }
+};
+
+// The first blocks of a warp's first unit, unpacked, if that is a whole slice of NVFP4.
+struct Ahead {
+    bool ready;
+    uint32_t a[EARLY_BLOCKS][4][4];
+};
+
+__device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, Ahead& ahead) {
+    const Linear& a = payload<Linear>(turn);
+    const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
+    Unit unit(a);
+    ahead.ready = false;
+    if (unit.tile >= tiles) return;
+    unit.find_part(a, first);
+    ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(a) == linear::SLICE_BLOCKS;
+    if (!ahead.ready) return;
+    const uint8_t* chunk = stream.wait();
+    stream.wait_second();
+#pragma unroll
+    for (int k = 0; k < EARLY_BLOCKS; ++k) linear::nvfp4_operands(ahead.a[k], chunk + k * w4::BLOCK_BYTES);
+}
+
+// sum = the unit that `ahead` has begun.
+__device__ __forceinline__ void begun_unit(float (&sum)[1][1][4], const Ahead& ahead, const uint8_t* x,
+                                           const linear::Rows<1>& rows, Stream& stream) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[0][0][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < EARLY_BLOCKS; ++k) {
+        uint32_t b[8];
+        load_b(b, x + k * 128 + rows.offset(0));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_f16(sum[0][0], ahead.a[k][j], b[2 * j], b[2 * j + 1]);
+    }
+    const uint8_t* chunk = stream.chunk_at_head();
+#pragma unroll
+    for (int k = EARLY_BLOCKS; k < CHUNK_BLOCKS; ++k)
+        linear::unscaled_block<linear::NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+    stream.release();
+    chunk = stream.chunk_at_head();
+#pragma unroll
+    for (int k = 0; k < CHUNK_BLOCKS; ++k)
+        linear::unscaled_block<linear::NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + (CHUNK_BLOCKS + k) * 128, rows);
+    stream.release();
+    stream.fill();
+}
+
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16].
-__device__ __forceinline__ void linear_phase(int turn, Stream& stream) {
+__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     if (tiles == 0) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int stride = a.slices * 1024 + 16, tokens = a.tokens, step = tokens * linear::TILE_ROWS;
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
     float* const slots = undo + a.slices * TOKENS;
     int own = 0;  // the part of the block's first tile
     while (own + 1 < a.count && first >= a.parts[own + 1].first_tile) ++own;
-    linear::stage_slices<WARPS, 4>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
+    linear::stage_slices<WARPS, 2>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
+    const linear::Rows<1> rows(tokens, stride);
     __syncthreads();
 
-    const auto next = [](Stream& s) {
-        s.release();
-        s.fill();
-    };
-    const linear::Rows<1> rows(tokens, stride);
-    int tile = warp / a.slices, slice = warp - tile * a.slices, place = own;
-    const int tiles_on = WARPS / a.slices, slices_on = WARPS - tiles_on * a.slices;
-    while (tile < tiles) {
-        while (place + 1 < a.count && first + tile >= a.parts[place + 1].first_tile) ++place;
-        const linear::Part& part = a.parts[place];
+    bool begun = ahead.ready;
+    for (Unit unit(a); unit.tile < tiles; unit.advance(a)) {
+        unit.find_part(a, first);
+        const linear::Part& part = a.parts[unit.part];
         float sum[1][1][4];
-        linear::slice_product(sum, part, part.format, first + tile - part.first_tile, 1, slice,
-                              min(a.blocks - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS), x + slice * 1024, rows,
-                              stream, next);
-        linear::undo_scaling(sum, part.format, undo + slice * TOKENS);
-        float* slot = slots + (tile * a.slices + slice) * step + g;
+        if (begun)
+            begun_unit(sum, ahead, x + unit.slice * 1024, rows, stream);
+        else
+            linear::slice_product(sum, part, part.format, first + unit.tile - part.first_tile, 1, unit.slice,
+                                  unit.blocks(a), x + unit.slice * 1024, rows, stream, [](Stream& s) {
+                                      s.release();
+                                      s.fill();
+                                  });
+        begun = false;
+        linear::undo_scaling(sum, part.format, undo + unit.slice * TOKENS);
+        float* slot = slots + (unit.tile * a.slices + unit.slice) * step + g;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (2 * t + i % 2 < tokens) slot[(2 * t + i % 2) * linear::TILE_ROWS + i / 2 * 8] = sum[0][0][i];
-        tile += tiles_on, slice += slices_on;
-        if (slice >= a.slices) slice -= a.slices, ++tile;
     }
     __syncthreads();
 
-    place = own;
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
         const int row = i % linear::TILE_ROWS, pair = i / linear::TILE_ROWS;
         const int at = pair * a.per_token >> 16, token = pair - at * tokens;
         const float* slot = slots + at * a.slices * step + token * linear::TILE_ROWS + row;
-        while (place + 1 < a.count && first + at >= a.parts[place + 1].first_tile) ++place;
+        while (own + 1 < a.count && first + at >= a.parts[own + 1].first_tile) ++own;
         float y = 0.0f;
 #pragma unroll 8
         for (int k = 0; k < a.slices; ++k) y += slot[k * step];
-        const linear::Part& part = a.parts[place];
+        const linear::Part& part = a.parts[own];
         linear::put(part, (first + at - part.first_tile) * linear::TILE_ROWS + row, token, y);
     }
 }
@@ -76,10 +143,10 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     for (int i = 0; i < count; ++i) a.parts[i] = parts[i];
     for (int b = 0; b <= grid; ++b) a.cuts[b] = cuts[b];
     a.count = count, a.tokens = tokens, a.columns = columns;
-    a.per_token = (1 << 16) / tokens + 1;
     a.blocks = (columns + linear::BLOCK_COLUMNS - 1) / linear::BLOCK_COLUMNS;
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
-    if (a.slices > WARPS) return cudaErrorInvalidValue;
+    if (a.slices < 1 || a.slices > WARPS) return cudaErrorInvalidValue;
+    a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;
     return fill_phase(phase, LINEAR, a);
 }
 

@@ -25,15 +25,19 @@ struct Meetings {
     unsigned target;  // arrivals at the next meeting of all
     unsigned group = 0;
 
-    // All blocks are here. Every thread calls.
-    __device__ __forceinline__ void all() {
+    // This block is here; all blocks are. Every thread calls.
+    __device__ __forceinline__ void come() {
         __syncthreads();
-        if (threadIdx.x == 0) {
-            arrive(&state->arrivals);
-            wait_until(&state->arrivals, target);
-        }
+        if (threadIdx.x == 0) arrive(&state->arrivals);
+    }
+    __device__ __forceinline__ void wait_for_all() {
+        if (threadIdx.x == 0) wait_until(&state->arrivals, target);
         target += gridDim.x;
         __syncthreads();
+    }
+    __device__ __forceinline__ void all() {
+        come();
+        wait_for_all();
     }
 
     // All blocks of this one's group of eight are here. Every thread calls, in every block of the group.

@@ -93,11 +93,16 @@ struct Stream {
         fill([&] { return open_next(); });
     }
 
-    // The chunk to be read, which is there.
+    // The chunk to be read, once it is there; for the one behind it only the wait.
     __device__ __forceinline__ const uint8_t* wait() const {
         barrier_wait(shared_address(memory()) + full + 8 * head, parity);
-        return memory() + data + head * CHUNK;
+        return chunk_at_head();
     }
+    __device__ __forceinline__ void wait_second() const {
+        const bool last = head + 1 == stages;
+        barrier_wait(shared_address(memory()) + full + 8 * (last ? 0 : head + 1), last ? parity ^ 1 : parity);
+    }
+    __device__ __forceinline__ const uint8_t* chunk_at_head() const { return memory() + data + head * CHUNK; }
     // Every lane has read it.
     __device__ __forceinline__ void release() {
         __syncwarp();
