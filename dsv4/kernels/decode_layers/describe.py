@@ -6,7 +6,7 @@ import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 
 PHASE_BYTES = 1536  # constant of program.cuh
-_SIZES = Kernel("decode_layers", "piiii", "sizes")
+_SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiii", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
 
@@ -42,16 +42,19 @@ class Room:
     attention: Tensor
     mid: Tensor  # of experts
     state_bytes: int
-    work_bytes: int
+    work_bytes: int  # at least
+    fixed_bytes: int  # of a block's shared memory, before the work area
+    held: list[Any] = field(default_factory=list)
 
     @staticmethod
-    def on(device: torch.device, grid: int, rows: int, width: int, inner: int) -> Room:
-        """width: D; inner: values that experts keep, of all rows."""
-        sizes = (ctypes.c_int * 5)()
-        _SIZES(device, ctypes.addressof(sizes), grid, rows, width, inner)
+    def on(device: torch.device, grid: int, rows: int, width: int, like: Experts) -> Room:
+        """width: D. like: one of the program's phases, which are all of one size."""
+        inner, topk = like.args[1].shape[1], like.routing["topk"]
+        sizes = (ctypes.c_int * 6)()
+        _SIZES(device, ctypes.addressof(sizes), grid, rows, width, inner, like.args[0].shape[1], topk)
         words, index, attention = (torch.zeros(max(n, 16), dtype=torch.uint8, device=device) for n in sizes[:3])
-        mid = torch.zeros(max(inner, 8), dtype=torch.bfloat16, device=device)
-        return Room(grid, words, index, attention, mid, sizes[3], sizes[4])
+        mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
+        return Room(grid, words, index, attention, mid, *sizes[3:])
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def index(phase: Index, room: Room) -> bytes:
         raise KernelError(
             f"decode_layers: rows of {pages.shape[1] * keys.shape[1]} entries; it selects from {TOGETHER}"
         )
-    return _like("index", *_launched(index_topk, phase, phase.out[0]), room.index, room.grid)
+    letters, given = _launched(index_topk, phase, phase.out[0])
+    room.held.append(given)  # the op's scratch among them
+    return _like("index", letters, given, room.index, room.grid)
 
 
 def attention(phase: Attention, room: Room) -> bytes:

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.decode_layers import describe
-from dsv4.kernels.decode_layers.describe import PHASE_BYTES, Room, joined
+from dsv4.kernels.decode_layers.describe import Room, joined
 from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, operands
 from dsv4.kernels.decode_layers.spread import WARPS, segments_on
 from dsv4.kernels.moe.operand import ExpertsOperand
 
 ROWS, MAX_BLOCKS, MAX_STAGES, CHUNK = 8, 160, 8, 2304  # constants of program.cuh
-_WORK_AT = 2 * PHASE_BYTES + WARPS * MAX_STAGES * 8  # of a block's shared memory (memory.cuh)
-_STATIC_BYTES = 1024  # of it, which kernel and driver use themselves
-_ALIGNED = 128
+_STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
+_ALIGNED = 128  # bytes: the work area's end
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,26 @@ class Program:
 def _tables(phases: tuple[Phase, ...], h: Tensor) -> Tables:
     device = h.device
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin") - _STATIC_BYTES - _WORK_AT  # noqa: B009
+    shared = getattr(properties, "shared_memory_per_block_optin") - _STATIC_BYTES  # noqa: B009
     return make_tables(phases, h, min(properties.multi_processor_count, MAX_BLOCKS), shared)
 
 
 def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) -> Tables:
-    """grid: blocks, one per processor; shared: bytes that work area and rings may take together."""
+    """grid: blocks, one per processor; shared: bytes that a block may ask for. Rings are as deep as they can be; what
+    they leave goes to the work area, where experts then stage more at a time.
+    """
     rows, device = len(h), h.device
-    kept = [len(p.x) * p.routing["topk"] * p.args[1].shape[1] for p in phases if isinstance(p, Experts)]
-    room = Room.on(device, grid, rows, h.shape[2], max(kept, default=0))
+    room = Room.on(device, grid, rows, h.shape[2], next(phase for phase in phases if isinstance(phase, Experts)))
+    shared -= room.fixed_bytes
     products = {place: joined(phase, grid) for place, phase in enumerate(phases) if isinstance(phase, Linear)}
-    work = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
-    work = -(-work // _ALIGNED) * _ALIGNED
-    stages = min(MAX_STAGES, (shared - work) // (WARPS * CHUNK))
+    least = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
+    stages = min(MAX_STAGES, (shared - least) // (WARPS * CHUNK))
     if stages < 2:
         raise KernelError(
-            f"decode_layers: phases of {rows} rows work in {work} bytes of shared memory, which leaves no two stages "
+            f"decode_layers: phases of {rows} rows work in {least} bytes of shared memory, which leaves no two stages "
             f"of {WARPS * CHUNK} bytes of the {shared} there are"
         )
+    work = (shared - stages * WARPS * CHUNK) // _ALIGNED * _ALIGNED
     made, runs = [], []
     for place, phase in enumerate(phases):
         match phase:
