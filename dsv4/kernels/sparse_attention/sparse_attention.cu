@@ -347,20 +347,11 @@ extern "C" int dsv4_sparse_attention(const void* q, const void* local, const voi
                                      int pool_width, int local_packed, int pool_packed, int rope, int split,
                                      float scale, float eps, cudaStream_t stream) {
     if (rows == 0 || heads == 0) return cudaSuccess;
-    if (!aligned16(q) || !aligned16(local) || !aligned16(pool) || !aligned16(out)) return cudaErrorMisalignedAddress;
-    Arguments a = {};
-    a.q = static_cast<const uint8_t*>(q);
-    a.local = {static_cast<const uint8_t*>(local), static_cast<const int64_t*>(local_rows), local_stride, local_width,
-               local_packed != 0};
-    a.pool = {static_cast<const uint8_t*>(pool), static_cast<const int64_t*>(pool_rows), pool_stride, pool_width,
-              pool_packed != 0};
-    a.sink = static_cast<const float*>(sink);
-    a.cis = static_cast<const float2*>(cis);
-    a.cis_stride = cis_stride;
-    a.out = static_cast<bf16*>(out);
-    a.heads = heads, a.rope = rope, a.scale = scale, a.eps = eps;
-    a.turn = static_cast<const float2*>(turn), a.turn_stride = turn_stride;
-    a.local_positions = max((local_width + WINDOW - 1) / WINDOW, 1) * WINDOW;
+    Arguments a;
+    if (const cudaError_t error = describe(&a, q, local, local_rows, pool, pool_rows, sink, cis, turn, out, turn_stride,
+                                           local_stride, pool_stride, cis_stride, heads, local_width, pool_width,
+                                           local_packed, pool_packed, rope, scale, eps))
+        return error;
     int device = 0, shared = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))

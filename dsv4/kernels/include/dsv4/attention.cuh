@@ -4,6 +4,7 @@
 #pragma once
 #include <dsv4/fragments.cuh>
 #include <dsv4/kv_entry.cuh>
+#include <dsv4/launch.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 #include <dsv4/rope.cuh>
@@ -37,6 +38,29 @@ struct Arguments {
     int heads, groups, rope, local_positions;
     float scale, eps;
 };
+
+// Out of what the launcher is called with; groups is left to others.
+static cudaError_t describe(Arguments* a, const void* q, const void* local, const void* local_rows, const void* pool,
+                            const void* pool_rows, const void* sink, const void* cis, const void* turn, void* out,
+                            int64_t turn_stride, int64_t local_stride, int64_t pool_stride, int64_t cis_stride,
+                            int heads, int local_width, int pool_width, int local_packed, int pool_packed, int rope,
+                            float scale, float eps) {
+    if (!aligned16(q) || !aligned16(local) || !aligned16(pool) || !aligned16(out)) return cudaErrorMisalignedAddress;
+    *a = {};
+    a->q = static_cast<const uint8_t*>(q);
+    a->local = {static_cast<const uint8_t*>(local), static_cast<const int64_t*>(local_rows), local_stride, local_width,
+                local_packed != 0};
+    a->pool = {static_cast<const uint8_t*>(pool), static_cast<const int64_t*>(pool_rows), pool_stride, pool_width,
+               pool_packed != 0};
+    a->sink = static_cast<const float*>(sink);
+    a->cis = static_cast<const float2*>(cis);
+    a->cis_stride = cis_stride;
+    a->out = static_cast<bf16*>(out);
+    a->heads = heads, a->rope = rope, a->scale = scale, a->eps = eps;
+    a->turn = static_cast<const float2*>(turn), a->turn_stride = turn_stride;
+    a->local_positions = max((local_width + WINDOW - 1) / WINDOW, 1) * WINDOW;
+    return cudaSuccess;
+}
 
 __device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }

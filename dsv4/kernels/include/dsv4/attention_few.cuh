@@ -1,4 +1,4 @@
-// Attention of a decode step: HG heads of a token by a cluster of eight blocks; tile n belongs to block n % 8.
+// Attention of a decode step: HG heads of a token by eight blocks, here a cluster; tile n belongs to block n % 8.
 //
 // What a step waits for is a chain: row numbers, entries, products, softmax, products, the other blocks. So each warp
 // reads the row numbers itself and copies its entries to registers without a barrier; queries are normed while they
@@ -21,10 +21,10 @@ static_assert(WARPS == TILE, "a warp takes an entry of each tile");
 constexpr int OUT_ROW = DH + 8;  // floats between rows of a partial result
 constexpr float LOG2E = 1.4426950408889634f;
 
-template <int HG, int TILES>
+template <int HG, int TILES, int QUARTERS = HG == 64 ? 2 : 4>
 struct Shared {
     static constexpr int STAGE = TILES * TILE, SCORE_ROW = STAGE + 4;  // floats; probabilities take their place as BF16
-    static constexpr int PARTS = HG == 64 ? 2 : 4;                     // partial dot products, by part of the channels
+    static constexpr int PARTS = QUARTERS;                             // partial dot products, by part of the channels
     alignas(16) uint8_t entries[STAGE * ROW];                          // this and q become the partial result
     alignas(16) uint8_t q[HG * ROW];
     alignas(16) float scores[PARTS][HG][SCORE_ROW];
@@ -45,11 +45,31 @@ struct Bytes {
     uint2 low, high, rest;
 };
 
-// One token's tiles of one block.
-template <int HG, int TILES>
+// What the blocks have of some channels of a head, added up in rank order and divided by the sum of probabilities; seen:
+// each block's largest logit and its sum. The sink is a logit x log2(e).
+template <int WIDTH>
+__device__ __forceinline__ void merge(float (&out)[WIDTH], const float (&parts)[SPLITS][WIDTH],
+                                      const float2 (&seen)[SPLITS], float sink) {
+    float top = LOWEST, total = 0.0f, sum[WIDTH] = {};
+#pragma unroll
+    for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, seen[r].x);
+#pragma unroll
+    for (int r = 0; r < SPLITS; ++r) {
+        const float weight = exp2f(seen[r].x - top);
+        total = fmaf(seen[r].y, weight, total);
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) sum[k] = fmaf(parts[r][k], weight, sum[k]);
+    }
+    total += exp2f(sink - top);
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) out[k] = sum[k] / total;
+}
+
+// One token's tiles of one block. Heads are the rows of the products, but eight heads their columns: then sums holds the
+// products transposed.
+template <int HG, int TILES, typename S = Shared<HG, TILES>>
 struct Block {
-    using S = Shared<HG, TILES>;
-    static constexpr int STAGE = S::STAGE, MT = HG / 16, WORDS = (STAGE + 31) / 32;
+    static constexpr int STAGE = S::STAGE, MT = (HG + 15) / 16, WORDS = (STAGE + 31) / 32;
     static constexpr bool AHEAD = HG < 32;  // are there registers for a stage that comes while another is worked on?
 
     const Arguments& a;
@@ -60,10 +80,10 @@ struct Block {
     int rows[WORDS];                                    // of the stage to be fetched next: slots l, 32 + l, ..
     unsigned there[WORDS];                              // slots of the stage at hand that hold an entry
     Bytes bytes[TILES];
-    float sums[MT][4][4];       // of the warp's 32 channels
+    float sums[MT][HG == 8 ? 2 : 4][4];  // of the warp's 32 channels
 
-    __device__ Block(const Arguments& a, S& s, int64_t token)
-        : a(a), s(s), token(token), rank(cluster_rank()), local_rows(a.local.rows + token * a.local.row_stride),
+    __device__ Block(const Arguments& a, S& s, int64_t token, int rank)
+        : a(a), s(s), token(token), rank(rank), local_rows(a.local.rows + token * a.local.row_stride),
           pool_rows(a.pool.rows + token * a.pool.row_stride) {}
 
     __device__ int first_position(int stage, int tile) const { return ((stage * TILES + tile) * SPLITS + rank) * TILE; }
@@ -197,6 +217,40 @@ struct Block {
         }
     }
 
+    // dot[i] = 16 entries of tile first + STEP i x 8 heads, over the channels of one quarter.
+    template <int COUNT, int STEP>
+    __device__ void dots_of_eight(float (&dot)[COUNT][4], int quarter, int first, int used) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) dot[i][0] = dot[i][1] = dot[i][2] = dot[i][3] = 0.0f;
+        const uint8_t* heads = s.q + lane % 8 * ROW + lane / 8 * 16 + quarter * (DH / 2);
+        const uint8_t* keys = s.entries + (first * TILE + lane % 16) * ROW + lane / 16 * 16 + quarter * (DH / 2);
+#pragma unroll
+        for (int k = 0; k < DH / 2; k += 64) {
+            uint32_t b[4];
+            load_matrices(b, heads + k);
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+                if (first + STEP * i < used) {
+                    uint32_t a0[4], a1[4];
+                    load_matrices(a0, keys + STEP * i * (TILE * ROW) + k);
+                    load_matrices(a1, keys + STEP * i * (TILE * ROW) + k + 32);
+                    mma_bf16(dot[i], a0, b[0], b[1]);
+                    mma_bf16(dot[i], a1, b[2], b[3]);
+                }
+        }
+    }
+
+    template <int COUNT, int STEP>
+    __device__ void put_dots_of_eight(const float (&dot)[COUNT][4], int part, int first, int used) {
+        const int g = lane / 4, head = lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (const int tile = first + STEP * i; tile < used) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) s.scores[part][head + j % 2][tile * 16 + j / 2 * 8 + g] = dot[i][j];
+            }
+    }
+
     // Those in their place; ADD: on top of what this thread has put there.
     template <bool ADD, int COUNT, int STEP>
     __device__ void put_dots(float (&dot)[COUNT][4], int part, int mt, int half, int first, int used) {
@@ -217,11 +271,22 @@ struct Block {
             }
     }
 
-    // q . entry, summed by quarters of the channels: (0 + 1) + (2 + 3). Two groups of warps take every other tile, a half
-    // of the heads each, or a half of the quarters each.
+    // q . entry, summed by quarters of the channels: (0 + 1) + (2 + 3). Groups of warps share the tiles, the heads or the
+    // quarters.
     __device__ void score(int used) {
         const int four = warp % 4, half = warp / 4 % 2, two = warp / 8;
-        if constexpr (HG == 16) {
+        if constexpr (HG == 8) {
+            float dot[(TILES + 3) / 4][4];
+            dots_of_eight<(TILES + 3) / 4, 4>(dot, four, warp / 4, used);
+            put_dots_of_eight<(TILES + 3) / 4, 4>(dot, four, warp / 4, used);
+        } else if constexpr (HG == 16 && S::PARTS == 2) {
+            const int part = warp % 2, other = warp / 2 % 2, first = warp / 4;
+            float dot[(TILES + 3) / 4][4];
+            dots<(TILES + 3) / 4, 4>(dot, 2 * part, 0, other, first, used);
+            put_dots<false, (TILES + 3) / 4, 4>(dot, part, 0, other, first, used);
+            dots<(TILES + 3) / 4, 4>(dot, 2 * part + 1, 0, other, first, used);
+            put_dots<true, (TILES + 3) / 4, 4>(dot, part, 0, other, first, used);
+        } else if constexpr (HG == 16) {
             float dot[(TILES + 1) / 2][4];
             dots<(TILES + 1) / 2, 2>(dot, four, 0, half, two, used);
             put_dots<false, (TILES + 1) / 2, 2>(dot, four, 0, half, two, used);
@@ -249,8 +314,9 @@ struct Block {
     __device__ void softmax(int used) {
         const float scale = a.scale * LOG2E;
 #pragma unroll
-        for (int i = 0; i < HG / WARPS; ++i) {
+        for (int i = 0; i < (HG + WARPS - 1) / WARPS; ++i) {
             const int head = i * WARPS + warp;
+            if (HG < WARPS && head >= HG) break;
             float x[WORDS], sum = 0.0f;
             const float before = s.seen[head][0];
             float top = before;
@@ -279,7 +345,28 @@ struct Block {
     }
 
     // sums = sums * fade + p . entries
+    __device__ void accumulate_of_eight(int used) {
+        const float2 fade = *reinterpret_cast<const float2*>(s.fade + lane % 4 * 2);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[0][n][j] *= j % 2 ? fade.y : fade.x;
+        const uint8_t* values = s.entries + lane % 16 * ROW + warp * 64 + lane / 16 * 16;
+        const uint32_t* p = reinterpret_cast<const uint32_t*>(s.scores[0][lane / 4]) + lane % 4;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            if (tile >= used) break;
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                uint32_t v[4];
+                load_transposed(v, values + tile * (TILE * ROW) + n * 32);
+                mma_bf16(sums[0][n], {v[0], v[2], v[1], v[3]}, p[tile * 8], p[tile * 8 + 4]);
+            }
+        }
+    }
+
     __device__ void accumulate(int used) {
+        if constexpr (HG == 8) return accumulate_of_eight(used);
         const int g = lane / 4;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
@@ -317,7 +404,8 @@ struct Block {
         float2 turns[4];
         Query q[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) load_query(q[i], a, token, head + i * WARPS + warp, lane);
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (HG >= WARPS || warp < HG) load_query(q[i], a, token, head + i * WARPS + warp, lane);
         if (a.turn != nullptr) load_turns(turns, a, token, lane);
         fetch(0);
 #pragma unroll 1
@@ -342,8 +430,8 @@ struct Block {
         if (slots > STAGE) read_rows(1);
         __syncthreads();
         const int stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
-#pragma unroll
-        for (int i = 0; i < MT * 16; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
+        for (auto& rows : sums)
+            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         for (int stage = 0; stage < stages; ++stage) {
             const bool more = stage + 1 < stages;
             const int used = used_tiles();
@@ -398,11 +486,13 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < MINE / HEADS_AT_ONCE; ++i) {
             const int row = first + i * HEADS_AT_ONCE;
-            uint64_t seen[SPLITS];
-            float parts[SPLITS][WIDTH], sum[WIDTH] = {}, top = LOWEST, total = 0.0f;
+            float2 seen[SPLITS];
+            float parts[SPLITS][WIDTH], merged[WIDTH];
 #pragma unroll
             for (int r = 0; r < SPLITS; ++r) {
-                seen[r] = peer_value(reinterpret_cast<const uint64_t*>(s.seen[row]), r);
+                const uint64_t both = peer_value(reinterpret_cast<const uint64_t*>(s.seen[row]), r);
+                seen[r] = make_float2(__uint_as_float(static_cast<uint32_t>(both)),
+                                      __uint_as_float(static_cast<uint32_t>(both >> 32)));
                 const float* from = partial + row * OUT_ROW + channel;
                 if constexpr (WIDTH == 4) {
                     const float4 v = peer_value4(from, r);
@@ -414,22 +504,13 @@ struct Block {
                 }
             }
             if (i + 1 == MINE / HEADS_AT_ONCE) cluster_arrive();  // this thread has read all it wants of its peers
-#pragma unroll
-            for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, __uint_as_float(static_cast<uint32_t>(seen[r])));
-#pragma unroll
-            for (int r = 0; r < SPLITS; ++r) {
-                const float weight = exp2f(__uint_as_float(static_cast<uint32_t>(seen[r])) - top);
-                total = fmaf(__uint_as_float(static_cast<uint32_t>(seen[r] >> 32)), weight, total);
-#pragma unroll
-                for (int k = 0; k < WIDTH; ++k) sum[k] = fmaf(parts[r][k], weight, sum[k]);
-            }
-            total += exp2f(sink[i] - top);
+            merge(merged, parts, seen, sink[i]);
             if (head + row >= a.heads) continue;
             bf16* to = a.out + (token * a.heads + head + row) * DH + channel;
 #pragma unroll
             for (int k = 0; k < WIDTH; k += 2)
                 reinterpret_cast<uint32_t*>(to)[k / 2] =
-                    result(sum[k] / total, sum[k + 1] / total, back[k / 2], channel + k >= DH - a.rope);
+                    result(merged[k], merged[k + 1], back[k / 2], channel + k >= DH - a.rope);
         }
         cluster_wait();  // nobody leaves while its shared memory is read
     }
@@ -442,7 +523,7 @@ __global__ void __launch_bounds__(THREADS, 1) sparse_attention_few(const __grid_
     static_assert(HG * OUT_ROW * 4 <= (S::STAGE + HG) * ROW, "a partial result fits where entries and queries were");
     take_turn();
     const int unit = blockIdx.x / SPLITS, head = unit % a.groups * HG;
-    Block<HG, TILES> block(a, *reinterpret_cast<S*>(memory), unit / a.groups);
+    Block<HG, TILES> block(a, *reinterpret_cast<S*>(memory), unit / a.groups, cluster_rank());
     block.run(head);
     block.combine(head);
 }
