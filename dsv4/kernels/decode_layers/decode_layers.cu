@@ -42,8 +42,12 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         const int turn = index % 2;
         const int kind = index < program.count ? phase_kind(turn) : KINDS;
         Ahead ahead;
-        if (kind == LINEAR) prepare_linear(turn, stream, ahead);
-        if (index > 0) meetings.wait_for_all();
+        const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
+#pragma unroll 1
+        for (int late = 0; late < 2; ++late) {
+            if (kind == LINEAR && speaks == (late == 1)) prepare_linear(turn, stream, ahead);
+            if (late == 0 && index > 0) meetings.wait_for_all();
+        }
         if (kind == KINDS) break;
         fetch_phase(program, index + 1, turn ^ 1);
         note_time(program, index, 0);

@@ -19,6 +19,8 @@ __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned tar
     while (static_cast<int>(arrived(counter) - target) < 0) {}
 }
 
+constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for its block: of a warp that is rarely busy then
+
 // How often a block has met others in this launch.
 struct Meetings {
     State* state;
@@ -28,10 +30,10 @@ struct Meetings {
     // This block is here; all blocks are. Every thread calls.
     __device__ __forceinline__ void come() {
         __syncthreads();
-        if (threadIdx.x == 0) arrive(&state->arrivals);
+        if (threadIdx.x == SPEAKER) arrive(&state->arrivals);
     }
     __device__ __forceinline__ void wait_for_all() {
-        if (threadIdx.x == 0) wait_until(&state->arrivals, target);
+        if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, target);
         target += gridDim.x;
         __syncthreads();
     }
@@ -44,7 +46,7 @@ struct Meetings {
     __device__ __forceinline__ void of_group() {
         group += GROUP;
         __syncthreads();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x == SPEAKER) {
             unsigned* counter = &state->groups[blockIdx.x / GROUP];
             arrive(counter);
             wait_until(counter, group);
