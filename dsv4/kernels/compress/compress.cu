@@ -13,9 +13,11 @@ using compress::Arguments;
 template <typename T, int ITER, bool INDEX, bool PACKED>
 __global__ void __launch_bounds__(compress::MAX_THREADS)
     pool_entries(const __grid_constant__ Arguments a, int groups) {
-    extern __shared__ float shared[];
+    extern __shared__ __align__(16) float shared[];
     take_turn();
-    compress::take<T, ITER, INDEX, PACKED>(a, blockIdx.x, groups, shared);
+    compress::keep_token(a, blockIdx.x);
+    const int64_t to = compress::pool_entry<compress::W, T>(a, blockIdx.x, groups, shared);
+    if (to >= 0 && threadIdx.x < 32) compress::finish<T, ITER, INDEX, PACKED>(a, shared, to);
 }
 
 __global__ void __launch_bounds__(256) keep(const __grid_constant__ Arguments a) {

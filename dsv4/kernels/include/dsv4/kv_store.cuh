@@ -1,5 +1,7 @@
 // The end of a KV entry's or an index key's making, by one warp: norm, RoPE, Hadamard, rounding, and the bytes of
 // dsv4/quant/kv.py. Lane l holds channels (32 * it + l) * 8 .. + 7 for it < ITER; channels from n on are zero.
+// `wide`: n is a multiple of 8 and rows start at one of 16 bytes. WHOLE: that is known when the code is compiled, and
+// the number of rotated channels is a multiple of 8 too.
 #pragma once
 #include <dsv4/formats.cuh>
 #include <dsv4/numbers.cuh>
@@ -39,18 +41,34 @@ __device__ __forceinline__ float scale_value(uint32_t byte) {
 }
 __device__ __forceinline__ float inverse(uint32_t byte) { return __uint_as_float((254 - min(byte, 254u)) << 23); }
 
-template <typename T, int ITER>
+// v = channels i .. i + 7 of a row of n.
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void load_channels(const T* row, float (&v)[8], int i, int n, bool wide) {
+    if (!WHOLE) {
+        load<8>(row + i, v, n - i, wide && i < n);
+    } else if (i < n) {
+        load<8>(row + i, v, 8, true);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v[k] = 0.0f;
+    }
+}
+
+template <typename T, bool WHOLE = false, int ITER>
 __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2* turn, int n, int dims, float eps,
                           bool wide) {
     float sum = 0.0f, w[ITER][8];
     float2 c[ITER][4];
+    const auto turns = [&](int i, int k) {  // channels i + k and the next; WHOLE: the eight from i on do, or none of them
+        return WHOLE ? i >= n - dims && i < n : i + k >= n - dims && i + k < n;
+    };
 #pragma unroll
     for (int it = 0; it < ITER; ++it) {  // all loads before the sum is waited for
         const int i = channel(it);
-        load<8>(weight + i, w[it], n - i, wide && i < n);
+        load_channels<WHOLE>(weight, w[it], i, n, wide);
 #pragma unroll
         for (int k = 0; k < 8; k += 2)
-            if (i + k >= n - dims && i + k < n) c[it][k / 2] = turn[(i + k - (n - dims)) / 2];
+            if (turns(i, k)) c[it][k / 2] = turn[(i + k - (n - dims)) / 2];
     }
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
@@ -64,7 +82,7 @@ __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2
         for (int k = 0; k < 8; ++k) v[it][k] = rounded<T>(v[it][k] * root * w[it][k]);
 #pragma unroll
         for (int k = 0; k < 8; k += 2)
-            if (i + k >= n - dims && i + k < n) {
+            if (turns(i, k)) {
                 rotate(v[it][k], v[it][k + 1], c[it][k / 2]);
                 v[it][k] = rounded<T>(v[it][k]);
                 v[it][k + 1] = rounded<T>(v[it][k + 1]);
@@ -72,8 +90,9 @@ __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2
     }
 }
 
-// E4M3 in groups of 64 of the channels before the rotated ones, whose number is a multiple of 64.
-template <int ITER>
+// E4M3 in groups of 64 of the channels before the rotated ones, whose number is a multiple of 64: codes, scales and,
+// with VALUES, values.
+template <bool VALUES = true, int ITER>
 __device__ void round_entry(Row<ITER>& row, int plain) {
 #pragma unroll
     for (int it = 0; it < ITER; ++it) {
@@ -85,7 +104,7 @@ __device__ void round_entry(Row<ITER>& row, int plain) {
         for (int k = 0; k < 8; ++k) {
             const uint32_t code = e4m3_encode(row.v[it][k] * inverse(byte));
             words[k / 4] |= code << 8 * (k % 4);
-            row.v[it][k] = e4m3_value(code) * scale_value(byte);
+            if (VALUES) row.v[it][k] = e4m3_value(code) * scale_value(byte);
         }
         row.codes[it] = make_uint2(words[0], words[1]);
     }
@@ -124,18 +143,18 @@ __device__ void round_index_key(Row<1>& row, int n, float factor) {
     }
 }
 
-// A row of n values in T at `to`. `wide`, here and above: n is a multiple of 8 and rows start at one of 16 bytes.
-template <typename T, int ITER>
+// A row of n values in T at `to`.
+template <typename T, bool WHOLE = false, int ITER>
 __device__ void store_values(const Row<ITER>& row, T* to, int n, bool wide) {
 #pragma unroll
     for (int it = 0; it < ITER; ++it) {
         const int i = channel(it);
-        if (i < n) store<8>(to + i, row.v[it], n - i, wide);
+        if (i < n) store<8>(to + i, row.v[it], n - i, WHOLE || wide);
     }
 }
 
 // The bytes of an entry at `to`, a multiple of 8: codes | BF16 tail | scales | zeros.
-template <int ITER>
+template <bool WHOLE = false, int ITER>
 __device__ void store_entry(const Row<ITER>& row, uint8_t* to, int n, int dims, int bytes) {
     const int plain = n - dims, scales = plain + 2 * dims;
 #pragma unroll
@@ -149,7 +168,7 @@ __device__ void store_entry(const Row<ITER>& row, uint8_t* to, int n, int dims, 
             alignas(16) bf16 element[8];
 #pragma unroll
             for (int k = 0; k < 8; ++k) element[k] = from_float<bf16>(row.v[it][k]);
-            if (i + 8 <= n) {
+            if (WHOLE || i + 8 <= n) {
                 reinterpret_cast<uint2*>(tail)[0] = reinterpret_cast<uint2*>(element)[0];
                 reinterpret_cast<uint2*>(tail)[1] = reinterpret_cast<uint2*>(element)[1];
             } else {
