@@ -133,7 +133,7 @@ class Model:
         return h
 
     def at_once(self, step: Step, cache: KVCache) -> Persistent:
-        """All layers of a decode step at fixed shapes as one op, for `body_at_once`. KernelError where that cannot be;
+        """All layers of a decode step at fixed shapes as one op, for `body_at_once`. Unfit where that cannot be;
         `body` always can.
         """
         return Persistent(self.blocks, cache, step, self.config, self.settings)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4.engine.sampler import SamplerBuffers
 from dsv4.errors import CapacityError, KernelError
+from dsv4.kernels.decode_layers.program import Unfit
 from dsv4.kvcache import KVCache
 from dsv4.layers.persistent import Persistent
 from dsv4.model import Model
@@ -68,7 +69,7 @@ class DecodeStep:
             return None
         try:
             return self.model.at_once(self._step, self.cache)
-        except KernelError:
+        except Unfit:
             if wanted:
                 raise
             return None

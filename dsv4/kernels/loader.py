@@ -111,6 +111,12 @@ class Kernel:
         if code:
             raise KernelError(f"op '{self.op}' failed on {arch}: {error_text(code).decode()} (cudaError {code})")
 
+    def ready(self, device: torch.device) -> None:
+        """Load it now: what fails here is not what a launch is given."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self.loaded:
+            self._load(index)
+
     def _load(self, index: int) -> tuple[Any, Any, str]:
         arch = arch_of(torch.device("cuda", index))
         library = load(self.op, arch)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv4.config import ModelConfig
-from dsv4.errors import KernelError
 from dsv4.kernels.decode_layers.decode_layers import decode_layers
 from dsv4.kernels.decode_layers.phases import Attention as AttentionPhase
 from dsv4.kernels.decode_layers.phases import Experts, Index, Inputs, Linear, Phase, Product, Seam
-from dsv4.kernels.decode_layers.program import ROWS, Program
+from dsv4.kernels.decode_layers.program import ROWS, Program, Unfit
 from dsv4.kernels.linear.operand import LinearOperand
 from dsv4.kernels.op import twins_on_cuda
 from dsv4.kvcache import KVCache
@@ -36,7 +35,7 @@ class Layer(Protocol):
 
 class Persistent:
     """What Model.body does between entering the first layer and leaving the last, for the rows of `step`, whose buffers
-    stay where they are: bit for bit the same. KernelError where that cannot be.
+    stay where they are: bit for bit the same. Unfit where that cannot be.
 
     Layers use the same buffers one after the other; streams alternate between two, as a seam reads and writes them.
     """
@@ -46,7 +45,7 @@ class Persistent:
         rows = len(step.plan.tokens)
         unfit = _unfit(layers[0], rows, settings, cache.device)
         if unfit is not None:
-            raise KernelError(f"decode_layers: {unfit}")
+            raise Unfit(f"decode_layers: {unfit}")
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._rows, self._device, self._step, self._phases = rows, cache.device, step, list[Phase]()
         part = torch.bfloat16 if settings.tp is None else torch.float32

@@ -32,6 +32,11 @@ _LINEAR = Kernel("decode_layers", "p" + "pipiii", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
 
 
+def ready(device: torch.device) -> None:
+    """Load the library."""
+    _SIZES.ready(device)
+
+
 @dataclass(frozen=True)
 class Room:
     """What phases keep outside of their tensors, and the shared memory that those take which are not LINEAR."""
@@ -54,7 +59,7 @@ class Room:
         _SIZES(device, ctypes.addressof(sizes), grid, rows, width, inner, like.args[0].shape[1], topk)
         words, index, attention = (torch.zeros(max(n, 16), dtype=torch.uint8, device=device) for n in sizes[:3])
         mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
-        return Room(grid, words, index, attention, mid, *sizes[3:])
+        return Room(grid, words, index, attention, mid, sizes[3], sizes[4], sizes[5])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _ALIGNED = 128  # bytes: the work area's end
 
 
+class Unfit(KernelError):
+    """The kernel does not take such a program; the ops by themselves may."""
+
+
 @dataclass(frozen=True)
 class Tables:
     """On the GPU: phases [count * 1536] u8, what each warp reads, where blocks meet. `held`: what phases point to."""
@@ -39,12 +43,12 @@ class Program:
     """h [T, M, D]: the streams that the first phases read; y [T, D]: what the last one writes. Both are buffers of
     `phases`, and T is at most ROWS.
 
-    On a GPU the tables are made here, once. KernelError for what the kernel does not take.
+    On a GPU the tables are made here, once. Unfit for what the kernel does not take.
     """
 
     def __init__(self, phases: Sequence[Phase], h: Tensor, y: Tensor):
         if not 1 <= len(h) <= ROWS:
-            raise KernelError(f"decode_layers: {len(h)} rows; a program takes 1 to {ROWS}")
+            raise Unfit(f"decode_layers: {len(h)} rows; a program takes 1 to {ROWS}")
         self.phases, self.h, self.y = tuple(phases), h, y
         self.tables = _tables(self.phases, h) if h.is_cuda else None
 
@@ -66,7 +70,11 @@ def _tables(phases: tuple[Phase, ...], h: Tensor) -> Tables:
     device = h.device
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin") - _STATIC_BYTES  # noqa: B009
-    return make_tables(phases, h, min(properties.multi_processor_count, MAX_BLOCKS), shared)
+    describe.ready(device)
+    try:
+        return make_tables(phases, h, min(properties.multi_processor_count, MAX_BLOCKS), shared)
+    except KernelError as refused:
+        raise Unfit(str(refused)) from refused
 
 
 def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) -> Tables:
@@ -80,7 +88,7 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     least = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
     stages = min(MAX_STAGES, (shared - least) // (WARPS * CHUNK))
     if stages < 2:
-        raise KernelError(
+        raise Unfit(
             f"decode_layers: phases of {rows} rows work in {least} bytes of shared memory, which leaves no two stages "
             f"of {WARPS * CHUNK} bytes of the {shared} there are"
         )
