@@ -111,9 +111,10 @@ struct Block {
     }
 
     // The last slot behind stage 0 that holds an entry, among those that this thread looks at.
+    template <int AT_ONCE = 4>
     __device__ int scan(int slots) const {
         int last = 0;
-#pragma unroll 4
+#pragma unroll AT_ONCE
         for (int i = STAGE + threadIdx.x; i < slots; i += THREADS)
             if (row_at(0, i) >= 0) last = i;
         return __reduce_max_sync(ALL, last);
@@ -174,19 +175,30 @@ struct Block {
 #pragma unroll
         for (int j = FROM; j < TO; ++j) {
             if (j >= used) break;
-            const int row = my_row(j);
-            const Source& from = source(stage, j);
+            if (!source(stage, j).packed) continue;
+            const Bytes& b = bytes[j];  // zeros where there is no entry, of which zeros come
             uint4* to = reinterpret_cast<uint4*>(s.entries + (j * TILE + warp) * ROW) + lane;
+            const uint32_t scales = __shfl_sync(ALL, b.rest.x, 0);
+            to[0] = kv::e4m3x8_to_bf16(b.low, scales >> shift & 255);
+            uint4 high = kv::e4m3x8_to_bf16(b.high, b.rest.y >> shift & 255);
+            if (shift == 24) high = make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
+            to[32] = high;
+        }
+        if (!a.local.packed || !a.pool.packed) copy_plain(stage, FROM, min(TO, used));
+    }
+
+    // Entries that are BF16 already, of these tiles.
+    __device__ void copy_plain(int stage, int tile, int end) {
+#pragma unroll 1
+        for (; tile < end; ++tile) {
+            const Source& from = source(stage, tile);
+            if (from.packed) continue;
+            const int row = row_at(stage, tile * TILE + warp);
+            uint4* to = reinterpret_cast<uint4*>(s.entries + (tile * TILE + warp) * ROW) + lane;
+            const uint8_t* entry = from.data + static_cast<int64_t>(row) * (DH * 2) + 16 * lane;
             if (row < 0) {
                 to[0] = to[32] = make_uint4(0, 0, 0, 0);
-            } else if (from.packed) {
-                const Bytes& b = bytes[j];
-                const uint32_t scales = __shfl_sync(ALL, b.rest.x, 0);
-                to[0] = kv::e4m3x8_to_bf16(b.low, scales >> shift & 255);
-                to[32] = shift < 24 ? kv::e4m3x8_to_bf16(b.high, b.rest.y >> shift & 255)
-                                    : make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
             } else {
-                const uint8_t* entry = from.data + static_cast<int64_t>(row) * (DH * 2) + 16 * lane;
                 copy_async16(to, entry);
                 copy_async16(to + 32, entry + DH);
             }
@@ -454,6 +466,46 @@ struct Block {
             }
             read_rows(stage + 2);
             __syncthreads();
+        }
+    }
+
+    // The same with less code, for few heads: nothing is read of a stage while another is worked on.
+    __device__ void run_in_turn(int head) {
+        static_assert(HG <= WARPS, "a warp takes a query at most");
+        const int slots = all_slots();
+        Query q;
+        float2 turns[4];
+        if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
+        for (auto& rows : sums)
+            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        int stages = 1;
+#pragma unroll 1
+        for (int stage = 0; stage < stages; ++stage) {
+            read_rows(stage);
+            if (stage == 0) {
+                if (warp < HG) load_query(q, a, token, head + warp, lane);
+                if (a.turn != nullptr) load_turns(turns, a, token, lane);
+            }
+            fetch(stage);
+            if (stage == 0) {
+                if (warp < HG) {
+                    if (a.turn != nullptr) norm_rope(q, turns, a, lane);
+                    put_query(s.q + warp * ROW, q, lane);
+                }
+                const int last = slots > STAGE ? scan<2>(slots) : 0;
+                if (lane == 0) s.last[warp] = last;
+            }
+            decode(stage);
+            __syncthreads();
+            if (stage == 0) stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
+            if (const int used = used_tiles()) {
+                score(used);
+                __syncthreads();
+                softmax(used);
+                __syncthreads();
+                accumulate(used);
+            }
+            if (stage + 1 < stages) __syncthreads();  // entries are no longer read
         }
     }
 

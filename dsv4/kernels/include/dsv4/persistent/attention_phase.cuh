@@ -62,7 +62,7 @@ struct Unit {
     static __device__ void run(const attention::Arguments& a, int64_t token, int head, exchange::Word* words,
                                uint32_t turn) {
         Block block(a, work<Memory>(), token, blockIdx.x % GROUP);
-        block.run(head);
+        block.run_in_turn(head);
         // Who reads what: thread i word i % 256 of a head.
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
         const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // of the pair that it writes
@@ -75,12 +75,14 @@ struct Unit {
         exchange::Word told[GROUP];
         float2 seen[GROUP];
         float parts[GROUP][2], merged[2];
+        bool here;
+        do {
 #pragma unroll
-        for (int r = 0; r < GROUP; ++r) told[r] = exchange::look(from + r * PAIRS);
+            for (int r = 0; r < GROUP; ++r) told[r] = exchange::look(from + r * PAIRS);
+            here = true;
 #pragma unroll
-        for (int r = 0; r < GROUP; ++r) {
-            while (told[r].turn != turn) told[r] = exchange::look(from + r * PAIRS);
-        }
+            for (int r = 0; r < GROUP; ++r) here &= told[r].turn == turn;
+        } while (!here);
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < GROUP; ++r) {
