@@ -84,7 +84,7 @@ bool fit_few(const Device& device, Few& f, size_t& bytes) {
         f.halvings = first_tiles <= FEW_WARPS / 4 ? 2 : first_tiles <= FEW_WARPS / 2 ? 1 : 0;
     f.parked = f.halvings == 0 ? 0 : (first_tiles << cuts) * 512;
     const int own = f.staged + max(f.tokens, f.room) * MOST_SLICES * 4 + f.parked + tiles * pairs * 32;
-    f.chunks = min((device.shared_per_block - static_cast<int>(sizeof(FewPlan)) - 128 - own) / CHUNK, most);
+    f.chunks = min((device.shared_per_block - static_cast<int>(sizeof(FewShared)) - 128 - own) / CHUNK, most);
     bytes = static_cast<size_t>(f.chunks) * CHUNK + own;
     return f.chunks >= least;
 }

@@ -2,19 +2,9 @@
 // most `group` of them that share an expert. Every rank is a count, so nothing depends on the order of threads.
 #pragma once
 #include <dsv4/dependent.cuh>
+#include <dsv4/moe_job.cuh>
 
 namespace dsv4::moe {
-
-struct Group {
-    int expert, first, count, unused;  // pairs first .. first + count - 1 of the sorted list
-};
-
-struct Plan {
-    int* pairs;     // [T K] pair (t K + k) at each sorted place
-    int* places;    // [T K] places of each token's pairs, rising; -1: an expert that does not exist, left out
-    Group* groups;  // rising by expert
-    int* count;     // [1] groups
-};
 
 constexpr int ALIGN_THREADS = 1024, ALIGN_WARPS = ALIGN_THREADS / 32, MAX_EXPERTS = ALIGN_THREADS;
 

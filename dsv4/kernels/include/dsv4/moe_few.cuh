@@ -6,27 +6,9 @@
 // scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
 #pragma once
 #include <dsv4/dependent.cuh>
-#include <dsv4/half.cuh>
-#include <dsv4/mma.cuh>
-#include <dsv4/moe_few_plan.cuh>
-#include <type_traits>
+#include <dsv4/moe_few_product.cuh>
 
 namespace dsv4::moe {
-
-constexpr int MOST_SLICES = 16;
-
-// How a row of K/64 blocks is cut into slices, each scaled and summed by itself: 2^cuts of them.
-__host__ __device__ __forceinline__ int cuts_of(int blocks) { return blocks <= 64 ? 3 : 4; }
-__host__ __device__ __forceinline__ int stride_of(int blocks) { return blocks * 128 + 16; }  // rows off others' banks
-
-// The blocks of one of the 2^halvings pieces of a row: whole slices.
-__host__ __device__ __forceinline__ int piece_begin(int blocks, int piece, int halvings) {
-    const int cuts = cuts_of(blocks);
-    return (piece << (cuts - halvings)) * blocks >> cuts;
-}
-
-// The same in every lane, and known to be: what is computed of it is computed once.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
 
 // One lane of a whole warp, the same each time.
 __device__ __forceinline__ bool elected() {
@@ -85,8 +67,10 @@ struct FewRing {
         if (elected()) bulk_load(data + stage * CHUNK, from, size, barriers + 8 * stage);
         from += size, left -= size;
     }
-    __device__ __forceinline__ void wait() const { barrier_wait(barriers + 8 * at, parity); }
-    __device__ __forceinline__ const uint8_t* chunk() const { return bytes + at * CHUNK; }
+    __device__ __forceinline__ const uint8_t* wait() const {
+        barrier_wait(barriers + 8 * at, parity);
+        return bytes + at * CHUNK;
+    }
     __device__ __forceinline__ void refill() {
         __syncwarp();  // every lane has read the chunk
         request(at);
@@ -94,172 +78,31 @@ struct FewRing {
     }
 };
 
-// Rows of BF16 into shared memory as FP16, every slice scaled by a power of two; undo [row][MOST_SLICES] takes it back.
-// A warp takes 512 columns: as many slices at once as fit, each in its own 2^bits lanes.
-struct Staging {
-    static constexpr int AT_ONCE = 4;
-    const bf16* x;
-    int64_t x_row;
-    int rows, columns, blocks, cuts, bits;
-    uint4 low[AT_ONCE], high[AT_ONCE];
+// All but the first piece of a tile park the sums of their slices, for the first one to add in their order.
+struct Parked {
+    static constexpr bool NARROW = false;
+    float4* sums;  // of this lane, 32 apart
+    int piece, warp, halvings;
 
-    __device__ __forceinline__ Staging(const bf16* x, int64_t x_row, int rows, int columns, int blocks)
-        : x(x), x_row(x_row), rows(rows), columns(columns), blocks(blocks), cuts(cuts_of(blocks)) {
-        const int widest = (blocks + (1 << cuts) - 1) >> cuts;  // 1..8 blocks of four lanes
-        bits = 2 + (widest > 1) + (widest > 2) + (widest > 4);
+    __device__ __forceinline__ bool operator()(int slice, const float (&sum)[4]) const {
+        if (piece > 0) sums[slice * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        return piece > 0;
     }
-
-    struct Place {
-        int row, slice, first, lanes;  // the slice's first block, and how many lanes it needs
-    };
-    __device__ __forceinline__ int tasks() const { return rows << (cuts - (5 - bits)); }
-    __device__ __forceinline__ Place place(int task) const {
-        const int lane = threadIdx.x % 32, more = cuts - (5 - bits);
-        const int slice = ((task & ((1 << more) - 1)) << (5 - bits)) + (lane >> bits);
-        const int first = slice * blocks >> cuts, stop = (slice + 1) * blocks >> cuts;
-        return {task >> more, slice, first, 4 * (stop - first)};
-    }
-    // What another block has just written is not in this processor's own cache.
-    __device__ __forceinline__ void load(int begin) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
-            const Place at = place(task);
-            const int column = at.first * 64 + lane * 16;
-            low[i] = high[i] = make_uint4(0, 0, 0, 0);
-            if (task < tasks() && lane < at.lanes && column < columns) {  // columns are whole groups of 16
-                const uint4* p = reinterpret_cast<const uint4*>(x + at.row * x_row + column);
-                low[i] = __ldcg(p), high[i] = __ldcg(p + 1);
-            }
-        }
-    }
-    __device__ __forceinline__ void store(int begin, uint8_t* staged, float* undo) const {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
-            if (task >= tasks()) break;
-            const Place at = place(task);
-            uint32_t x[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
-            uint32_t most = 0;
-#pragma unroll
-            for (int k = 0; k < 8; ++k) most = magnitudes(most, x[k]);
-            most = max(most & 0xFFFFu, most >> 16);
-            for (int step = 1; step < 1 << bits; step *= 2) most = max(most, __shfl_xor_sync(ALL, most, step));
-            const int shift = f16_shift(most);
-            const float factor = power_of_two(shift);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) x[k] = to_f16(x[k], factor);
-            if (lane < at.lanes) {
-                uint4* to = reinterpret_cast<uint4*>(staged + at.row * stride_of(blocks) + at.first * 128 + lane * 32);
-                to[0] = make_uint4(x[0], x[1], x[2], x[3]);
-                to[1] = make_uint4(x[4], x[5], x[6], x[7]);
-            }
-            if (lane == 0) undo[at.row * MOST_SLICES + at.slice] = power_of_two(-shift);
-        }
-    }
-    // All rows, of which the first `AT_ONCE` tasks of this warp have been loaded.
-    __device__ __forceinline__ void finish(int warp, uint8_t* staged, float* undo) {
-#pragma unroll 1
-        for (int begin = warp; begin < tasks();) {
-            store(begin, staged, undo);
-            begin += FEW_WARPS * AT_ONCE;
-            if (begin < tasks()) load(begin);
+    // The pieces of a tile are neighbouring warps, and no warp has two (moe.cu).
+    __device__ __forceinline__ void collect(float (&total)[4], int slice, int cuts) const {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + (warp >> halvings)), "r"(32 << halvings) : "memory");
+        if (piece > 0) return;
+        for (; slice < 1 << cuts; ++slice) {
+            const float4 sum = sums[slice * 32];
+            total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
         }
     }
 };
 
-// total = a piece of a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and
-// 2 t + 1. All but the first piece park the sums of their slices instead, for the first one to add in their order.
-template <typename Ring>
-__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int piece, int halvings, int lane,
-                                             const uint8_t* x, const float* undo0, const float* undo1, float4* parked,
-                                             Ring& ring) {
-    const int cuts = cuts_of(blocks), end = piece_begin(blocks, piece + 1, halvings);
-    const bool sparse = blocks < 1 << cuts;  // slices of less than a block each: some have none
-    float even[4] = {}, odd[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] = 0.0f;
-    int done = piece_begin(blocks, piece, halvings), slice = piece << (cuts - halvings);
-    int stop = (slice + 1) * blocks >> cuts;
-    x += done * 128, undo0 += slice, undo1 += slice, parked += lane;
-    const auto skip = [&] { ++slice, ++undo0, ++undo1, stop = (slice + 1) * blocks >> cuts; };
-    while (sparse && stop == 0) skip();
-    const auto multiply = [](float (&even)[4], float (&odd)[4], const w4::Lane& part, const uint8_t* columns) {
-        const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
-        uint32_t scale, scale8, a[4], b[8];
-        load_b(b, columns);
-        w4::scales(part.scales, scale, scale8);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            w4::dequantize(a, words[j], scale, scale8);
-            mma_f16(j % 2 ? odd : even, a, b[2 * j], b[2 * j + 1]);
-        }
-    };
-    const auto end_slice = [&](int done) {
-        const float back[2] = {*undo0, *undo1};
-        float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(even[i] + odd[i], back[i % 2]), even[i] = odd[i] = 0.0f;
-        if (piece > 0) {
-            parked[slice * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[i] += sum[i];
-        }
-        skip();
-        while (sparse && stop <= done && done < blocks) skip();
-    };
-    // A chunk of slices of WIDTH blocks: no sum outlives it.
-    const int width = halvings > 0 || blocks % (1 << cuts) != 0 ? 0 : blocks >> cuts;
-    const auto whole = [&](auto of, const w4::Lane (&parts)[CHUNK_BLOCKS]) {
-        constexpr int WIDTH = decltype(of)::value, SLICES = CHUNK_BLOCKS / WIDTH;
-#pragma unroll
-        for (int s = 0; s < SLICES; ++s) {
-            float even[4] = {}, odd[4] = {};
-#pragma unroll
-            for (int k = s * WIDTH; k < (s + 1) * WIDTH; ++k) multiply(even, odd, parts[k], x + k * 128);
-            const float back[2] = {undo0[s], undo1[s]};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[i] += __fmul_rn(even[i] + odd[i], back[i % 2]);
-        }
-        done += CHUNK_BLOCKS, undo0 += SLICES, undo1 += SLICES;
-    };
-#pragma unroll 1
-    while (done < end) {
-        ring.wait();
-        const uint8_t* block = ring.chunk();
-        w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
-#pragma unroll
-        for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-        if (width == 4) {
-            whole(std::integral_constant<int, 4>(), parts);
-        } else if (width == 2) {
-            whole(std::integral_constant<int, 2>(), parts);
-        } else if (stop - done >= CHUNK_BLOCKS) {
-#pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(even, odd, parts[k], x + k * 128);
-            done += CHUNK_BLOCKS;
-            if (done == stop) end_slice(done);
-        } else {
-#pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) {
-                if (done == end) break;
-                multiply(even, odd, parts[k], x + k * 128);
-                if (++done == stop) end_slice(done);
-            }
-        }
-        x += CHUNK_BLOCKS * 128;
-        ring.refill();
-    }
-    if (halvings == 0) return;
-    // The pieces of a tile are neighbouring warps, and no warp has two (moe.cu).
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + (ring.warp >> halvings)), "r"(32 << halvings) : "memory");
-    if (piece > 0) return;
-    for (; slice < 1 << cuts; ++slice) {
-        const float4 sum = parked[slice * 32];
-        total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
-    }
-}
+struct FewShared {
+    uint64_t barriers[FEW_WARPS][MOST_CHUNKS];
+    FewPlan plan;
+};
 
 // Every block has come here, and what they wrote is visible. Thread 0 is told how many blocks have left before; the
 // last one to leave owes zeros.
@@ -281,7 +124,8 @@ template <bool FIRST, bool SECOND>
 __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Few f) {
     // Rings | staged rows | undo | parked sums | results of down by row and place.
     extern __shared__ __align__(128) uint8_t memory[];
-    __shared__ FewPlan s;
+    __shared__ FewShared shared;
+    FewPlan& s = shared.plan;
     const int thread = threadIdx.x, lane = lane_id(), warp = uniform(thread / 32), g = lane / 4, t = lane % 4;
     const int pairs = f.tokens * f.first.topk;
     uint8_t* staged = memory + f.chunks * CHUNK;
@@ -289,7 +133,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     float4* parked = reinterpret_cast<float4*>(undo + max(f.tokens, f.room) * MOST_SLICES);
     bf16* results = reinterpret_cast<bf16*>(reinterpret_cast<uint8_t*>(parked) + f.parked);
     if (lane < MOST_CHUNKS) {
-        barrier_init(shared_address(&s.barriers[warp][lane]), 1);
+        barrier_init(shared_address(&shared.barriers[warp][lane]), 1);
         barriers_ready();
     }
     wait_for_previous();
@@ -303,11 +147,9 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     }
     Staging rows(f.first.x, f.first.x_row, f.tokens, f.first.columns, f.first.blocks);
     if (FIRST) rows.load(warp);
-    Share share = plan_few(f, s, id >= 0 && id < f.experts ? static_cast<int>(id) : NOBODY, weight);
-    const int all = FIRST ? share.groups * f.first.rows : 0, each = quotient(all, gridDim.x);
-    const int2 tiles = part_of(make_int2(each, all - each * gridDim.x));
-    const int2 tiles_down = SECOND ? part_of(f.of_block) : make_int2(0, 0);
-    share.begin = tiles.x, share.count = tiles.y, share.first_tile = tiles_down.x, share.tiles = tiles_down.y;
+    if (thread < FEW_PAIRS) enter_pair(s, id >= 0 && id < f.experts ? static_cast<int>(id) : NOBODY, weight);
+    Share share = plan_few(s, f.tokens, f.first.topk);
+    deal(share, FIRST ? f.first.rows : 0, SECOND ? f.of_block : make_int2(0, 0));
     const int pieces = share.count << f.halvings, most = max(max(pieces, share.tiles * share.groups), 1);
     const int rounds = (most + FEW_WARPS - 1) / FEW_WARPS;
     share.warps = rounds == 1 ? most : quotient(most + rounds - 1, rounds);
@@ -316,7 +158,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     const int stages = min(quotient(f.chunks, share.warps), MOST_CHUNKS);
     const uint8_t* bytes = memory + min(warp, share.warps - 1) * stages * CHUNK;
     FewRing<FIRST, SECOND> ring = {f, s, share, first, second, warp, bytes, shared_address(bytes),
-                                   shared_address(s.barriers[warp]), stages};
+                                   shared_address(shared.barriers[warp]), stages};
     ring.walk = walk;
     __syncwarp();
 #pragma unroll 1
@@ -367,9 +209,9 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
             const int row0 = row_of(2 * t), row1 = row_of(2 * t + 1);
             scale[0] = row_scale == nullptr ? 1.0f : row_scale[row0 + batch.from];
             scale[1] = row_scale == nullptr ? 1.0f : row_scale[row1 + batch.from];
+            const Parked park = {parked + (warp >> halvings << cuts_of(rows.blocks)) * 32 + lane, piece, warp, halvings};
             tile_product(sum, rows.blocks, piece, halvings, lane, staged + row_of(g) * stride + 32 * t,
-                         undo + row0 * MOST_SLICES, undo + row1 * MOST_SLICES,
-                         parked + (warp >> halvings << cuts_of(rows.blocks)) * 32, ring);
+                         undo + row0 * MOST_SLICES, undo + row1 * MOST_SLICES, ring, park);
             if (piece > 0) continue;
             alpha[0] *= w4::UNDO;
             alpha[1] *= w4::UNDO;

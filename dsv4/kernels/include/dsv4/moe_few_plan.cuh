@@ -27,7 +27,6 @@ struct Few {
 };
 
 struct FewPlan {
-    uint64_t barriers[FEW_WARPS][MOST_CHUNKS];
     int4 groups[FEW_PAIRS];                      // expert, first place, count
     int expert[FEW_PAIRS], places[FEW_PAIRS];    // by pair; by token, rising
     float given[FEW_PAIRS];                      // weights by pair
@@ -77,10 +76,14 @@ struct Share {
     }
 };
 
-// expert: that of pair threadIdx.x, or NOBODY; weight: its weight.
-__device__ __forceinline__ Share plan_few(const Few& f, FewPlan& s, int expert, float weight) {
-    const int topk = f.first.topk, pairs = f.tokens * topk, thread = threadIdx.x, lane = thread % 32;
-    if (thread < FEW_PAIRS) s.expert[thread] = expert, s.given[thread] = weight, s.leads[thread] = {NOBODY, 0};
+// Thread i < FEW_PAIRS. expert: that of pair i, or NOBODY, also beyond the last pair; weight: its weight.
+__device__ __forceinline__ void enter_pair(FewPlan& s, int expert, float weight) {
+    s.expert[threadIdx.x] = expert, s.given[threadIdx.x] = weight, s.leads[threadIdx.x] = {NOBODY, 0};
+}
+
+// Of the pairs that have been entered.
+__device__ __forceinline__ Share plan_few(FewPlan& s, int tokens, int topk) {
+    const int pairs = tokens * topk, thread = threadIdx.x, lane = thread % 32;
     __syncthreads();
     const int pair = thread / PARTS, token = quotient(pair, topk), mine = s.expert[pair];
     unsigned counts = 0;  // of those before it, of their like among them, of all alike, of its token's before it
@@ -118,6 +121,13 @@ __device__ __forceinline__ Share plan_few(const Few& f, FewPlan& s, int expert, 
 __device__ __forceinline__ int2 part_of(int2 of_block) {
     const int block = blockIdx.x, each = of_block.x, more = of_block.y;
     return make_int2(each * block + min(block, more), each + (block < more));
+}
+
+// What this block has to do, of which each group has so many tiles of gate and up.
+__device__ __forceinline__ void deal(Share& share, int rows, int2 of_block) {
+    const int all = share.groups * rows, each = quotient(all, gridDim.x);
+    const int2 first = part_of(make_int2(each, all - each * gridDim.x)), second = part_of(of_block);
+    share.begin = first.x, share.count = first.y, share.first_tile = second.x, share.tiles = second.y;
 }
 
 // Of a pass, which is over so many groups times `across` tiles, the tiles that a warp takes: every warps-th.

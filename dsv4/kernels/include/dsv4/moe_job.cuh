@@ -1,6 +1,6 @@
-// What one projection of all experts reads and writes, and what is done with a finished sum.
+// What one projection of all experts reads and writes, and what is done with a finished sum. Pairs (token, expert) are
+// sorted by expert; a pair's place is where it comes.
 #pragma once
-#include <dsv4/moe_align.cuh>
 #include <dsv4/numbers.cuh>
 #include <dsv4/swiglu.cuh>
 #include <dsv4/w4.cuh>
@@ -9,6 +9,17 @@ namespace dsv4::moe {
 
 constexpr int TOKENS = 8;  // that a product takes
 constexpr unsigned ALL = 0xffffffffu;
+
+struct Group {
+    int expert, first, count, unused;  // pairs first .. first + count - 1 of the sorted list
+};
+
+struct Plan {
+    int* pairs;     // [T K] pair (t K + k) at each sorted place
+    int* places;    // [T K] places of each token's pairs, rising; -1: an expert that does not exist, left out
+    Group* groups;  // rising by expert
+    int* count;     // [1] groups
+};
 
 // FIRST: gate and up. A tile of 16 rows holds rows 8 r .. 8 r + 7 of gate, then the same of up, so that a lane's rows g
 // and g + 8 are a pair; the result is what the second projection takes. Else: down, 16 rows of the hidden width.

@@ -28,18 +28,43 @@ __device__ __forceinline__ uint32_t order(float x) {
 
 __device__ __forceinline__ float score(float logit) { return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit))); }
 
-// One warp; lane k < K holds the k-th expert and its score.
-__device__ __forceinline__ void put(const Arguments& a, int64_t row, int64_t expert, float picked) {
-    const int lane = threadIdx.x;
+// One warp; lane k < K holds the score of the k-th expert, and is told its weight.
+__device__ __forceinline__ float weight_of(const Arguments& a, float picked) {
     float sum = 0.0f;
     for (int k = 0; k < a.topk; ++k) sum += __shfl_sync(ALL, picked, k);
-    if (lane < a.topk) {
-        a.ids[row * a.topk + lane] = expert;
-        a.weights[row * a.topk + lane] = picked / sum * a.route_scale;
-    }
+    return picked / sum * a.route_scale;
 }
 
-// EACH: keys a lane has. Of equal keys the lower expert is taken. Read before the wait: the bias.
+__device__ __forceinline__ void put(const Arguments& a, int64_t row, int64_t expert, float picked) {
+    const int lane = threadIdx.x;
+    const float weight = weight_of(a, picked);
+    if (lane < a.topk) a.ids[row * a.topk + lane] = expert, a.weights[row * a.topk + lane] = weight;
+}
+
+// One warp; lane k < K is told the k-th best of EACH * 32 experts. Of equal keys the lower expert is taken.
+template <int EACH>
+__device__ __forceinline__ uint32_t best_of(const uint32_t* keys, int topk) {
+    const int lane = threadIdx.x % 32;
+    uint32_t key[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) key[i] = keys[lane + 32 * i];
+    uint32_t chosen = 0;
+    for (int k = 0; k < topk; ++k) {
+        uint32_t best = key[0], at = lane;
+#pragma unroll
+        for (int i = 1; i < EACH; ++i)
+            if (key[i] > best) best = key[i], at = lane + 32 * i;
+        const uint32_t top = __reduce_max_sync(ALL, best);
+        const uint32_t expert = __reduce_min_sync(ALL, best == top ? at : ALL);
+        if (lane == k) chosen = expert;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (lane + 32 * i == expert) key[i] = 0;
+    }
+    return chosen;
+}
+
+// EACH: keys a lane has. Read before the wait: the bias.
 template <int EACH>
 __device__ void best_experts(const Arguments& a, int64_t row) {
     __shared__ uint32_t keys[EACH * 32];
@@ -62,34 +87,25 @@ __device__ void best_experts(const Arguments& a, int64_t row) {
     }
     __syncthreads();
     if (thread >= 32) return;
-    uint32_t key[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) key[i] = keys[lane + 32 * i];
-    uint32_t chosen = 0;
-    for (int k = 0; k < a.topk; ++k) {
-        uint32_t best = key[0], at = lane;
-#pragma unroll
-        for (int i = 1; i < EACH; ++i)
-            if (key[i] > best) best = key[i], at = lane + 32 * i;
-        const uint32_t top = __reduce_max_sync(ALL, best);
-        const uint32_t expert = __reduce_min_sync(ALL, best == top ? at : ALL);
-        if (lane == k) chosen = expert;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (lane + 32 * i == expert) key[i] = 0;
-    }
+    const uint32_t chosen = best_of<EACH>(keys, a.topk);
     put(a, row, chosen, lane < a.topk ? scores[chosen] : 0.0f);
+}
+
+// One warp; lane k < K is told the k-th expert of the row's token.
+__device__ __forceinline__ int64_t expert_of_token(const Arguments& a, int64_t row) {
+    const int lane = threadIdx.x % 32;
+    const int64_t token = a.tokens[row];
+    assert(token >= 0 && token < a.vocabulary && "router: a token id outside tid2eid");
+    const int64_t chosen = lane < a.topk ? a.tid2eid[token * a.topk + lane] : 0;
+    assert(chosen >= 0 && chosen < a.experts && "router: tid2eid names an expert that does not exist");
+    return chosen;
 }
 
 // One warp: the experts are those of the token.
 __device__ inline void experts_of_token(const Arguments& a, int64_t row) {
     wait_for_previous();
     const int lane = threadIdx.x;
-    const int64_t token = a.tokens[row];
-    assert(token >= 0 && token < a.vocabulary && "router: a token id outside tid2eid");
-    int64_t chosen = 0;
-    if (lane < a.topk) chosen = a.tid2eid[token * a.topk + lane];
-    assert(chosen >= 0 && chosen < a.experts && "router: tid2eid names an expert that does not exist");
+    const int64_t chosen = expert_of_token(a, row);
     put(a, row, chosen, lane < a.topk ? score(a.logits[row * a.stride + chosen]) : 0.0f);
 }
 
