@@ -179,9 +179,10 @@ __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, i
         } else if (TT <= HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
             if (t < count) {
-                const Meeting meeting(a.peers, first + t, a.peers.turn_of(first + t), blockIdx.x, a.D);
-                if (!told) meeting.tell();
-                *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear();
+                const Meeting meeting(a.peers, first + t, blockIdx.x, a.D);
+                const uint32_t turn = a.peers.turn_of(first + t);
+                if (!told) meeting.tell(turn);
+                *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear(turn);
             }
             peers_heard();
         }

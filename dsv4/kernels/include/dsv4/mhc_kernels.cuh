@@ -92,7 +92,7 @@ __device__ void shares_of_many(const Args<T>& a) {
     if (KIND == SEAM && TT <= HEARD && a.peers.any())
         for (int64_t first = begin; first < a.tokens; first += step)
             if (const int64_t token = first + warp; warp < TT && token < a.tokens)
-                Meeting(a.peers, token, a.peers.turn_of(token), blockIdx.x, a.D).tell();
+                Meeting(a.peers, token, blockIdx.x, a.D).tell(a.peers.turn_of(token));
     for (int64_t first = begin; first < a.tokens; first += step) {
         const int count = min(static_cast<int64_t>(TT), a.tokens - first);
         load_streams<KIND, TT>(a, p, first, count, true, streams);

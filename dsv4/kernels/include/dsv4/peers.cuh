@@ -26,35 +26,34 @@ struct Peers {
     __device__ uint32_t turn_of(int64_t token) const { return exchange::last_turn(turns + token) + 1; }
 };
 
-// A warp's two columns of a slice, of a token: this rank's part of them, and where the ranks meet this time.
+// A warp's two columns of a slice, of a token: this rank's part of them, and where the ranks meet.
 struct Meeting {
     const Peers& p;
     int64_t token;
     int d;
-    uint32_t turn;
     float2 own;
 
-    __device__ Meeting(const Peers& peers, int64_t token, uint32_t turn, int slice, int D)
-        : p(peers), token(token), turn(turn) {
+    __device__ Meeting(const Peers& peers, int64_t token, int slice, int D) : p(peers), token(token) { take(slice, D); }
+    __device__ void take(int slice, int D) {
         d = slice * COLUMNS + threadIdx.x % 32 * 2;
         const float* part = p.part + token * p.stride + d;
         own = make_float2(d < D ? part[0] : 0.0f, d + 1 < D ? part[1] : 0.0f);
     }
-    __device__ uint64_t* at(int owner, int from) const {
+    __device__ uint64_t* at(int owner, int from, uint32_t turn) const {
         return p.inboxes[owner] + (((turn & 1) * p.size + from) * INBOX_ROWS + token) * MOST_COLUMNS + d;
     }
-    __device__ void tell() const {
+    __device__ void tell(uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i < p.size; ++i) {
             const int next = p.rank + i, to = next < p.size ? next : next - p.size;  // not all to one at a time
-            exchange::tell_peer(at(to, p.rank), own.x, own.y, turn);
+            exchange::tell_peer(at(to, p.rank, turn), own.x, own.y, turn);
         }
     }
     // The sum of all parts. Those of four ranks are asked for at once.
-    __device__ float2 hear() const {
+    __device__ float2 hear(uint32_t turn) const {
         constexpr int TOGETHER = 4;
         constexpr int64_t NEXT = INBOX_ROWS * MOST_COLUMNS;
-        const uint64_t* from = at(p.rank, 0);
+        const uint64_t* from = at(p.rank, 0, turn);
         float2 sum = {};
 #pragma unroll 1
         for (int first = 0; first < p.size; first += TOGETHER, from += TOGETHER * NEXT) {

@@ -69,7 +69,7 @@ static __device__ __forceinline__ void fetch_parameters(const mhc::Args<bf16>& a
 static __device__ __forceinline__ void seam_ahead(int turn) {
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
-    if (mine.count > 0 && mine.slice < seam.slices) fetch_parameters(seam.args, mine.slice, work<SeamWork>().slices[0]);
+    if (mine.count > 0) fetch_parameters(seam.args, mine.slice, work<SeamWork>().slices[0]);
 }
 
 static __device__ __noinline__ void seam_phase(int turn) {
@@ -89,10 +89,15 @@ static __device__ __noinline__ void seam_phase(int turn) {
     const int hears = alone ? TOKENS : WARPS - 1 - warp;  // token whose parts this warp tells and hears
     uint32_t among = 0, number = 0;
     if (hears < count) {
+        Meeting meeting(peers, first + hears, mine.slice, a.D);
         among = peers.turn_of(first + hears);
 #pragma unroll 1
-        for (int slice = mine.slice; slice < slices; slice += gridDim.x)
-            Meeting(peers, first + hears, among, slice, a.D).tell();
+        for (int slice = mine.slice;;) {
+            meeting.tell(among);
+            slice += gridDim.x;
+            if (slice >= slices) break;
+            meeting.take(slice, a.D);
+        }
     }
     if (warp == TOKENS && lane < count) number = exchange::last_turn(&words.turns[first + lane]) + 1;
     const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
@@ -105,7 +110,7 @@ static __device__ __noinline__ void seam_phase(int turn) {
         if (!alone) {
             if (hears < count)
                 *reinterpret_cast<float2*>(&s.heard[hears][lane * 2]) =
-                    Meeting(peers, first + hears, among, slice, a.D).hear();
+                    Meeting(peers, first + hears, slice, a.D).hear(among);
             __syncthreads();
         }
         if (p.team < count)
