@@ -76,24 +76,29 @@ struct Block {
     S& s;
     const int64_t token;
     const int rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t *const local_rows, *const pool_rows;  // of this token, the latter from position 0 on
+    const Source local, pool;  // rows: of this token
+    const int local_positions;
     int rows[WORDS];                                    // of the stage to be fetched next: slots l, 32 + l, ..
     unsigned there[WORDS];                              // slots of the stage at hand that hold an entry
     Bytes bytes[TILES];
     float sums[MT][HG == 8 ? 2 : 4][4];  // of the warp's 32 channels
 
     __device__ Block(const Arguments& a, S& s, int64_t token, int rank)
-        : a(a), s(s), token(token), rank(rank), local_rows(a.local.rows + token * a.local.row_stride),
-          pool_rows(a.pool.rows + token * a.pool.row_stride) {}
+        : a(a), s(s), token(token), rank(rank), local(of_token(a.local, token)), pool(of_token(a.pool, token)),
+          local_positions(a.local_positions) {}
+    static __device__ Source of_token(Source all, int64_t token) {
+        all.rows += token * all.row_stride;
+        return all;
+    }
 
     __device__ int first_position(int stage, int tile) const { return ((stage * TILES + tile) * SPLITS + rank) * TILE; }
 
     // The row number at a slot 0 .. STAGE-1 of a stage, or one of a later stage; -1 for none.
     __device__ int row_at(int stage, int slot) const {
-        const int position = first_position(stage, slot / TILE) + slot % TILE, selected = position - a.local_positions;
-        const bool local = selected < 0;
-        if (local ? position >= a.local.width : selected >= a.pool.width) return -1;
-        return static_cast<int>(local ? local_rows[position] : pool_rows[selected]);
+        const int position = first_position(stage, slot / TILE) + slot % TILE, selected = position - local_positions;
+        const bool in_window = selected < 0;
+        const int64_t* from = in_window ? local.rows + position : pool.rows + selected;
+        return (in_window ? position - local.width : selected - pool.width) < 0 ? static_cast<int>(*from) : -1;
     }
 
     __device__ void read_rows(int stage) {
@@ -106,7 +111,7 @@ struct Block {
 
     // Slots up to the end of the lists, in whole stages.
     __device__ int all_slots() const {
-        const int tiles = (a.local_positions + a.pool.width + TILE - 1) / TILE - rank;
+        const int tiles = (local_positions + pool.width + TILE - 1) / TILE - rank;
         return ((tiles + SPLITS - 1) / SPLITS + TILES - 1) / TILES * STAGE;
     }
 
@@ -122,8 +127,8 @@ struct Block {
 
     // The row number of the warp's entry in a tile of that stage.
     __device__ int my_row(int tile) const { return __shfl_sync(ALL, rows[tile / 2], tile % 2 * TILE + warp); }
-    __device__ const Source& source(int stage, int tile) const {
-        return first_position(stage, tile) < a.local_positions ? a.local : a.pool;
+    __device__ Source source(int stage, int tile) const {
+        return first_position(stage, tile) < local_positions ? local : pool;
     }
 
     // Starts to read the warp's packed entries in some tiles of the stage whose rows have been read.
@@ -135,7 +140,7 @@ struct Block {
 #pragma unroll
         for (int j = FROM; j < TO; ++j) {
             const int row = my_row(j);
-            const Source& from = source(stage, j);
+            const Source from = source(stage, j);
             bytes[j] = {};  // nothing of an earlier stage is kept
             if (row < 0 || !from.packed) continue;
             const uint8_t* entry = from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES;
@@ -150,7 +155,7 @@ struct Block {
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             const int row = my_row(j);
-            const Source& from = source(stage, j);
+            const Source from = source(stage, j);
             if (row >= 0 && from.packed && lane * 128 < kv::ENTRY_BYTES)
                 asm volatile("prefetch.global.L2 [%0];" ::"l"(from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES +
                                                                lane * 128));
@@ -184,14 +189,14 @@ struct Block {
             if (shift == 24) high = make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
             to[32] = high;
         }
-        if (!a.local.packed || !a.pool.packed) copy_plain(stage, FROM, min(TO, used));
+        if (!local.packed || !pool.packed) copy_plain(stage, FROM, min(TO, used));
     }
 
     // Entries that are BF16 already, of these tiles.
     __device__ void copy_plain(int stage, int tile, int end) {
 #pragma unroll 1
         for (; tile < end; ++tile) {
-            const Source& from = source(stage, tile);
+            const Source from = source(stage, tile);
             if (from.packed) continue;
             const int row = row_at(stage, tile * TILE + warp);
             uint4* to = reinterpret_cast<uint4*>(s.entries + (tile * TILE + warp) * ROW) + lane;
