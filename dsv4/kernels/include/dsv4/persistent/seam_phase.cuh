@@ -17,7 +17,7 @@ struct Seam {
     int slices, together;          // tokens of a block
 };
 
-// A slice's normed streams wait here for the sums.
+// What waits for a slice's sums.
 struct SeamSlice {
     float weight[mhc::COLUMNS];
     float streams[TOKENS][mhc::M][mhc::COLUMNS];
@@ -65,7 +65,7 @@ static __device__ __forceinline__ void fetch_parameters(const mhc::Args<bf16>& a
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Every thread calls, after all reads of the work area by the phase in front but those of seam_rest.
+// Every thread calls, after come() behind the phase in front.
 static __device__ __forceinline__ void seam_ahead(int turn) {
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
@@ -166,7 +166,8 @@ static __device__ __noinline__ void seam_phase(int turn) {
     }
 }
 
-// Between the phase, with a barrier behind it, and the next meeting. By the upper half of the warps.
+// After come() behind the phase and before wait_for_all(), while no one writes to the work area but seam_ahead. By the upper
+// half of the warps.
 static __device__ __noinline__ void seam_rest(int turn) {
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
