@@ -1,8 +1,13 @@
 // decode_layers: all layers of a decode step in one launch. Blocks, one per processor, walk through a program of phases and
 // meet after each; a warp's weights come ahead of the work, across phases (persistent/stream.cuh).
 #include <dsv4/dependent.cuh>
+#include <dsv4/persistent/attention_phase.cuh>
+#include <dsv4/persistent/experts_phase.cuh>
+#include <dsv4/persistent/index_phase.cuh>
+#include <dsv4/persistent/inputs_phase.cuh>
 #include <dsv4/persistent/linear_phase.cuh>
 #include <dsv4/persistent/meeting.cuh>
+#include <dsv4/persistent/seam_phase.cuh>
 
 using namespace dsv4;
 using namespace dsv4::persistent;
@@ -37,11 +42,14 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     __syncthreads();
     wait_for_previous();
     Meetings meetings = {program.state, program.state->before + gridDim.x};
+    int before = KINDS;
 #pragma unroll 1
     for (int index = 0; index <= program.count; ++index) {
         const int turn = index % 2;
         const int kind = index < program.count ? phase_kind(turn) : KINDS;
         Ahead ahead;
+        if (before == SEAM) seam_rest(turn ^ 1);
+        if (kind == SEAM) seam_ahead(turn);
         const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
 #pragma unroll 1
         for (int late = 0; late < 2; ++late) {
@@ -53,22 +61,94 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         note_time(program, index, 0);
         switch (kind) {
             case LINEAR: linear_phase(turn, stream, ahead); break;
-            default: break;
+            case SEAM: seam_phase(turn); break;
+            case EXPERTS: experts_phase(turn, meetings, stream); break;
+            case INPUTS: inputs_phase(turn); break;
+            case INDEX: index_phase(turn, meetings); break;
+            default: attention_phase(turn, meetings); break;
         }
+        before = kind;
         note_time(program, index, 1);
         wait_for_copies();
         meetings.come();
     }
     if (blockIdx.x > 0) return;
     if (threadIdx.x == 0) program.state->before = meetings.target - gridDim.x;
-    if (threadIdx.x < MAX_BLOCKS / GROUP) program.state->groups[threadIdx.x] = 0;
+    if (threadIdx.x < MAX_BLOCKS / persistent::GROUP) program.state->groups[threadIdx.x] = 0;
 }
+
+// What experts_phase needs at least.
+int experts_work_bytes(int tokens, int experts, int topk, int D, int F, int grid) {
+    const int slices = (F + SLICE - 1) / SLICE, tiles = (D / 16 + grid - 1) / grid, pairs = tokens * topk;
+    const int room = pairs < TOKENS ? pairs : TOKENS, keys = experts <= 256 ? 256 : 384;
+    int first = tokens * max(moe::stride_of((D + 63) / 64), shared_stride(slices) + keys * 8);
+    first = max(first, room * moe::stride_of((F + 63) / 64)) + max(tokens, room) * moe::MOST_SLICES * 4;
+    return STAGED_AT + first + slices * TOKENS * 4 + tiles * slices * tokens * 64 + tiles * pairs * 32;
+}
+
+constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_entry has it for 512 channels
 
 }  // namespace
 
+// What fills a phase: its arguments are those of the op that does the same, without a stream that anything waits for.
 extern "C" int dsv4_decode_layers_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
                                          int tokens, int columns, cudaStream_t) {
     return describe_linear(phase, parts, count, cuts, grid, tokens, columns);
+}
+
+extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
+                                       const float* fn, const float* base, const float* scale, const float* weight,
+                                       void* h_out, void* x_out, float* post_out, float* comb_out, int64_t tokens, int D,
+                                       int64_t y_stride, int iters, float hc_eps, float norm_eps,
+                                       uint64_t* const* inboxes, uint32_t* turns, int rank, int size, void* words, int grid,
+                                       cudaStream_t) {
+    return describe_seam(phase, y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens, D,
+                         y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, words, grid);
+}
+
+extern "C" int dsv4_decode_layers_experts(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
+                                          const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary,
+                                          float route_scale, const void* x, int64_t x_row, const void* gate,
+                                          int64_t gate_stride, const void* up, int64_t up_stride,
+                                          const linear::Part* shared_w2, const void* w13_tiles, const float* w13_alpha,
+                                          const void* w2_tiles, const float* w2_alpha, void* mid, void* out, int out_f32,
+                                          int tokens, int experts, int topk, int D, int F, float limit, int grid,
+                                          int work_bytes, cudaStream_t) {
+    return describe_experts(phase, logits, logits_stride, bias, tid2eid, token_ids, vocabulary, route_scale, x, x_row, gate,
+                            gate_stride, up, up_stride, shared_w2, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out,
+                            out_f32, tokens, experts, topk, D, F, limit, grid, work_bytes);
+}
+
+extern "C" int dsv4_decode_layers_inputs(Phase* phase, ATTN_INPUTS_PARAMETERS, cudaStream_t) {
+    return describe_inputs(phase, ATTN_INPUTS_VALUES);
+}
+
+extern "C" int dsv4_decode_layers_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid, cudaStream_t) {
+    return describe_index(phase, INDEX_VALUES, scratch, grid);
+}
+
+extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const void* local, const void* local_rows,
+                                            const void* pool, const void* pool_rows, const void* sink, const void* cis,
+                                            const void* turn, void* out, int64_t rows, int64_t turn_stride,
+                                            int64_t local_stride, int64_t pool_stride, int64_t cis_stride, int heads,
+                                            int local_width, int pool_width, int local_packed, int pool_packed, int rope,
+                                            int split, float scale, float eps, void* scratch, int grid, cudaStream_t) {
+    return describe_attention(phase, q, local, local_rows, pool, pool_rows, sink, cis, turn, out, rows, turn_stride,
+                              local_stride, pool_stride, cis_stride, heads, local_width, pool_width, local_packed,
+                              pool_packed, rope, split, scale, eps, scratch, grid);
+}
+
+// sizes: bytes of the seams' words, of the indexer's and attention's scratch, of the state; of the work area that phases
+// other than LINEAR need; of shared memory in front of it.
+extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, int F, int experts, int topk, cudaStream_t) {
+    int work = ATTENTION_BYTES;
+    for (const int other : {seam_work_bytes(D, grid), static_cast<int>(sizeof(IndexWork)), INPUTS_BYTES,
+                            experts_work_bytes(rows, experts, topk, D, F, grid)})
+        work = work < other ? other : work;
+    const int found[] = {static_cast<int>(sizeof(mhc::Words<mhc::SEAM>)), static_cast<int>(rows * sizeof(IndexScores)),
+                         static_cast<int>(attention_scratch(grid)), static_cast<int>(sizeof(State)), work, WORK_AT};
+    for (int i = 0; i < 6; ++i) sizes[i] = found[i];
+    return cudaSuccess;
 }
 
 // times [count, grid, 2]: when each block began and ended each phase, in ns; or null.

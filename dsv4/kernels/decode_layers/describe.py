@@ -26,7 +26,7 @@ from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 
-PHASE_BYTES = 1536  # constant of program.cuh
+PHASE_BYTES = 2048  # constant of program.cuh
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiii", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")

@@ -19,6 +19,7 @@ from dsv4.errors import KernelError
 WARPS, SLICE_BLOCKS = 16, 8  # constants of include/dsv4/persistent/program.cuh and linear.cuh
 PLAIN = 2048  # bytes of a BF16 block: their inputs are staged as they are, those of narrower formats scaled
 _CHUNKS = {576: 2304, 1024: 2048, 2048: 2048}  # bytes of a block -> of the pieces in which a warp reads them
+HALF = 8  # segments that a warp loads at a time (memory.cuh): lists begin at multiples of it, and it loads two ahead
 _SEGMENT = np.dtype([("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])  # Segment in program.cuh
 
 
@@ -113,7 +114,12 @@ def segments_of(runs: Sequence[Run]) -> tuple[NDArray[np.void], NDArray[np.int64
     lists.append(marker)
     owner = np.concatenate(owners)
     counts = np.bincount(owner, minlength=warps)
-    return np.concatenate(lists)[np.argsort(owner, kind="stable")], np.cumsum(counts) - counts
+    room = -(-counts // HALF) * HALF
+    starts, every_unit = np.cumsum(room) - room, np.argsort(owner, kind="stable")
+    segments = np.zeros(room.sum() + 2 * HALF, _SEGMENT)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    segments[np.repeat(starts, counts) + within] = np.concatenate(lists)[every_unit]
+    return segments, starts
 
 
 def _units(run: Run) -> tuple[NDArray[np.int64], NDArray[np.void]]:

@@ -86,10 +86,11 @@ def test_segments_are_the_units_of_a_warp_in_its_order():
     runs = [Run(parts, 20, (0, 5, 5, 13, 16), False), Run(parts[:1], 8, even_cuts(9, 4), True)]
     runs += [Run(parts[2:], 3, even_cuts(3, 4), False), Run(parts[1:2], 9, (0, 4, 4, 4, 4), True)]
     segments, starts = segments_of(runs)
-    ends = [*starts.tolist()[1:], len(segments)]
-    found = [segments[a:b].tolist() for a, b in zip(starts.tolist(), ends, strict=True)]
-    assert segments.dtype.itemsize == 16
-    assert found == [warp for warps in lists_of(runs) for warp in warps]
+    expected = [warp for warps in lists_of(runs) for warp in warps]
+    found = [segments[a : a + len(warp)].tolist() for a, warp in zip(starts.tolist(), expected, strict=True)]
+    assert segments.dtype.itemsize == 16 and (starts % 8 == 0).all()
+    assert found == expected
+    assert len(segments) - 16 >= starts[-1] + len(expected[-1])  # a warp loads sixteen ahead
 
 
 class Filled:
@@ -154,7 +155,8 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     operands += [phase.shared_w2 for phase in small.phases if isinstance(phase, Experts)]
     every = sum(part.tiles.numel() for operand in operands for part in operand.launcher.parts)
     assert read["bytes"].sum() == every
-    assert (read["chunk"] == 0).sum() == 24 * WARPS * (1 + 2)
+    bounds = [*tables.starts.tolist(), len(read)]
+    assert all((read["chunk"][a:b] == 0).sum() >= 1 + 2 for a, b in zip(bounds, bounds[1:], strict=False))
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -3,12 +3,9 @@
 // l / 4 (plain) or of column l / 4 (transposed). Rows that lie an odd multiple of 16 bytes apart meet no bank conflict.
 #pragma once
 #include <cstdint>
+#include <dsv4/bulk.cuh>
 
 namespace dsv4 {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ void copy_async8(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");

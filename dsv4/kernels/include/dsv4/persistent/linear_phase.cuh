@@ -7,7 +7,7 @@
 
 namespace dsv4::persistent {
 
-constexpr int MOST_PARTS = 12, CHUNK_BLOCKS = 4;  // the latter: of NVFP4
+constexpr int MOST_PARTS = 16, CHUNK_BLOCKS = 4;  // the latter: of NVFP4
 constexpr int EARLY_BLOCKS = 3;                   // are unpacked early: as many as there are registers for
 
 struct Linear {
@@ -18,10 +18,10 @@ struct Linear {
 };
 
 // A warp's units: a tile of the block, the part it belongs to, and a slice.
-struct Unit {
+struct LinearUnit {
     int tile, slice, part;
 
-    __device__ __forceinline__ explicit Unit(const Linear& a) : part(0) {
+    __device__ __forceinline__ explicit LinearUnit(const Linear& a) : part(0) {
         const int warp = threadIdx.x / 32;
         tile = warp * a.per_slice >> 16, slice = warp - tile * a.slices;
     }
@@ -47,7 +47,7 @@ struct Ahead {
 __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
-    Unit unit(a);
+    LinearUnit unit(a);
     ahead.ready = false;
     if (unit.tile >= tiles) return;
     unit.find_part(a, first);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     __syncthreads();
 
     bool begun = ahead.ready;
-    for (Unit unit(a); unit.tile < tiles; unit.advance(a)) {
+    for (LinearUnit unit(a); unit.tile < tiles; unit.advance(a)) {
         unit.find_part(a, first);
         const linear::Part& part = a.parts[unit.part];
         float sum[1][1][4];

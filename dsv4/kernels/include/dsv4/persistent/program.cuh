@@ -9,7 +9,7 @@ constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int TOKENS = 8;         // rows of a step, at most
 constexpr int MAX_BLOCKS = 160;
 constexpr int GROUP = 8;          // blocks 8 g .. 8 g + 7 are group g, if all eight exist
-constexpr int PHASE_BYTES = 1536, PAYLOAD_BYTES = PHASE_BYTES - 16;
+constexpr int PHASE_BYTES = 2048, PAYLOAD_BYTES = PHASE_BYTES - 16;
 constexpr int MAX_STAGES = 8;     // of a warp's ring
 constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
 
