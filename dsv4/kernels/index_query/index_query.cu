@@ -25,8 +25,12 @@ __global__ void __launch_bounds__(WARPS * 32) index_query(const __grid_constant_
     if (first >= a.heads_in_all) return;
     const uint32_t own = min(first + lane / 4, a.heads_in_all - 1);
     const int64_t row = own / a.heads;
-    index::HeadShare share = index::load_head(a.q + row * a.row_bytes + own % a.heads * a.head_bytes,
-                                              a.cis + row * a.cis_stride, a.dims, lane % 4);
+    index::HeadShare share = index::load_head(a.q + row * a.row_bytes + own % a.heads * a.head_bytes, a.dims, lane % 4);
+    float2 by[index::PAIRS];
+#pragma unroll
+    for (int i = 0; i < index::PAIRS; ++i)
+        by[i] = share.first + i >= 0 ? a.cis[row * a.cis_stride + share.first + i] : make_float2(1.0f, 0.0f);
+    index::turn(share, [&](int i) { return by[i]; });
     index::treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
         if (first + head < a.heads_in_all)
             reinterpret_cast<uint4*>(a.out + static_cast<int64_t>(first + head) * WIDTH_BYTES)[chunk] = channels;

@@ -13,11 +13,8 @@
 #include <dsv4/cluster.cuh>
 #include <dsv4/dependent.cuh>
 #include <dsv4/fragments.cuh>
-#include <dsv4/index_key.cuh>
-#include <dsv4/index_query.cuh>
+#include <dsv4/index_score.cuh>
 #include <dsv4/index_select.cuh>
-#include <dsv4/mma.cuh>
-#include <dsv4/numbers.cuh>
 #include <dsv4/reduce.cuh>
 
 using namespace dsv4;
@@ -25,225 +22,55 @@ using namespace dsv4;
 namespace {
 
 using dsv4::index::PAGE;
-using dsv4::index::THREADS;
+using dsv4::index::ROW_BYTES;
 using dsv4::index::TOGETHER;
-using dsv4::index::WARPS;
-using dsv4::index::WIDTH;
 
-constexpr int ROW_BYTES = WIDTH * 2;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TILE_ROWS = 16, TILES = 4;               // prefill: tokens of a block, and tiles of 8 entries of a warp
 constexpr int BLOCKS = 264;                            // decode: two blocks for each multiprocessor of an H200
-constexpr int ENTRIES = 16;                            // decode: of a warp at a time
 
-struct Arguments {
-    const uint8_t* q;   // [T, Hi, 128] BF16
-    const float2* cis;  // [T, dims / 2]; null: queries are treated
-    int64_t cis_stride;
-    const void* weights;  // [T, Hi] BF16 or float32
-    int64_t weight_stride;
-    const uint8_t* keys;
-    const int64_t *pages, *sequence, *visible;
-    uint16_t* scores;  // [slice, 64 P]
-    int64_t* out;      // [T, width]
-    int64_t rows, first;  // of all, and the first of this slice
-    int heads, dims, n_pages, sequences, topk, width, blocks;  // blocks: of a decode row
-    float weight_scale;
-    bool packed, f32_weights, quantize;
-};
-
-// Entries that row t has to choose from; 0: it takes all it sees, or is a padding row.
-__device__ __forceinline__ int to_score(const Arguments& a, int64_t sequence, int64_t visible) {
-    visible = sequence < 0 ? 0 : min(visible, static_cast<int64_t>(a.n_pages) * PAGE);
-    return visible > a.topk ? static_cast<int>(visible) : 0;
-}
-
-__device__ __forceinline__ int64_t pool_row(const int64_t* pages, int e) { return pages[e / PAGE] * PAGE + e % PAGE; }
-
-// The result of a row that takes all it sees: every `step`-th from `e` on.
-__device__ __forceinline__ void take_all(const Arguments& a, int64_t t, int64_t sequence, int64_t visible, int e,
-                                         int step) {
-    const int64_t seen = sequence < 0 ? 0 : visible;
-    for (; e < a.width; e += step)
-        a.out[t * a.width + e] = e < seen ? pool_row(a.pages + sequence * a.n_pages, e) : -1;
-}
-
-// A head's weight as it lies in memory, and that rounded to BF16 before it is scaled and after.
-__device__ __forceinline__ uint32_t weight_bits(const Arguments& a, int64_t t, int head) {
-    if (head >= a.heads) return 0;
-    const int64_t at = t * a.weight_stride + head;
-    return a.f32_weights ? static_cast<const uint32_t*>(a.weights)[at] : static_cast<const uint16_t*>(a.weights)[at];
-}
-__device__ __forceinline__ bf16 weight_of(const Arguments& a, uint32_t bits) {
-    const float w = a.f32_weights ? rounded<bf16>(__uint_as_float(bits)) : __uint_as_float(bits << 16);
-    return from_float<bf16>(__fmul_rn(w, a.weight_scale));
-}
-
-// BF16 bits to a key that sorts like the value: -0 as 0, NaN above all; never 0.
-__device__ __forceinline__ uint32_t sortable(float score) {
-    const uint32_t bits = from_float<bf16>(score).bits;
-    if ((bits & 0x7FFF) > 0x7F80) return 0xFFFF;
-    if (bits == 0x8000) return 0x8000;
-    return bits & 0x8000 ? ~bits & 0xFFFF : bits | 0x8000;
-}
-
-// Where chunk c (of 16 bytes) of a head's row lies. Lane (g, t) reads chunks 4 t .. 4 t + 3 of row g and writes, treated,
-// chunks 2 g and 2 g + 1 of rows 2 t and 2 t + 1: lanes that are served together meet different banks in both. Rows that
-// lie 8 apart have their chunks in the same places.
-__device__ __forceinline__ int chunk_at(int row, int c) {
-    return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
-}
-
-// sum[n][j]: this lane's heads' share of the score of column 2 t + j of tile n.
-template <int MT, int NT>
-__device__ __forceinline__ void score_tiles(float (&sum)[NT][2], const uint8_t* heads, const bf16* weights,
-                                            const uint32_t (&b)[NT][16], int g, int t) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n) sum[n][0] = sum[n][1] = 0.0f;
-#pragma unroll NT < TILES ? 2 : 1
-    for (int mt = 0; mt < MT; ++mt) {
-        float dot[NT][4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint8_t* at = heads + chunk_at(g, 4 * t + i) + mt * (16 * ROW_BYTES);
-            const uint4 x = *reinterpret_cast<const uint4*>(at);
-            const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * ROW_BYTES);
-            const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                mma_bf16(dot[n], a0, b[n][4 * i], b[n][4 * i + 1]);
-                mma_bf16(dot[n], a1, b[n][4 * i + 2], b[n][4 * i + 3]);
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const uint32_t share = weights[mt * 16 + h * 8 + g].bits * 0x10001u;  // twice
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), share);
-                sum[n][0] += __uint_as_float(both << 16);
-                sum[n][1] += __uint_as_float(both & 0xFFFF0000u);
-            }
-        }
-    }
-}
-
-// The sum of all heads' shares, in every lane of the column.
-template <int NT>
-__device__ __forceinline__ void add_heads(float (&sum)[NT][2]) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-            sum[n][0] += __shfl_xor_sync(0xffffffffu, sum[n][0], step);
-            sum[n][1] += __shfl_xor_sync(0xffffffffu, sum[n][1], step);
-        }
-}
+using dsv4::index::Arguments;
 
 template <int MT, bool CLUSTER>
-struct Decode {
-    alignas(16) uint8_t heads[MT * 16 * ROW_BYTES];
-    bf16 weights[MT * 16];
-};
+struct Decode : index::Heads<MT> {};
 template <int MT>
-struct Decode<MT, true> : Decode<MT, false> {
-    index::Selection selection;
+struct Decode<MT, true> : index::Heads<MT> {
+    index::Selection<THREADS> selection;
+    uint64_t scores[TOGETHER / 4];           // keys by fours
+    uint64_t spans[index::CLUSTER * WARPS];  // of each warp of the cluster: its largest key << 32 | its smallest
 };
 
 template <int MT, bool CLUSTER>
 __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant__ Arguments a) {
     __shared__ Decode<MT, CLUSTER> s;
     let_next_start();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int local = blockIdx.x / a.blocks, rank = blockIdx.x % a.blocks;
     const int64_t row = a.first + local;
-    for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
-        *reinterpret_cast<uint4*>(s.heads + i) = make_uint4(0, 0, 0, 0);  // heads that are not there
+    index::clear_heads<MT>(a, s);
     if constexpr (CLUSTER) {
         index::clear(s.selection);
         cluster_barrier();  // all blocks run: their memory may be written
     }
     wait_for_previous();
-
-    // All that no other load must precede; a row of a decode step is the sequence of the same number.
-    const bool treats = warp * index::WARP_HEADS < a.heads;
-    index::HeadShare share;
-    if (treats)
-        share = index::load_head(a.q + (row * a.heads + warp * index::WARP_HEADS + g) * ROW_BYTES,
-                                 a.cis + row * a.cis_stride, a.dims, t);
-    const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
-    const int first = warp * a.blocks + rank, stride = WARPS * a.blocks;  // in sixteens of entries
-    const bool guess = row < a.sequences && first < a.n_pages * (PAGE / ENTRIES);
-    int page = guess ? static_cast<int>(a.pages[row * a.n_pages + first / (PAGE / ENTRIES)]) : -1;
-    const int64_t sequence = a.sequence[row], visible = a.visible[row];
-
-    const int n = to_score(a, sequence, visible);
-    if (n == 0) {
-        if constexpr (CLUSTER) take_all(a, row, sequence, visible, rank * THREADS + threadIdx.x, a.blocks * THREADS);
-        return;
-    }
-    if (!CLUSTER && rank * ENTRIES >= n) return;
-    const int64_t* pages = a.pages + sequence * a.n_pages;
-    const auto page_of = [&](int i) {
-        return i * ENTRIES < n ? static_cast<int>(pages[i / (PAGE / ENTRIES)]) : -1;
-    };
-    if (sequence != row || first * ENTRIES >= n) page = page_of(first);
-    int next_page = page_of(first + stride);
-    // column c of tile m is entry 4 (c / 2) + 2 m + c % 2 of the sixteen: a lane's four scores are neighbours
-    const auto key_at = [&](int i, int m, int bytes) {
-        const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
-        return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;
-    };
-    index::PackedShare keys[2];
-    const auto fetch = [&](int i) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-            keys[m] = a.packed && page >= 0 ? index::fetch_packed(key_at(i, m, index::PACKED_BYTES), t)
-                                            : index::NO_KEY;
-    };
-    fetch(first);
-    if (treats)
-        index::treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
-            *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * index::WARP_HEADS + head, chunk)) = channels;
-        });
-    if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
-    __syncthreads();
-
-    uint32_t low = 0xFFFF, high = 0;
-    for (int i = first; i * ENTRIES < n; i += stride) {
-        uint32_t b[2][16];
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-            if (a.packed || page < 0)
-                index::unpack(b[m], keys[m]);
-            else
-                index::load_plain(b[m], key_at(i, m, index::PLAIN_BYTES), t);
-        page = next_page;
-        fetch(i + stride);
-        next_page = page_of(i + 2 * stride);
-        float sum[2][2];
-        score_tiles<MT>(sum, s.heads, s.weights, b, g, t);
-        add_heads(sum);
-        uint64_t four = 0;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const uint32_t key = sortable(sum[k / 2][k % 2]);
-            if (i * ENTRIES + 4 * t + k >= n) continue;
-            four |= static_cast<uint64_t>(key) << 16 * k;
-            low = min(low, key), high = max(high, key);
-        }
-        const int at = i * (ENTRIES / 4) + t;
+    const index::Row r = index::score_row<MT, WARPS>(a, s, row, rank, warp, [&](int at, uint64_t four) {
         if constexpr (CLUSTER) {
-            if (g < a.blocks) put_peer_value(&s.selection.scores[at], g, four);  // lanes of a column, a block each
+            if (g < a.blocks) put_peer_value(&s.scores[at], g, four);  // lanes of a column, a block each
         } else if (g == 0) {
             reinterpret_cast<uint64_t*>(a.scores + static_cast<int64_t>(local) * a.n_pages * PAGE)[at] = four;
         }
-    }
+    });
     if constexpr (CLUSTER) {
-        low = __reduce_min_sync(0xffffffffu, low), high = __reduce_max_sync(0xffffffffu, high);
-        const uint64_t span = static_cast<uint64_t>(high) << 32 | low;
-        if (lane < a.blocks) put_peer_value(&s.selection.spans[rank * WARPS + warp], lane, span);
+        if (r.n == 0) {
+            index::take_all(a, row, rank * THREADS + threadIdx.x, a.blocks * THREADS);
+            return;
+        }
+        const uint64_t span = index::span_of(r.low, r.high);
+        if (lane < a.blocks) put_peer_value(&s.spans[rank * WARPS + warp], lane, span);
+        index::Share<THREADS> share(index::pages_of(a, row), r.n, rank, a.blocks);
         cluster_barrier();
-        index::select(s.selection, pages, a.out + row * a.width, n, a.topk, rank, a.blocks);
+        share.take(s.scores, r.n);
+        index::select(s.selection, share, index::whole_span(s.spans, a.blocks * WARPS), a.out + row * a.width, a.topk);
     }
 }
 
@@ -265,12 +92,12 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
     const int rows = static_cast<int>(min(a.rows - first, static_cast<int64_t>(TILE_ROWS)));
     if (threadIdx.x < rows) {
         const int64_t row = first + threadIdx.x, sequence = a.sequence[row];
-        s.seen[threadIdx.x] = to_score(a, sequence, a.visible[row]);
+        s.seen[threadIdx.x] = index::to_score(a, sequence, a.visible[row]);
         s.sequence[threadIdx.x] = static_cast<int>(sequence);
     }
     for (int i = threadIdx.x; i < rows * MT * 16; i += THREADS)
         s.weights[i / (MT * 16)][i % (MT * 16)] =
-            weight_of(a, weight_bits(a, first + i / (MT * 16), i % (MT * 16)));
+            index::weight_of(a, index::weight_bits(a, first + i / (MT * 16), i % (MT * 16)));
     for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * THREADS)
         for (int buffer = 0; buffer < 2; ++buffer)  // heads that are not there
             *reinterpret_cast<uint4*>(s.heads[buffer] + i) = make_uint4(0, 0, 0, 0);
@@ -280,7 +107,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
 
     const auto fetch = [&](int r, int buffer) {
         const uint8_t* from = a.q + (first + r) * a.heads * ROW_BYTES;
-        uint8_t* to = s.heads[buffer] + chunk_at(threadIdx.x / 16, threadIdx.x % 16);
+        uint8_t* to = s.heads[buffer] + index::chunk_at(threadIdx.x / 16, threadIdx.x % 16);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)  // 16 heads by all threads
             if (mt * 16 + threadIdx.x / 16 < a.heads)
@@ -318,8 +145,8 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         copies_wait_but<1>();
         __syncthreads();
         float sum[NT][2];
-        score_tiles<MT>(sum, s.heads[buffer], s.weights[r], b, g, t);
-        add_heads(sum);
+        index::score_tiles<MT>(sum, s.heads[buffer], s.weights[r], b, g, t);
+        index::add_heads(sum);
         float even = 0.0f, odd = 0.0f;  // lanes (n, t) store tile n
 #pragma unroll
         for (int n = 0; n < NT; ++n)
@@ -327,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
         const int e = mine + g * 8 + 2 * t;
         if (g < NT && e < a.n_pages * PAGE)
             *reinterpret_cast<uint32_t*>(a.scores + static_cast<int64_t>(local + r) * a.n_pages * PAGE + e) =
-                sortable(even) | sortable(odd) << 16;
+                index::sortable(even) | index::sortable(odd) << 16;
         r = next, buffer ^= 1;
         __syncthreads();  // nobody reads the other buffer any more
     }
@@ -366,9 +193,9 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
     const int64_t t = a.first + blockIdx.x, sequence = a.sequence[t];
     const int64_t* pages = a.pages + sequence * a.n_pages;
     int64_t* out = a.out + t * a.width;
-    const int n = to_score(a, sequence, a.visible[t]);
+    const int n = index::to_score(a, sequence, a.visible[t]);
     if (n == 0) {
-        take_all(a, t, sequence, a.visible[t], threadIdx.x, SELECT_THREADS);
+        index::take_all(a, t, threadIdx.x, SELECT_THREADS);
         return;
     }
     const uint4* scores = reinterpret_cast<const uint4*>(a.scores + static_cast<int64_t>(blockIdx.x) * a.n_pages * PAGE);
@@ -430,9 +257,9 @@ __global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_c
             const int entry = i * EACH + k;
             if (entry >= n || keys[k] < edge) continue;
             if (keys[k] > edge)
-                out[h++ + min(e, equals)] = pool_row(pages, entry);
+                out[h++ + min(e, equals)] = index::pool_row(pages, entry);
             else if (e++ < equals)
-                out[h + e - 1] = pool_row(pages, entry);
+                out[h + e - 1] = index::pool_row(pages, entry);
         }
         higher += all & 0xFFFF, same += all >> 16;
     }
@@ -444,7 +271,7 @@ static cudaError_t decode(Arguments& a, int64_t rows, bool together, cudaStream_
         a.blocks = rows <= 16 ? 8 : rows <= 32 ? 4 : 2;
         return launch_dependent_clusters(index_decode<MT, true>, rows * a.blocks, THREADS, 0, a.blocks, stream, a);
     }
-    const int all = (a.n_pages * PAGE / ENTRIES + WARPS - 1) / WARPS, most = static_cast<int>((BLOCKS + rows - 1) / rows);
+    const int all = (a.n_pages * PAGE / index::ENTRIES + WARPS - 1) / WARPS, most = static_cast<int>((BLOCKS + rows - 1) / rows);
     a.blocks = all < most ? all : most;
     return launch_dependent(index_decode<MT, false>, rows * a.blocks, 1, THREADS, 0, stream, a);
 }
@@ -458,22 +285,10 @@ static cudaError_t score(Arguments& a, int64_t rows, bool together, cudaStream_t
 
 }  // namespace
 
-extern "C" int dsv4_index_topk(const void* q, const void* cis, const void* weights, const void* keys, const void* pages,
-                               const void* sequence, const void* visible, void* scores, void* out, int64_t rows,
-                               int64_t cis_stride, int64_t weight_stride, int64_t slice, int heads, int dims,
-                               int n_pages, int sequences, int topk, int width, int packed, int weight_dtype,
-                               int quantize, float weight_scale, cudaStream_t stream) {
+extern "C" int dsv4_index_topk(INDEX_PARAMETERS, cudaStream_t stream) {
     if (rows == 0 || width == 0) return cudaSuccess;
-    if (!aligned16(q) || !aligned16(keys) || !aligned16(scores)) return cudaErrorMisalignedAddress;
-    Arguments a = {};
-    a.q = static_cast<const uint8_t*>(q), a.cis = static_cast<const float2*>(cis), a.cis_stride = cis_stride;
-    a.weights = weights, a.weight_stride = weight_stride;
-    a.f32_weights = weight_dtype == F32, a.weight_scale = weight_scale;
-    a.keys = static_cast<const uint8_t*>(keys);
-    a.pages = static_cast<const int64_t*>(pages), a.sequence = static_cast<const int64_t*>(sequence);
-    a.visible = static_cast<const int64_t*>(visible), a.scores = static_cast<uint16_t*>(scores);
-    a.out = static_cast<int64_t*>(out), a.heads = heads, a.dims = dims, a.n_pages = n_pages, a.sequences = sequences;
-    a.topk = topk, a.width = width, a.packed = packed != 0, a.quantize = quantize != 0;
+    Arguments a;
+    if (const cudaError_t error = index::arguments(a, INDEX_VALUES)) return error;
     const bool scored = topk < n_pages * PAGE, together = scored && cis != nullptr && n_pages * PAGE <= TOGETHER;
     const int bytes = n_pages * PAGE * 2 < CACHED_BYTES ? n_pages * PAGE * 2 : CACHED_BYTES;
     if (const cudaError_t error =

@@ -13,15 +13,14 @@ namespace dsv4::index {
 
 constexpr int PAIRS = 16, WARP_HEADS = 8;
 
-// What a lane reads: its pairs and their rotations.
+// What a lane reads of its head.
 struct HeadShare {
     uint32_t x[PAIRS];
-    float2 by[PAIRS];
     int first;  // rotation of the first pair; before rotation 0 nothing turns
 };
 
 // `head`: this lane's, 16-byte aligned. `dims`: the channels at the end that turn.
-__device__ __forceinline__ HeadShare load_head(const uint8_t* head, const float2* cis, int dims, int t) {
+__device__ __forceinline__ HeadShare load_head(const uint8_t* head, int dims, int t) {
     HeadShare s;
     const uint4* words = reinterpret_cast<const uint4*>(head) + 4 * t;
 #pragma unroll
@@ -30,18 +29,18 @@ __device__ __forceinline__ HeadShare load_head(const uint8_t* head, const float2
         s.x[4 * i] = word.x, s.x[4 * i + 1] = word.y, s.x[4 * i + 2] = word.z, s.x[4 * i + 3] = word.w;
     }
     s.first = PAIRS * t - (64 - dims / 2);
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) s.by[i] = s.first + i >= 0 ? cis[s.first + i] : make_float2(1.0f, 0.0f);
     return s;
 }
 
-__device__ __forceinline__ void turn(HeadShare& s) {
+// by(i): the rotation of pair i, if it turns.
+template <typename By>
+__device__ __forceinline__ void turn(HeadShare& s, By by) {
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
+        if (s.first + i < 0) continue;
         float a = __uint_as_float(s.x[i] << 16), b = __uint_as_float(s.x[i] & 0xFFFF0000u);
-        rotate(a, b, s.by[i]);
-        const uint32_t turned = bf16x2(a, b);
-        if (s.first + i >= 0) s.x[i] = turned;
+        rotate(a, b, by(i));
+        s.x[i] = bf16x2(a, b);
     }
 }
 
@@ -113,11 +112,10 @@ __device__ __forceinline__ void transform(uint32_t (&y)[2][8], const uint32_t (&
     }
 }
 
-// The treated heads as chunks of eight channels: put(head of the eight, chunk of its sixteen, the chunk).
+// The heads, turned, treated, as chunks of eight channels: put(head of the eight, chunk of its sixteen, the chunk).
 template <typename Put>
 __device__ __forceinline__ void treat_heads(HeadShare& s, bool quantize, int lane, Put put) {
     const int g = lane / 4, t = lane % 4;
-    turn(s);
     if (quantize) {
         uint32_t y[2][8];
         transform(y, s.x, lane);
