@@ -45,8 +45,8 @@ struct Bytes {
     uint2 low, high, rest;
 };
 
-// What the blocks have of some channels of a head, added up in rank order and divided by the sum of probabilities; seen:
-// each block's largest logit and its sum. The sink is a logit x log2(e).
+// What the blocks have of some channels of a head, added up in rank order and divided by the sum of probabilities.
+// seen: each block's largest logit and its sum. The sink is a logit x log2(e).
 template <int WIDTH>
 __device__ __forceinline__ void merge(float (&out)[WIDTH], const float (&parts)[SPLITS][WIDTH],
                                       const float2 (&seen)[SPLITS], float sink) {
@@ -65,8 +65,8 @@ __device__ __forceinline__ void merge(float (&out)[WIDTH], const float (&parts)[
     for (int k = 0; k < WIDTH; ++k) out[k] = sum[k] / total;
 }
 
-// One token's tiles of one block. Heads are the rows of the products, but eight heads their columns: then sums holds the
-// products transposed.
+// One token's tiles of one block. Heads are the rows of the products, but eight heads their columns: sums is then what
+// it is otherwise, transposed.
 template <int HG, int TILES, typename S = Shared<HG, TILES>>
 struct Block {
     static constexpr int STAGE = S::STAGE, MT = (HG + 15) / 16, WORDS = (STAGE + 31) / 32;
@@ -181,21 +181,25 @@ struct Block {
         for (int j = FROM; j < TO; ++j) {
             if (j >= used) break;
             if (!source(stage, j).packed) continue;
-            const Bytes& b = bytes[j];  // zeros where there is no entry, of which zeros come
+            const Bytes& b = bytes[j];
             uint4* to = reinterpret_cast<uint4*>(s.entries + (j * TILE + warp) * ROW) + lane;
+            if (!(there[j / 2] >> (j % 2 * TILE + warp) & 1)) {
+                to[0] = to[32] = make_uint4(0, 0, 0, 0);
+                continue;
+            }
             const uint32_t scales = __shfl_sync(ALL, b.rest.x, 0);
             to[0] = kv::e4m3x8_to_bf16(b.low, scales >> shift & 255);
-            uint4 high = kv::e4m3x8_to_bf16(b.high, b.rest.y >> shift & 255);
-            if (shift == 24) high = make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
-            to[32] = high;
+            to[32] = shift < 24 ? kv::e4m3x8_to_bf16(b.high, b.rest.y >> shift & 255)
+                                : make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
         }
-        if (!local.packed || !pool.packed) copy_plain(stage, FROM, min(TO, used));
     }
 
-    // Entries that are BF16 already, of these tiles.
-    __device__ void copy_plain(int stage, int tile, int end) {
+    // The stage's entries that are BF16 already.
+    __device__ void copy_plain(int stage) {
+        if (local.packed && pool.packed) return;
+        const int used = used_tiles();
 #pragma unroll 1
-        for (; tile < end; ++tile) {
+        for (int tile = 0; tile < used; ++tile) {
             const Source from = source(stage, tile);
             if (from.packed) continue;
             const int row = row_at(stage, tile * TILE + warp);
@@ -288,8 +292,8 @@ struct Block {
             }
     }
 
-    // q . entry, summed by quarters of the channels: (0 + 1) + (2 + 3). Groups of warps share the tiles, the heads or the
-    // quarters.
+    // q . entry, summed by quarters of the channels: (0 + 1) + (2 + 3). Groups of warps share the tiles, the heads
+    // or the quarters.
     __device__ void score(int used) {
         const int four = warp % 4, half = warp / 4 % 2, two = warp / 8;
         if constexpr (HG == 8) {
@@ -444,6 +448,7 @@ struct Block {
         if (lane == 0) s.last[warp] = last;
         if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
         decode(0);
+        copy_plain(0);
         if (slots > STAGE) read_rows(1);
         __syncthreads();
         const int stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
@@ -469,6 +474,7 @@ struct Block {
                 fetch<0, TILES / 2>(stage + 1), decode<0, TILES / 2>(stage + 1);
                 fetch<TILES / 2>(stage + 1), decode<TILES / 2>(stage + 1);
             }
+            copy_plain(stage + 1);
             read_rows(stage + 2);
             __syncthreads();
         }
@@ -501,6 +507,7 @@ struct Block {
                 if (lane == 0) s.last[warp] = last;
             }
             decode(stage);
+            copy_plain(stage);
             __syncthreads();
             if (stage == 0) stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
             if (const int used = used_tiles()) {

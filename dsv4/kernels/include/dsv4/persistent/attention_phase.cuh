@@ -1,6 +1,6 @@
 // sparse_attention of a decode step. Some heads of a token go to a group of eight blocks, as in attention_few.cuh to a
 // cluster: eight heads, or sixteen where there would be more of them than groups. The blocks tell each other their
-// results through the L2 cache in one trip (exchange.cuh); block r of a group adds up every eighth head.
+// results through the L2 cache in one trip (exchange.cuh), and each adds up those of an eighth of the heads.
 #pragma once
 #include <cstring>
 
@@ -36,8 +36,8 @@ struct Unit {
     using Memory = few::Shared<HG, TILES, HG == 8 ? 4 : 2>;
     using Block = few::Block<HG, TILES, Memory>;
 
-    // A word has two channels of a head, and either number of what the block has seen of it: the largest logit in an even
-    // word, the sum in an odd one.
+    // A word has two channels of a head, and either number of what the block has seen of it: the largest logit in an
+    // even word, the sum in an odd one.
     static __device__ __forceinline__ void tell(const Block& block, exchange::Word* words, uint32_t turn) {
         const int g = block.lane / 4, t = block.lane % 4;
         const auto put = [&](int head, int pair, float x, float y) {
@@ -63,9 +63,8 @@ struct Unit {
                                uint32_t turn) {
         Block block(a, work<Memory>(), token, blockIdx.x % GROUP);
         block.run_in_turn(head);
-        // Who reads what: thread i word i % 256 of a head.
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
-        const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // of the pair that it writes
+        const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // that is written
         const bool reads = threadIdx.x < MINE * PAIRS, there = reads && head + mine < a.heads;
         const float2 back = attention::turn_back(a, token, channel);
         const float sink = there ? a.sink[head + mine] * few::LOG2E : 0.0f;
@@ -127,7 +126,8 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
                                       int local_width, int pool_width, int local_packed, int pool_packed, int rope,
                                       int split, float scale, float eps, void* scratch, int grid) {
     const int groups = grid / GROUP;
-    if (rows < 1 || rows > TOKENS || heads < 1 || !split || groups < 1 || grid > MAX_BLOCKS) return cudaErrorInvalidValue;
+    if (rows < 1 || rows > TOKENS || heads < 1 || !split) return cudaErrorInvalidValue;
+    if (groups < 1 || grid > MAX_BLOCKS) return cudaErrorInvalidValue;
     Attention held = {};
     const cudaError_t error = attention::describe(
         &held.a, q, local, local_rows, pool, pool_rows, sink, cis, turn, out, turn_stride, local_stride, pool_stride,
