@@ -12,25 +12,25 @@ namespace dsv4::persistent {
 // expert of a hash layer that this lane is to enter. A thread takes a score or so of the first rows and four columns of
 // the last.
 static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, moe::Staging& rows) {
-    constexpr int AHEAD = 4;
+    constexpr int AT_ONCE = 4;
     const int thread = threadIdx.x, warp = thread / 32, scores = a.tokens * a.keys, quads = a.second.columns / 4;
     uint8_t* const staged = work_at<uint8_t>(STAGED_AT);
     float* const score = reinterpret_cast<float*>(staged + a.tokens * shared_stride(a.slices));
     uint32_t* const key = reinterpret_cast<uint32_t*>(score + scores);
     int64_t named = -1;
 #pragma unroll 1
-    for (int begin = 0; begin < max(scores, a.tokens * quads); begin += AHEAD * THREADS) {
-        float logit[AHEAD], bias[AHEAD];
-        uint2 gate[AHEAD], up[AHEAD];
+    for (int begin = 0; begin < max(scores, a.tokens * quads); begin += AT_ONCE * THREADS) {
+        float logit[AT_ONCE], bias[AT_ONCE];
+        uint2 gate[AT_ONCE], up[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
+        for (int j = 0; j < AT_ONCE; ++j) {
             const int at = begin + j * THREADS + thread, token = moe::quotient(at, a.keys), e = at - token * a.keys;
             const bool exists = at < scores && e < a.route.experts;
             logit[j] = exists ? a.route.logits[token * a.route.stride + e] : 0.0f;
             bias[j] = exists && a.route.bias != nullptr ? a.route.bias[e] : 0.0f;
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
+        for (int j = 0; j < AT_ONCE; ++j) {
             const int at = begin + j * THREADS + (thread ^ THREADS / 2), token = moe::quotient(at, quads);
             const int column = 4 * (at - token * quads);
             if (token >= a.tokens) break;
@@ -43,15 +43,15 @@ static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, m
             if (a.route.tid2eid != nullptr && token < a.tokens) named = routing::expert_of_token(a.route, token);
         }
 #pragma unroll 1
-        for (int j = 0, at = begin + thread; j < AHEAD && at < scores; ++j, at += THREADS) {
+        for (int j = 0, at = begin + thread; j < AT_ONCE && at < scores; ++j, at += THREADS) {
             const bool exists = at - moe::quotient(at, a.keys) * a.keys < a.route.experts;
             const float s = routing::score(logit[0]);
             score[at] = s, key[at] = exists ? routing::order(s + bias[0]) : 0;
 #pragma unroll
-            for (int k = 0; k + 1 < AHEAD; ++k) logit[k] = logit[k + 1], bias[k] = bias[k + 1];
+            for (int k = 0; k + 1 < AT_ONCE; ++k) logit[k] = logit[k + 1], bias[k] = bias[k + 1];
         }
 #pragma unroll 1
-        for (int j = 0, at = begin + (thread ^ THREADS / 2); j < AHEAD; ++j, at += THREADS) {
+        for (int j = 0, at = begin + (thread ^ THREADS / 2); j < AT_ONCE; ++j, at += THREADS) {
             const int token = moe::quotient(at, quads), column = 4 * (at - token * quads);
             if (token >= a.tokens) break;
             const uint32_t g[2] = {gate[0].x, gate[0].y}, u[2] = {up[0].x, up[0].y};
@@ -65,7 +65,7 @@ static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, m
             *reinterpret_cast<uint2*>(staged + token * shared_stride(a.slices) + column * 2) =
                 make_uint2(y[0].bits | y[1].bits << 16, y[2].bits | y[3].bits << 16);
 #pragma unroll
-            for (int k = 0; k + 1 < AHEAD; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
+            for (int k = 0; k + 1 < AT_ONCE; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
         }
     }
     return named;
@@ -137,29 +137,31 @@ static __device__ __forceinline__ void put_pair(const Experts& a, const ExpertsP
     }
 }
 
-// The warp's pieces of a pass, whose rows are staged.
-static __device__ __forceinline__ void multiply(const Experts& a, const ExpertsPlan& plan, const moe::Share& share,
-                                                const Pass& pass, Feed& feed) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// The warp's pieces of a pass, whose rows are staged; `done`: of all its pieces so many.
+static __device__ __forceinline__ void multiply(const Experts& a, ExpertsPlan& plan, const moe::Share& share, int parks,
+                                                const Pass& pass, int& done, Feed& feed) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int blocks = pass.down ? a.second.blocks : a.first.blocks, stride = moe::stride_of(blocks);
     const float* const undo = work_at<float>(a.undo);
 #pragma unroll 1
-    for (int at = threadIdx.x / 32; at < pass.cut.end; at += WARPS) {
-        const Piece piece(pass.cut, at);
-        const int2 tile = pass.find(a, share, piece.tile);
-        const int4 group = plan.pairs.groups[tile.x];
+    for (int left = pass.cut.of_warp(); left > 0; --left, ++done) {
+        if (done > 0 && done % AHEAD == 0) list_pieces(a, plan, share, parks, done + AHEAD, AHEAD);
+        const Routed piece = plan.list[warp][done % PIECES];
+        const int4 group = plan.pairs.groups[piece.group()];
         // Where the group's token m is staged. Beyond the last token any row will do: nobody takes the sum.
         const auto row_of = [&](int m) {
             const int place = group.y + min(m, group.z - 1);
             return pass.down ? place - pass.batch.from : plan.pairs.token[place];
         };
-        const int slot = ((piece.tile - pass.cut.whole) << moe::cuts_of(blocks)) * a.tokens * 16;
-        const Parked park = {piece.halvings > 0 ? work_at<float>(a.parked) + slot : nullptr, a.tokens};
+        const int halvings = piece.halvings(), slot = (piece.number() << moe::cuts_of(blocks)) * a.tokens * 16;
+        const Parked park = {halvings > 0 ? work_at<float>(a.parked) + slot : nullptr, a.tokens};
         float sum[4];
-        moe::tile_product(sum, blocks, piece.piece, piece.halvings, lane,
-                          work_at<uint8_t>(STAGED_AT) + row_of(g) * stride + 32 * t, undo + row_of(2 * t) * moe::MOST_SLICES,
-                          undo + row_of(2 * t + 1) * moe::MOST_SLICES, feed, park);
-        if (piece.halvings > 0) continue;
+        moe::tile_product(sum, blocks, piece.piece(), halvings, lane,
+                          work_at<uint8_t>(STAGED_AT) + row_of(g) * stride + 32 * t,
+                          undo + row_of(2 * t) * moe::MOST_SLICES, undo + row_of(2 * t + 1) * moe::MOST_SLICES, feed,
+                          park);
+        if (halvings > 0) continue;
+        const int2 tile = make_int2(piece.group(), piece.tile());
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (2 * t + i < group.z) put_pair(a, plan, pass.down, tile, 2 * t + i, g, sum[i], sum[i + 2]);
@@ -208,7 +210,7 @@ static __device__ __forceinline__ void add_up(const Experts& a, const moe::FewPl
     }
 }
 
-static __device__ __noinline__ void experts_phase(int turn, Meetings& meetings, Stream& weights) {
+static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, Stream& weights) {
     const Experts& a = payload<Experts>(turn);
     ExpertsPlan& plan = work<ExpertsPlan>();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
@@ -225,9 +227,11 @@ static __device__ __noinline__ void experts_phase(int turn, Meetings& meetings, 
 
     Stream stream = weights;
     Pass pass(a, share, parks);
-    Asks asks = {a, plan, share, parks, pass, warp};
-    Feed feed = {stream, asks};
-    feed.ask();
+    list_pieces(a, plan, share, parks, 0, PIECES);
+    Feed feed = {stream, plan.list[warp]};
+#pragma unroll 1
+    for (int i = 0; i < stream.stages; ++i) feed.ask();
+    int done = 0;
     float alpha[3] = {};
     if (thread < share.groups) {
         const int expert = plan.pairs.groups[thread].x;
@@ -247,7 +251,7 @@ static __device__ __noinline__ void experts_phase(int turn, Meetings& meetings, 
         }
         rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
         __syncthreads();
-        multiply(a, plan, share, pass, feed);
+        multiply(a, plan, share, parks, pass, done, feed);
         __syncthreads();
         if (pass.cut.halvings > 0) collect(a, plan, share, pass, (pass.cut.end - pass.cut.whole) >> pass.cut.halvings);
         if (!pass.down) meetings.all();
@@ -256,6 +260,14 @@ static __device__ __noinline__ void experts_phase(int turn, Meetings& meetings, 
     weights = stream;
     __syncthreads();
     add_up(a, plan.pairs, share);
+}
+
+// The caller keeps its stream and meetings in registers.
+__device__ __forceinline__ void experts_phase(int turn, Meetings& meetings, Stream& stream) {
+    Stream weights = stream;
+    Meetings all = meetings;
+    experts_apart(turn, all, weights);
+    stream = weights, meetings = all;
 }
 
 // out [T, D]; mid: scratch [T topk, F]. F: columns of the shared expert too. grid: the launch's. Refuses what does not fit
@@ -267,7 +279,7 @@ static cudaError_t describe_experts(Phase* phase, const float* logits, int64_t l
                                     const float* w13_alpha, const void* w2_tiles, const float* w2_alpha, void* mid, void* out,
                                     int out_f32, int tokens, int experts, int topk, int D, int F, float limit, int grid,
                                     int work_bytes) {
-    const int pairs = tokens * topk, columns[2] = {D, F};
+    const int pairs = tokens * topk;
     if (tokens < 1 || tokens > TOKENS || topk < 1 || topk > 32 || pairs > moe::FEW_PAIRS || experts < topk || experts > 384)
         return cudaErrorInvalidValue;
     if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 1 || grid > MAX_BLOCKS)

@@ -26,12 +26,27 @@ struct Experts {
     int undo, shared_undo, slots, results, parked;  // where in the work area
 };
 
+// What a warp reads of routed weights: a tile, or a piece of one. No bytes: nothing more.
+struct alignas(16) Routed {
+    const uint8_t* from;
+    int bytes;
+    uint32_t what;  // group, tile of the group (of down: of the block), piece, halvings, number among those that are cut
+
+    __device__ __forceinline__ int group() const { return what & 63; }
+    __device__ __forceinline__ int tile() const { return what >> 6 & 4095; }
+    __device__ __forceinline__ int piece() const { return what >> 18 & 15; }
+    __device__ __forceinline__ int halvings() const { return what >> 22 & 7; }
+    __device__ __forceinline__ int number() const { return what >> 25; }
+};
+constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at a time: work is at most AHEAD behind
+
 // The work area begins with this. Staged rows follow: of the shared expert, behind them its scores and keys, then of x,
 // then of mid; the factors that undo their scaling, those of the shared expert, sums of its slices [tile][slice][T][16],
 // results of down [tile][place][16], sums of slices of tiles that are cut [tile][slice][T][16].
 struct alignas(128) ExpertsPlan {
     moe::FewPlan pairs;
     float alpha[moe::FEW_PAIRS][3];  // by group: of gate, up and down
+    Routed list[WARPS][PIECES];
 };
 constexpr int STAGED_AT = sizeof(ExpertsPlan);
 
@@ -47,13 +62,18 @@ __device__ __forceinline__ T* work_at(int offset) {
 struct Cut {
     int whole, end, halvings;  // end: whole tiles and pieces
 
-    __device__ __forceinline__ Cut(int tiles, int blocks, int parks) {
-        const int cuts = moe::cuts_of(blocks), rest = tiles % WARPS, by = threadIdx.x % 8;
-        const bool can = by <= cuts && (by == 0 || (blocks >> by >= moe::CHUNK_BLOCKS && rest << cuts <= parks));
-        const unsigned slices = ((rest << by) + WARPS - 1) / WARPS << max(cuts - by, 0);  // of a warp
-        halvings = __reduce_min_sync(moe::ALL, can ? slices << 3 | by : moe::ALL) & 7;
+    __device__ __forceinline__ Cut(int tiles, int blocks, int parks) : halvings(0) {
+        const int cuts = moe::cuts_of(blocks), rest = tiles % WARPS;
+        int least = 1 << cuts;  // slices of a warp
+#pragma unroll
+        for (int by = 1; by <= 4; ++by) {
+            const int slices = ((rest << by) + WARPS - 1) / WARPS << max(cuts - by, 0);
+            const bool can = by <= cuts && blocks >> by >= moe::CHUNK_BLOCKS && rest << cuts <= parks;
+            if (can && slices < least) least = slices, halvings = by;
+        }
         whole = tiles - rest, end = whole + (rest << halvings);
     }
+    __device__ __forceinline__ int of_warp() const { return max(end + WARPS - 1 - int(threadIdx.x / 32), 0) / WARPS; }
 };
 
 // A pass is over the block's tiles of gate and up, or over its rows of down for the experts of a batch.
@@ -78,59 +98,72 @@ struct Pass {
     }
 };
 
-// A warp's piece `at` of a pass.
-struct Piece {
-    int tile, piece, halvings;  // halvings: 0 if it is whole
-    __device__ __forceinline__ Piece(const Cut& cut, int at) : tile(at), piece(0), halvings(0) {
-        if (at < cut.whole) return;
-        halvings = cut.halvings, tile = cut.whole + ((at - cut.whole) >> halvings);
-        piece = at - cut.whole - ((tile - cut.whole) << halvings);
-    }
-};
-
-// What a warp asks for: as far as the list goes, its pieces of all passes, then the list beyond.
-struct Asks {
-    const Experts& a;
-    const ExpertsPlan& plan;
-    const moe::Share& share;
-    const int parks;
-    Pass pass;
-    int at;
-    enum { LISTED, ROUTED, BEYOND } state = LISTED;
-
-    __device__ __forceinline__ bool more(Stream& stream) {
-        if (state != ROUTED) {
-            if (stream.open_next()) return true;
-            if (state == BEYOND) return false;
-            state = ROUTED;
+// Of all that the warp reads in the passes, the pieces from `first` on, a lane each.
+__device__ __forceinline__ void list_pieces(const Experts& a, ExpertsPlan& plan, const moe::Share& share, int parks,
+                                            int first, int count) {
+    const int warp = threadIdx.x / 32, index = first + threadIdx.x % 32;
+    if (threadIdx.x % 32 < count) {
+        Routed piece = {};
+        Pass pass(a, share, parks);
+        int at = index;
+        bool exists = true;
+        while (exists && at >= pass.cut.of_warp()) at -= pass.cut.of_warp(), exists = pass.next(a, share, parks);
+        if (exists) {
+            at = at * WARPS + warp;
+            const bool whole = at < pass.cut.whole;
+            const int by = whole ? 0 : pass.cut.halvings, number = whole ? 0 : (at - pass.cut.whole) >> by;
+            const int part = whole ? 0 : at - pass.cut.whole - (number << by);
+            const int2 tile = pass.find(a, share, whole ? at : pass.cut.whole + number);
+            const moe::Job& job = pass.down ? a.second : a.first;
+            const int64_t row = static_cast<int64_t>(plan.pairs.groups[tile.x].x) * job.rows + tile.y +
+                                (pass.down ? share.first_tile : 0);
+            const int begin = moe::piece_begin(job.blocks, part, by), end = moe::piece_begin(job.blocks, part + 1, by);
+            piece.from = job.tiles + (row * job.blocks + begin) * w4::BLOCK_BYTES;
+            piece.bytes = (end - begin) * w4::BLOCK_BYTES;
+            piece.what = tile.x | tile.y << 6 | part << 18 | by << 22 | static_cast<uint32_t>(number) << 25;
         }
-        while (at >= pass.cut.end) {
-            if (!pass.next(a, share, parks)) {
-                stream.pass();
-                state = BEYOND;
-                return stream.open_next();
-            }
-            at = threadIdx.x / 32;
-        }
-        const Piece piece(pass.cut, at);
-        const int2 tile = pass.find(a, share, piece.tile);
-        const moe::Job& job = pass.down ? a.second : a.first;
-        const int64_t row = static_cast<int64_t>(moe::uniform(plan.pairs.groups[tile.x].x)) * job.rows + tile.y +
-                            (pass.down ? share.first_tile : 0);
-        const int begin = moe::piece_begin(job.blocks, piece.piece, piece.halvings);
-        const int end = moe::piece_begin(job.blocks, piece.piece + 1, piece.halvings);
-        stream.open(job.tiles + (row * job.blocks + begin) * w4::BLOCK_BYTES, (end - begin) * w4::BLOCK_BYTES, CHUNK);
-        at += WARPS;
-        return true;
+        plan.list[warp][index % PIECES] = piece;
     }
-};
+    __syncwarp();
+}
 
-// A warp's ring as the products know it.
+// A warp's ring, and what it asks for: as far as the list of the stream goes, its routed weights, then that list beyond.
 struct Feed {
     Stream& stream;
-    Asks& asks;
+    const Routed* list;
+    int next = 0;  // of the routed ones; -1 beyond them
+    bool routed = false;
+
+    __device__ __forceinline__ bool more() {
+        bool found = false;
+#pragma unroll 1
+        while (!found) {
+            Segment segment;
+            if (routed) {
+                const Routed piece = list[next % PIECES];
+                segment = {piece.from, piece.bytes, CHUNK};
+            } else {
+                segment = stream.ahead();
+            }
+            found = routed ? segment.bytes > 0 : segment.chunk > 0;
+            if (found) stream.open(segment.from, segment.bytes, segment.chunk);
+            if (!found && !routed && next < 0) return false;
+            const bool over = found != routed;  // a segment of the stream's list: one that is opened, or the marker
+            if (found && routed) ++next;
+            if (!found) next = routed ? -1 : 0, routed = !routed;
+            if (over) stream.pass();
+        }
+        return true;
+    }
+    // Asks for a chunk, if a stage is free.
     __device__ __forceinline__ void ask() {
-        stream.fill([&] { return asks.more(stream); });
+        if (stream.held == stream.stages || (stream.left == 0 && !more())) return;
+        const int now = min(stream.left, stream.chunk);
+        const uint32_t base = shared_address(memory());
+        if (elected())
+            bulk_load(base + stream.data + stream.tail * CHUNK, stream.from, now, base + stream.full + 8 * stream.tail);
+        stream.from += now, stream.left -= now, ++stream.held;
+        if (++stream.tail == stream.stages) stream.tail = 0;
     }
     __device__ __forceinline__ const uint8_t* wait() const { return stream.wait(); }
     __device__ __forceinline__ void refill() {
