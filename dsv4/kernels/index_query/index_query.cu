@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(WARPS * 32) index_query(const __grid_constant_
     if (first >= a.heads_in_all) return;
     const uint32_t own = min(first + lane / 4, a.heads_in_all - 1);
     const int64_t row = own / a.heads;
-    index::HeadShare share = index::load_head(a.q + row * a.row_bytes + own % a.heads * a.head_bytes, a.dims, lane % 4);
+    const uint4* head = reinterpret_cast<const uint4*>(a.q + row * a.row_bytes + own % a.heads * a.head_bytes);
+    index::HeadShare share = index::load_head(a.dims, lane % 4, [&](int chunk) { return head[chunk]; });
     float2 by[index::PAIRS];
 #pragma unroll
     for (int i = 0; i < index::PAIRS; ++i)

@@ -19,13 +19,13 @@ struct HeadShare {
     int first;  // rotation of the first pair; before rotation 0 nothing turns
 };
 
-// `head`: this lane's, 16-byte aligned. `dims`: the channels at the end that turn.
-__device__ __forceinline__ HeadShare load_head(const uint8_t* head, int dims, int t) {
+// chunk(c): the c-th 16 bytes of this lane's head. `dims`: the channels at the end that turn.
+template <typename Chunk>
+__device__ __forceinline__ HeadShare load_head(int dims, int t, Chunk chunk) {
     HeadShare s;
-    const uint4* words = reinterpret_cast<const uint4*>(head) + 4 * t;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint4 word = words[i];
+        const uint4 word = chunk(4 * t + i);
         s.x[4 * i] = word.x, s.x[4 * i + 1] = word.y, s.x[4 * i + 2] = word.z, s.x[4 * i + 3] = word.w;
     }
     s.first = PAIRS * t - (64 - dims / 2);

@@ -168,9 +168,13 @@ __device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     // All that no other load must precede; a row of a decode step is the sequence of the same number.
     const bool treats = warp * WARP_HEADS < a.heads;
-    HeadShare share;
+    const auto place_of = [&](int head, int chunk) {  // of the warp's heads
+        return reinterpret_cast<uint4*>(s.heads + chunk_at(warp * WARP_HEADS + head, chunk));
+    };
     if (treats) {
-        share = load_head(a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES, a.dims, t);
+        const uint8_t* head = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copy_async16(place_of(g, 4 * t + i), head + 16 * (4 * t + i));
 #pragma unroll 1
         for (int i = lane; i < a.dims / 2; i += 32) copy_async8(&s.turns[warp][i], a.cis + row * a.cis_stride + i);
     }
@@ -212,9 +216,11 @@ __device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64
     if (treats) {
         copies_wait();
         __syncwarp();
+        HeadShare share = load_head(a.dims, t, [&](int chunk) { return *place_of(g, chunk); });
+        __syncwarp();  // treated heads go where they came
         turn(share, [&](int i) { return s.turns[warp][share.first + i]; });
         treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
-            *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * WARP_HEADS + head, chunk)) = channels;
+            *place_of(head, chunk) = channels;
         });
     }
     if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
