@@ -100,7 +100,7 @@ struct Staging {
 // total = a piece of a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and
 // 2 t + 1. park(slice, sum) may take the sum of a slice instead, for it to be added in its turn; park.collect(total,
 // slice, cuts) is told when a piece is done and which slice comes behind it. Park::NARROW: pieces of slices narrower than
-// a chunk are whole chunks.
+// a chunk are whole chunks, and code is to be short.
 template <typename Ring, typename Park>
 __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int piece, int halvings, int lane,
                                              const uint8_t* x, const float* undo0, const float* undo1, Ring& ring,
@@ -162,7 +162,7 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
         w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
 #pragma unroll
         for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-        if (width == 4) {
+        if (!Park::NARROW && width == 4) {
             whole(std::integral_constant<int, 4>(), parts);
         } else if (width == 2) {
             whole(std::integral_constant<int, 2>(), parts);
@@ -171,6 +171,12 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
             for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(even, odd, parts[k], x + k * 128);
             done += CHUNK_BLOCKS;
             if (done == stop) end_slice(done);
+        } else if (Park::NARROW) {
+#pragma unroll 1
+            for (int k = 0; k < CHUNK_BLOCKS && done < end; ++k) {
+                multiply(even, odd, w4::load(block + k * w4::BLOCK_BYTES, lane), x + k * 128);
+                if (++done == stop) end_slice(done);
+            }
         } else {
 #pragma unroll
             for (int k = 0; k < CHUNK_BLOCKS; ++k) {

@@ -138,14 +138,16 @@ static __device__ __forceinline__ void put_pair(const Experts& a, const ExpertsP
 }
 
 // The warp's pieces of a pass, whose rows are staged; `done`: of all its pieces so many.
-static __device__ __forceinline__ void multiply(const Experts& a, ExpertsPlan& plan, const moe::Share& share, int parks,
-                                                const Pass& pass, int& done, Feed& feed) {
+static __device__ __forceinline__ void multiply(int turn, const moe::Share& share, int parks, const Pass& pass, int& done,
+                                                Feed& feed) {
+    const Experts& a = payload<Experts>(turn);
+    const ExpertsPlan& plan = work<ExpertsPlan>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int blocks = pass.down ? a.second.blocks : a.first.blocks, stride = moe::stride_of(blocks);
     const float* const undo = work_at<float>(a.undo);
 #pragma unroll 1
     for (int left = pass.cut.of_warp(); left > 0; --left, ++done) {
-        if (done > 0 && done % AHEAD == 0) list_pieces(a, plan, share, parks, done + AHEAD, AHEAD);
+        if (done > 0 && done % AHEAD == 0) list_pieces(turn, share, parks, done + AHEAD, AHEAD);
         const Routed piece = plan.list[warp][done % PIECES];
         const int4 group = plan.pairs.groups[piece.group()];
         // Where the group's token m is staged. Beyond the last token any row will do: nobody takes the sum.
@@ -227,7 +229,7 @@ static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, 
 
     Stream stream = weights;
     Pass pass(a, share, parks);
-    list_pieces(a, plan, share, parks, 0, PIECES);
+    list_pieces(turn, share, parks, 0, PIECES);
     Feed feed = {stream, plan.list[warp]};
 #pragma unroll 1
     for (int i = 0; i < stream.stages; ++i) feed.ask();
@@ -251,7 +253,7 @@ static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, 
         }
         rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
         __syncthreads();
-        multiply(a, plan, share, parks, pass, done, feed);
+        multiply(turn, share, parks, pass, done, feed);
         __syncthreads();
         if (pass.cut.halvings > 0) collect(a, plan, share, pass, (pass.cut.end - pass.cut.whole) >> pass.cut.halvings);
         if (!pass.down) meetings.all();
