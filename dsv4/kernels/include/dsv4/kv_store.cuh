@@ -1,7 +1,7 @@
 // The end of a KV entry's or an index key's making, by one warp: norm, RoPE, Hadamard, rounding, and the bytes of
 // dsv4/quant/kv.py. Lane l holds channels (32 * it + l) * 8 .. + 7 for it < ITER; channels from n on are zero.
 // `wide`: n is a multiple of 8 and rows start at one of 16 bytes. WHOLE: that is known when the code is compiled, and
-// the number of rotated channels is a multiple of 8 too.
+// the number of rotated channels is a multiple of 8 too, and not 0.
 #pragma once
 #include <dsv4/formats.cuh>
 #include <dsv4/numbers.cuh>
@@ -66,9 +66,10 @@ __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2
     for (int it = 0; it < ITER; ++it) {  // all loads before the sum is waited for
         const int i = channel(it);
         load_channels<WHOLE>(weight, w[it], i, n, wide);
+        const int rotated = i - (n - dims);  // WHOLE: lanes without a rotation read the first ones
 #pragma unroll
         for (int k = 0; k < 8; k += 2)
-            if (turns(i, k)) c[it][k / 2] = turn[(i + k - (n - dims)) / 2];
+            if (WHOLE || turns(i, k)) c[it][k / 2] = turn[((!WHOLE || turns(i, k) ? rotated : 0) + k) / 2];
     }
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
