@@ -11,7 +11,6 @@
 #pragma once
 #include <dsv4/attention.cuh>
 #include <dsv4/cluster.cuh>
-#include <dsv4/dependent.cuh>
 #include <dsv4/mma.cuh>
 
 namespace dsv4::attention::few {
@@ -579,36 +578,5 @@ struct Block {
         cluster_wait();  // nobody leaves while its shared memory is read
     }
 };
-
-template <int HG, int TILES>
-__global__ void __launch_bounds__(THREADS, 1) sparse_attention_few(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(16) uint8_t memory[];
-    using S = Shared<HG, TILES>;
-    static_assert(HG * OUT_ROW * 4 <= (S::STAGE + HG) * ROW, "a partial result fits where entries and queries were");
-    take_turn();
-    const int unit = blockIdx.x / SPLITS, head = unit % a.groups * HG;
-    Block<HG, TILES> block(a, *reinterpret_cast<S*>(memory), unit / a.groups, cluster_rank());
-    block.run(head);
-    block.combine(head);
-}
-
-template <int HG, int TILES>
-static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
-    constexpr int bytes = sizeof(Shared<HG, TILES>);
-    const auto kernel = sparse_attention_few<HG, TILES>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error) return error;
-    a.groups = (a.heads + HG - 1) / HG;
-    return launch_dependent_clusters(kernel, rows * a.groups * SPLITS, THREADS, bytes, SPLITS, stream, a);
-}
-
-// Heads go to as many blocks as find a multiprocessor each; beyond that, fewer blocks decode less often.
-static cudaError_t run(const Arguments& a, int64_t rows, bool roomy, cudaStream_t stream) {
-    constexpr int BLOCKS = 128;
-    if (!roomy) return run<16, 2>(a, rows, stream);
-    if (a.heads <= 16 || rows * ((a.heads + 15) / 16) * SPLITS <= BLOCKS) return run<16, 5>(a, rows, stream);
-    if (a.heads <= 32 || rows * ((a.heads + 31) / 32) * SPLITS <= BLOCKS) return run<32, 5>(a, rows, stream);
-    return run<64, 5>(a, rows, stream);
-}
 
 }  // namespace dsv4::attention::few
