@@ -59,8 +59,10 @@ static cudaError_t arguments(Arguments& a, int& threads, size_t& shared, ATTN_IN
 
 // Rows are whole pieces of 16 bytes, and all tokens have their places: what a model's decode step is like.
 static bool whole(const Arguments& a) {
-    bool yes = a.q_wide && a.append.wide && a.append.dims > 0 && a.append.dims % 8 == 0 && a.append.written == a.append.rows;
-    for (const compress::Arguments& c : a.compressions) yes = yes && (c.width == 0 || (c.vectors && c.wide && c.dims > 0 && c.dims % 8 == 0));
+    const auto turned = [](int dims) { return dims > 0 && dims % 8 == 0; };
+    bool yes = a.q_wide && a.append.wide && turned(a.append.dims) && a.append.written == a.append.rows;
+    for (const compress::Arguments& c : a.compressions)
+        yes = yes && (c.width == 0 || (c.vectors && c.wide && turned(c.dims)));
     return yes;
 }
 

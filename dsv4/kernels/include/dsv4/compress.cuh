@@ -198,8 +198,8 @@ inline size_t shared_of(const Arguments& a) {
     return (2 * a.width + a.dims + (groups > 1 ? groups * 3 * a.width : 0)) * sizeof(float);
 }
 
-// Pools the entry that is numbered i; where it goes, -1 if there is none. Shared, aligned to 16 bytes: the pooled row [N], the norm's weight [N], the rotations
-// [R / 2], then, where several groups of threads share the items, their sums [groups][3][N].
+// Pools the entry that is numbered i; where it goes, -1 if there is none. Shared, aligned to 16 bytes: the pooled row [N],
+// the norm's weight [N], the rotations [R / 2], then, where groups of threads share the items, their sums [groups][3][N].
 template <int W, typename T, bool WHOLE = false>
 __device__ __forceinline__ int64_t pool_entry(const Arguments& a, int64_t i, int groups, float* shared) {
     if (i >= a.entries) return -1;
