@@ -34,46 +34,66 @@ __device__ __forceinline__ void note_time(const Program& program, int index, int
     program.times[(static_cast<int64_t>(index) * gridDim.x + blockIdx.x) * 2 + end] = now;
 }
 
+// The phase at hand begins, and the next one is asked for.
+__device__ __forceinline__ void begin(const Program& program, int index) {
+    fetch_phase(program, index + 1, index % 2 ^ 1);
+    note_time(program, index, 0);
+}
+
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
-    Stream stream(program, threadIdx.x / 32);
-    stream.fill();
+    {
+        Stream stream(program, program.segments + program.starts[blockIdx.x * WARPS + Stream::warp()]);
+        stream.fill();
+        stream.park();
+    }
     fetch_phase(program, 0, 0);
     wait_for_copies();
     __syncthreads();
     wait_for_previous();
-    Meetings meetings = {program.state, program.state->before + gridDim.x};
+    Meetings meetings = {program.state, program.state->before};
     int before = KINDS;
 #pragma unroll 1
-    for (int index = 0; index <= program.count; ++index) {
-        const int turn = index % 2;
-        const int kind = index < program.count ? phase_kind(turn) : KINDS;
-        Ahead ahead;
+    for (int index = 0; index < program.count; ++index) {
+        const int turn = index % 2, kind = phase_kind(turn);
         if (before == SEAM) seam_rest(turn ^ 1);
-        if (kind == SEAM) seam_ahead(turn);
-        const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
+        if (kind == LINEAR) {
+            Stream stream(program);
+            Ahead ahead;
+            const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
 #pragma unroll 1
-        for (int late = 0; late < 2; ++late) {
-            if (kind == LINEAR && speaks == (late == 1)) prepare_linear(turn, stream, ahead);
-            if (late == 0 && index > 0) meetings.wait_for_all();
+            for (int late = 0; late < 2; ++late) {
+                if (speaks == (late == 1)) prepare_linear(turn, stream, ahead);
+                if (late == 0) meetings.wait_for_all();
+            }
+            begin(program, index);
+            linear_phase(turn, stream, ahead);
+            stream.park();
+        } else {
+            if (kind == SEAM) seam_ahead(turn);
+            meetings.wait_for_all();
+            begin(program, index);
+            if (kind == SEAM) {
+                seam_phase(turn);
+            } else if (kind == EXPERTS) {
+                Stream stream(program);
+                experts_phase(turn, meetings, stream);
+                stream.park();
+            } else if (kind == INPUTS) {
+                inputs_phase(turn);
+            } else if (kind == INDEX) {
+                index_phase(turn, meetings);
+            } else {
+                attention_phase(turn);
+            }
         }
-        if (kind == KINDS) break;
-        fetch_phase(program, index + 1, turn ^ 1);
-        note_time(program, index, 0);
-        switch (kind) {
-            case LINEAR: linear_phase(turn, stream, ahead); break;
-            case SEAM: seam_phase(turn); break;
-            case EXPERTS: experts_phase(turn, meetings, stream); break;
-            case INPUTS: inputs_phase(turn); break;
-            case INDEX: index_phase(turn, meetings); break;
-            default: attention_phase(turn, meetings); break;
-        }
-        before = kind;
         note_time(program, index, 1);
         wait_for_copies();
+        before = kind;
         meetings.come();
     }
+    meetings.wait_for_all();
     if (blockIdx.x > 0) return;
-    if (threadIdx.x == 0) program.state->before = meetings.target - gridDim.x;
+    if (threadIdx.x == 0) program.state->before = meetings.target;
     if (threadIdx.x < MAX_BLOCKS / persistent::GROUP) program.state->groups[threadIdx.x] = 0;
 }
 

@@ -24,17 +24,17 @@ constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for it
 // How often a block has met others in this launch.
 struct Meetings {
     State* state;
-    unsigned target;  // arrivals at the next meeting of all
+    unsigned target;  // arrivals at the last meeting of all
     unsigned group = 0;
 
     // This block is here; all blocks are. Every thread calls.
     __device__ __forceinline__ void come() {
         __syncthreads();
         if (threadIdx.x == SPEAKER) arrive(&state->arrivals);
+        target += gridDim.x;
     }
     __device__ __forceinline__ void wait_for_all() {
         if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, target);
-        target += gridDim.x;
         __syncthreads();
     }
     __device__ __forceinline__ void all() {

@@ -31,9 +31,18 @@ struct Stream {
     const uint8_t* from = nullptr;
     int left = 0, chunk = 0;  // of the segment that is being asked for
 
-    __device__ __forceinline__ Stream(const Program& program, int warp)
-        : data(WORK_AT + program.work_bytes + warp * program.stages * CHUNK), full(BARRIERS_AT + warp * BARRIERS * 8),
-          stages(program.stages), list(program.segments + program.starts[blockIdx.x * WARPS + warp]) {
+    // As it was parked.
+    __device__ __forceinline__ explicit Stream(const Program& program)
+        : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
+          stages(program.stages) {
+        const StreamState parked = *reinterpret_cast<const StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState));
+        head = parked.head, tail = parked.tail, held = parked.held, parity = parked.parity;
+        list = parked.list, place = parked.place, from = parked.from, left = parked.left, chunk = parked.chunk;
+    }
+    // At the beginning of its list.
+    __device__ __forceinline__ Stream(const Program& program, const Segment* list)
+        : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
+          stages(program.stages), list(list) {
         if (threadIdx.x % 32 < BARRIERS) {
             barrier_init(shared_address(memory()) + full + threadIdx.x % 32 * 8, 1);
             barriers_ready();
@@ -42,8 +51,16 @@ struct Stream {
         load_half(0), load_half(1);
         wait_half(0);
     }
+    // Until a phase needs it again: registers are scarce.
+    __device__ __forceinline__ void park() const {
+        if (threadIdx.x % 32 == 0)
+            *reinterpret_cast<StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState)) = {
+                list, from, head, tail, held, static_cast<int>(parity), place, left, chunk, 0};
+        __syncwarp();
+    }
 
-    __device__ __forceinline__ int segments() const { return SEGMENTS_AT + threadIdx.x / 32 * (2 * HALF * 16); }
+    static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+    __device__ __forceinline__ int segments() const { return SEGMENTS_AT + warp() * (2 * HALF * 16); }
     __device__ __forceinline__ uint32_t half_barrier(int number) const {
         return shared_address(memory()) + full + (MAX_STAGES + number % 2) * 8;
     }
