@@ -261,29 +261,32 @@ struct WordOfSlices {
     float* totals;
 };
 
-// By a warp, all at once.
-template <int COUNT>
+// By a warp, of 32 N slices at once.
+template <int N, int COUNT>
 __device__ __forceinline__ void hear_slices(const WordOfSlices (&all)[COUNT], int slices) {
-    constexpr int N = MOST_SLICES / 32;
     const int lane = threadIdx.x % 32;
-    exchange::Word heard[COUNT][N];
+    float sums[COUNT][4] = {};
+#pragma unroll 1
+    for (int begin = lane; begin - lane < (32 * N < MOST_SLICES ? slices : 1); begin += 32 * N) {
+        exchange::Word heard[COUNT][N];
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (all[c].any && begin + 32 * i < slices) heard[c][i] = look(all[c].from + begin + 32 * i);
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (all[c].any && begin + 32 * i < slices) {
+                    while (heard[c][i].turn != all[c].turn) heard[c][i] = look(all[c].from + begin + 32 * i);
+#pragma unroll
+                    for (int k = 0; k < exchange::PER_WORD; ++k) sums[c][k] += heard[c][i].values[k];
+                }
+    }
 #pragma unroll
     for (int c = 0; c < COUNT; ++c)
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            if (all[c].any && lane + 32 * i < slices) heard[c][i] = look(all[c].from + lane + 32 * i);
-#pragma unroll
-    for (int c = 0; c < COUNT; ++c) {
-        float sums[4] = {};
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            if (all[c].any && lane + 32 * i < slices) {
-                while (heard[c][i].turn != all[c].turn) heard[c][i] = look(all[c].from + lane + 32 * i);
-#pragma unroll
-                for (int k = 0; k < exchange::PER_WORD; ++k) sums[k] += heard[c][i].values[k];
-            }
-        if (all[c].any) total_of_word(sums, all[c].word, all[c].totals);
-    }
+        if (all[c].any) total_of_word(sums[c], all[c].word, all[c].totals);
 }
 
 // The sum of squares of all streams.

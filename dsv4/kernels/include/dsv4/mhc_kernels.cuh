@@ -49,7 +49,7 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
 #pragma unroll
         for (int t = 0; t < TT; ++t)
             all[t] = {t < count, warp, turns[t], words.sums[first + t][warp], totals[t]};
-        hear_slices(all, slices);
+        hear_slices<MOST_SLICES / 32>(all, slices);
     }
     __syncthreads();
     // Every block of these tokens has read the numbers of the turn: this one has heard of all. By idle warps.

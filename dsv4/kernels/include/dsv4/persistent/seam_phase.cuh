@@ -145,7 +145,7 @@ static __device__ __noinline__ void seam_phase(int turn) {
             const int t = any ? i / S::WORDS : 0, word = i % S::WORDS;
             all[c] = {any, word, s.turns[t], words.sums[first + t][word], s.totals[t]};
         }
-        hear_slices(all, slices);
+        hear_slices<2>(all, slices);
     }
     __syncthreads();
     // Every block of these tokens has read the numbers of the turn: this one has heard of all. By idle warps.
