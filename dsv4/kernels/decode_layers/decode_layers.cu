@@ -1,5 +1,20 @@
 // decode_layers: all layers of a decode step in one launch. Blocks, one per processor, walk through a program of phases and
 // meet after each; a warp's weights come ahead of the work, across phases (persistent/stream.cuh).
+#include <cstdint>
+#include <cuda_runtime.h>
+
+// A thread's number is asked for anew in each place: else all that follows from it would be computed once, before the first
+// phase, and be kept in local memory for want of registers. That goes through caches which the weights' rings leave small.
+struct Thread {
+    unsigned x;
+};
+__device__ __forceinline__ Thread this_thread() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return {x};
+}
+#define threadIdx this_thread()
+
 #include <dsv4/dependent.cuh>
 #include <dsv4/persistent/attention_phase.cuh>
 #include <dsv4/persistent/experts_phase.cuh>
@@ -58,7 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         if (before == SEAM) seam_rest(turn ^ 1);
         if (kind == LINEAR) {
             Stream stream(program);
-            Ahead ahead;
+            Ahead ahead = {};
             const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
 #pragma unroll 1
             for (int late = 0; late < 2; ++late) {

@@ -16,7 +16,7 @@ from dsv4.kernels.decode_layers.spread import WARPS, segments_on
 from dsv4.kernels.moe.operand import ExpertsOperand
 
 ROWS, MAX_BLOCKS, MAX_STAGES, CHUNK = 8, 160, 8, 2304  # constants of program.cuh
-_STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
+_STATIC_BYTES = 256  # of it, which the kernel declares itself
 _ALIGNED = 128  # bytes: the work area's end
 
 

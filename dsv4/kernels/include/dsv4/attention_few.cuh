@@ -483,14 +483,14 @@ struct Block {
     __device__ void run_in_turn(int head) {
         static_assert(HG <= WARPS, "a warp takes a query at most");
         const int slots = all_slots();
-        Query q;
-        float2 turns[4];
         if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
         for (auto& rows : sums)
             for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         int stages = 1;
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
+            Query q = {};
+            float2 turns[4] = {};
             read_rows(stage);
             if (stage == 0) {
                 if (warp < HG) load_query(q, a, token, head + warp, lane);

@@ -257,7 +257,7 @@ __device__ __forceinline__ int64_t pool_entry(const Arguments& a, int64_t i, int
 // Makes and stores the pooled entry, by the first warp.
 template <typename T, int ITER, bool INDEX, bool PACKED, bool WHOLE = false>
 __device__ void finish(const Arguments& a, const float* shared, int64_t to) {
-    kv_store::Row<ITER> row;
+    kv_store::Row<ITER> row = {};
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
         kv_store::load_channels<WHOLE>(shared, row.v[it], kv_store::channel(it), a.width, a.wide);

@@ -52,7 +52,7 @@ template <typename T, int ITER, bool PACKED, bool WHOLE = false>
 __device__ void append(const Arguments& a, int64_t row) {
     const int64_t to = WHOLE ? a.write_to[row] : place(a, row);
     const T* from = static_cast<const T*>(a.kv) + row * a.kv_stride;
-    kv_store::Row<ITER> entry;
+    kv_store::Row<ITER> entry = {};
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
         kv_store::load_channels<WHOLE>(from, entry.v[it], kv_store::channel(it), a.n, a.wide);

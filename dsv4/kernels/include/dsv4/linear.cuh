@@ -253,8 +253,7 @@ __device__ __forceinline__ void stage_slices(const Part& part, int tokens, int c
         for (int i = 0; i < AT_ONCE; ++i) {
             tokens_of[i] = token, slices_of[i] = which;
             const int column = (first + which) * SLICE + lane * 16;
-            if (token < tokens)
-                load_columns(pairs[i], part.x + token * part.x_stride + column, columns - column, part.x_wide);
+            load_columns(pairs[i], part.x + min(token, tokens - 1) * part.x_stride + column, columns - column, part.x_wide);
             token += step, which += rest;
             if (which >= count) which -= count, ++token;
         }

@@ -268,7 +268,7 @@ __device__ __forceinline__ void hear_slices(const WordOfSlices (&all)[COUNT], in
     float sums[COUNT][4] = {};
 #pragma unroll 1
     for (int begin = lane; begin - lane < (32 * N < MOST_SLICES ? slices : 1); begin += 32 * N) {
-        exchange::Word heard[COUNT][N];
+        exchange::Word heard[COUNT][N] = {};
 #pragma unroll
         for (int c = 0; c < COUNT; ++c)
 #pragma unroll

@@ -24,9 +24,10 @@ __host__ __device__ __forceinline__ int piece_begin(int blocks, int piece, int h
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
 
 // Rows of BF16 into shared memory as FP16, every slice scaled by a power of two; undo [row][MOST_SLICES] takes it back.
-// A warp takes 512 columns: as many slices at once as fit, each in its own 2^bits lanes.
+// A warp takes 512 columns: as many slices at once as fit, each in its own 2^bits lanes;
+// of AT_ONCE times so many the loads are in flight together.
+template <int AT_ONCE>
 struct Staging {
-    static constexpr int AT_ONCE = 4;
     const bf16* x;
     int64_t x_row;
     int rows, columns, blocks, cuts, bits;

@@ -57,7 +57,7 @@ struct Meeting {
         float2 sum = {};
 #pragma unroll 1
         for (int first = 0; first < p.size; first += TOGETHER, from += TOGETHER * NEXT) {
-            exchange::Pair heard[TOGETHER];
+            exchange::Pair heard[TOGETHER] = {};
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i)
                 if (first + i < p.size && first + i != p.rank) heard[i] = exchange::look_at_peer(from + i * NEXT);

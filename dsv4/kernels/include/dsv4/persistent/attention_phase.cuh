@@ -145,7 +145,7 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
     return cudaSuccess;
 }
 
-static __device__ __noinline__ void attention_phase(int turn) {
+static __device__ __forceinline__ void attention_phase(int turn) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
     if (phase.heads == 8) Unit<8>::all(phase);

@@ -8,10 +8,10 @@
 
 namespace dsv4::persistent {
 
-// Scores of all experts, and the shared expert's activation, for all to see after a barrier; x is on its way. Returns the
+// Scores of all experts, and the shared expert's activation, for all to see after a barrier. Returns the
 // expert of a hash layer that this lane is to enter. A thread takes a score or so of the first rows and four columns of
 // the last.
-static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, moe::Staging& rows) {
+static __device__ __forceinline__ int64_t score_and_activate(const Experts& a) {
     constexpr int AT_ONCE = 4;
     const int thread = threadIdx.x, warp = thread / 32, scores = a.tokens * a.keys, quads = a.second.columns / 4;
     uint8_t* const staged = work_at<uint8_t>(STAGED_AT);
@@ -21,7 +21,7 @@ static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, m
 #pragma unroll 1
     for (int begin = 0; begin < max(scores, a.tokens * quads); begin += AT_ONCE * THREADS) {
         float logit[AT_ONCE], bias[AT_ONCE];
-        uint2 gate[AT_ONCE], up[AT_ONCE];
+        uint2 gate[AT_ONCE] = {}, up[AT_ONCE] = {};
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             const int at = begin + j * THREADS + thread, token = moe::quotient(at, a.keys), e = at - token * a.keys;
@@ -38,7 +38,6 @@ static __device__ __forceinline__ int64_t score_and_activate(const Experts& a, m
             up[j] = *reinterpret_cast<const uint2*>(a.up + token * a.up_stride + column);
         }
         if (begin == 0) {
-            rows.load(warp);
             const int token = WARPS - 1 - warp;
             if (a.route.tid2eid != nullptr && token < a.tokens) named = routing::expert_of_token(a.route, token);
         }
@@ -212,12 +211,16 @@ static __device__ __forceinline__ void add_up(const Experts& a, const moe::FewPl
     }
 }
 
-static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, Stream& weights) {
+static __device__ __forceinline__ void stage_rows(const Experts& a, moe::Staging<4> rows) {
+    rows.load(threadIdx.x / 32);
+    rows.finish(threadIdx.x / 32, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+}
+
+static __device__ __forceinline__ void experts_phase(int turn, Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
     ExpertsPlan& plan = work<ExpertsPlan>();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
-    moe::Staging rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
-    const int64_t named = score_and_activate(a, rows);
+    const int64_t named = score_and_activate(a);
     if (thread < moe::FEW_PAIRS) moe::enter_pair(plan.pairs, moe::NOBODY, 0.0f);
     __syncthreads();
     pick_and_stage(a, plan.pairs, named);
@@ -227,7 +230,6 @@ static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, 
     const bool crowded = plan.pairs.leads[lane].y > a.tokens || plan.pairs.leads[lane + 32].y > a.tokens;
     const int parks = __any_sync(moe::ALL, crowded) ? 0 : a.parks;
 
-    Stream stream = weights;
     Pass pass(a, share, parks);
     list_pieces(turn, share, parks, 0, PIECES);
     Feed feed = {stream, plan.list[warp]};
@@ -244,32 +246,20 @@ static __device__ __noinline__ void experts_apart(int turn, Meetings& meetings, 
 #pragma unroll
         for (int i = 0; i < 3; ++i) plan.alpha[thread][i] = alpha[i];
     __syncthreads();  // nobody reads the shared expert's rows any more
+    stage_rows(a, moe::Staging<4>(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks));
 #pragma unroll 1
     while (true) {
-        if (pass.down) {
-            rows = moe::Staging(a.second.x + pass.batch.from * a.second.x_row, a.second.x_row, pass.batch.to - pass.batch.from,
-                                a.second.columns, a.second.blocks);
-            rows.load(warp);
-        }
-        rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
         __syncthreads();
         multiply(turn, share, parks, pass, done, feed);
         __syncthreads();
         if (pass.cut.halvings > 0) collect(a, plan, share, pass, (pass.cut.end - pass.cut.whole) >> pass.cut.halvings);
         if (!pass.down) meetings.all();
         if (!pass.next(a, share, parks)) break;
+        stage_rows(a, moe::Staging<4>(a.second.x + pass.batch.from * a.second.x_row, a.second.x_row,
+                                      pass.batch.to - pass.batch.from, a.second.columns, a.second.blocks));
     }
-    weights = stream;
     __syncthreads();
     add_up(a, plan.pairs, share);
-}
-
-// The caller keeps its stream and meetings in registers.
-__device__ __forceinline__ void experts_phase(int turn, Meetings& meetings, Stream& stream) {
-    Stream weights = stream;
-    Meetings all = meetings;
-    experts_apart(turn, all, weights);
-    stream = weights, meetings = all;
 }
 
 // out [T, D]; mid: scratch [T topk, F]. F: columns of the shared expert too. grid: the launch's. Refuses what does not fit

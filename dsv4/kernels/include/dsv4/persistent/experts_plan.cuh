@@ -99,7 +99,7 @@ struct Pass {
 };
 
 // Of all that the warp reads in the passes, the pieces from `first` on, a lane each.
-static __device__ __noinline__ void list_pieces(int turn, moe::Share share, int parks, int first, int count) {
+static __device__ __forceinline__ void list_pieces(int turn, moe::Share share, int parks, int first, int count) {
     const Experts& a = payload<Experts>(turn);
     ExpertsPlan& plan = work<ExpertsPlan>();
     const int warp = threadIdx.x / 32, index = first + threadIdx.x % 32;

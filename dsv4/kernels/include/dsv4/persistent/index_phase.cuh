@@ -24,7 +24,7 @@ struct IndexWork {
     index::Selection<THREADS> selection;
 };
 
-static __device__ __noinline__ void index_phase(int turn, Meetings& meetings) {
+static __device__ __forceinline__ void index_phase(int turn, Meetings& meetings) {
     const index::Arguments& a = payload<Index>(turn).of;
     const int groups = gridDim.x / GROUP, group = blockIdx.x / GROUP, rank = blockIdx.x % GROUP;
     if (group >= groups) return;

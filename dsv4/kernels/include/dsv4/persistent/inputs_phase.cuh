@@ -11,7 +11,7 @@ struct Inputs {
 };
 
 // Work area: as compress::pool_entry has it.
-static __device__ __noinline__ void inputs_phase(int turn) {
+static __device__ __forceinline__ void inputs_phase(int turn) {
     const Inputs& a = payload<Inputs>(turn);
     for (int item = blockIdx.x; item < a.of.count * a.rows; item += gridDim.x) {
         const int part = item / a.rows;

@@ -72,7 +72,7 @@ static __device__ __forceinline__ void seam_ahead(int turn) {
     if (mine.count > 0) fetch_parameters(seam.args, mine.slice, work<SeamWork>().slices[0]);
 }
 
-static __device__ __noinline__ void seam_phase(int turn) {
+static __device__ __forceinline__ void seam_phase(int turn) {
     using namespace mhc;
     using mhc::SEAM;
     using S = SeamWork::S;
@@ -168,7 +168,7 @@ static __device__ __noinline__ void seam_phase(int turn) {
 
 // After come() behind the phase and before wait_for_all(), while no one writes to the work area but seam_ahead. By the upper
 // half of the warps.
-static __device__ __noinline__ void seam_rest(int turn) {
+static __device__ __forceinline__ void seam_rest(int turn) {
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
     const int t = static_cast<int>(threadIdx.x / 32) - TOKENS;
