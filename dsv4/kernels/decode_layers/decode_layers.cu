@@ -37,8 +37,8 @@ __device__ __forceinline__ void fetch_phase(const Program& program, int index, i
                      reinterpret_cast<const uint8_t*>(program.phases + index) + at);
 }
 
-__device__ __forceinline__ int phase_kind(int turn) {
-    return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn].kind;
+__device__ __forceinline__ const Phase& phase_at(int turn) {
+    return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn];
 }
 
 // end: 0 for the beginning of a phase, 1 for its end.
@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     wait_for_previous();
     Meetings meetings = {program.state, program.state->before};
     int before = KINDS;
+    bool joined = false;
 #pragma unroll 1
     for (int index = 0; index < program.count; ++index) {
-        const int turn = index % 2, kind = phase_kind(turn);
+        const int turn = index % 2, kind = phase_at(turn).kind;
         if (before == SEAM) seam_rest(turn ^ 1);
         if (kind == LINEAR) {
             Stream stream(program);
@@ -78,14 +79,14 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
 #pragma unroll 1
             for (int late = 0; late < 2; ++late) {
                 if (speaks == (late == 1)) prepare_linear(turn, stream, ahead);
-                if (late == 0) meetings.wait_for_all();
+                if (late == 0 && !joined) meetings.wait_for_all();
             }
             begin(program, index);
             linear_phase(turn, stream, ahead);
             stream.park();
         } else {
             if (kind == SEAM) seam_ahead(turn);
-            meetings.wait_for_all();
+            if (!joined) meetings.wait_for_all();
             begin(program, index);
             if (kind == SEAM) {
                 seam_phase(turn);
@@ -103,8 +104,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         }
         note_time(program, index, 1);
         wait_for_copies();
-        before = kind;
-        meetings.come();
+        before = kind, joined = phase_at(turn).joined;
+        if (joined) __syncthreads();
+        else meetings.come();
     }
     meetings.wait_for_all();
     if (blockIdx.x > 0) return;
@@ -127,8 +129,8 @@ constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_
 
 // What fills a phase: its arguments are those of the op that does the same, without a stream that anything waits for.
 extern "C" int dsv4_decode_layers_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
-                                         int tokens, int columns, cudaStream_t) {
-    return describe_linear(phase, parts, count, cuts, grid, tokens, columns);
+                                         int tokens, int columns, const float* norm, float eps, int joined, cudaStream_t) {
+    return describe_linear(phase, parts, count, cuts, grid, tokens, columns, norm, eps, joined);
 }
 
 extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
-from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Product, Seam
-from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, Run, even_cuts, spread
+from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Phase, Product, Seam
+from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, WARPS, Run, even_cuts, spread
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
 from dsv4.kernels.index_topk.index_topk import TOGETHER, index_topk
 from dsv4.kernels.launch import row_stride
@@ -25,10 +25,11 @@ from dsv4.kernels.loader import Kernel, noted
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
+from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES = 2048  # constant of program.cuh
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
-_LINEAR = Kernel("decode_layers", "p" + "pipiii", "linear")
+_LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
 
 
@@ -70,6 +71,7 @@ class Joined:
     run: Run
     columns: int
     most: int  # tiles of a block
+    beside: Inputs | None  # what goes on meanwhile, in blocks without tiles; whose norm is made here too
 
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
@@ -80,24 +82,55 @@ class Joined:
         table = (_Part * len(self.parts))(*self.parts)
         cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
         given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
-        return _filled(_LINEAR, device, *given)
+        norm = (None, 0.0, 0) if self.beside is None else (self.beside.args[1], self.beside.named["eps"], 1)
+        return _filled(_LINEAR, device, *given, *norm)
 
 
-def joined(phase: Linear, grid: int) -> Joined:
-    parts = [part for product in phase.products for part in _parts(product)]
-    launchers = [_launcher(product.operand) for product in phase.products]
+def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
+    products = phase.products
+    spare = 0
+    if beside is not None:
+        products = tuple(replace(product, x=beside.args[0]) for product in products)
+        spare = min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8)
+    parts = [part for product in products for part in _parts(product)]
+    launchers = [_launcher(product.operand) for product in products]
     columns, blocks = launchers[0].columns, launchers[0].blocks
     if any(launcher.columns != columns for launcher in launchers):
         raise KernelError("decode_layers: products of one phase have one K")
     inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
     shapes = [shape for launcher in launchers for shape in launcher.shapes]
-    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid)
+    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid - spare)
     first = 0
     for place in how.order:
         parts[place].first_tile = first
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
-    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, how.cuts, False), columns, how.most)
+    cuts = how.cuts + how.cuts[-1:] * spare
+    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside)
+
+
+def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:
+    """The phases in the order in which the kernel takes them: products of what Inputs norm come first where they can,
+    and those go on beside them. By the place of such products: the Inputs that follow.
+    """
+    order, beside, place = list(phases), dict[int, Inputs](), 0
+    while place + 1 < len(order):
+        inputs, then = order[place : place + 2]
+        if isinstance(inputs, Inputs) and goes_on_beside(inputs, then):
+            order[place : place + 2] = then, inputs
+            beside[place] = inputs
+            place += 1
+        place += 1
+    return tuple(order), beside
+
+
+def goes_on_beside(inputs: Inputs, then: Phase) -> bool:
+    """Whether `inputs` need not be waited for: `then` multiplies what is normed there, and can norm it by itself."""
+    if not isinstance(then, Linear):
+        return False
+    (rows, columns), normed = inputs.args[0].shape, inputs.out[0].data_ptr()
+    few = rows * -(-columns // (SLICE_BLOCKS * COLUMNS)) <= WARPS
+    return few and all(product.x.data_ptr() == normed for product in then.products)
 
 
 def shared_run(phase: Experts, grid: int) -> Run:

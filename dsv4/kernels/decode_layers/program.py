@@ -84,7 +84,8 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     rows, device = len(h), h.device
     room = Room.on(device, grid, rows, h.shape[2], next(phase for phase in phases if isinstance(phase, Experts)))
     shared -= room.fixed_bytes
-    products = {place: joined(phase, grid) for place, phase in enumerate(phases) if isinstance(phase, Linear)}
+    phases, beside = describe.overlapped(phases)
+    products = {i: joined(phase, grid, beside.get(i)) for i, phase in enumerate(phases) if isinstance(phase, Linear)}
     least = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
     stages = min(MAX_STAGES, (shared - least) // (WARPS * CHUNK))
     if stages < 2:

@@ -137,13 +137,16 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     filled = Filled(monkeypatch)
     tables = make_tables(small.program.phases, small.h, 24, 231424)
     names = [name for name, _ in filled.calls]
-    layer = ["linear", "attention", "linear", "linear", "seam", "linear", "experts"]
-    assert names == ["sizes", "linear", "inputs", *layer, "seam", "linear", "inputs", layer[0], "index", *layer[1:]]
+    layer = ["attention", "linear", "linear", "seam", "linear", "experts"]
+    begin = ["linear", "linear", "inputs"]  # products of what is normed beside the rest of the inputs
+    assert names == ["sizes", *begin, *layer, "seam", *begin, "index", *layer]
+    phases, beside = describe.overlapped(small.phases)
+    assert {phases[place + 1] is inputs for place, inputs in beside.items()} == {True} and len(beside) == 2
     assert tables.count == len(small.phases) == len(names) - 1 and tables.grid == 24
     assert tables.phases.view(-1, describe.PHASE_BYTES)[:, 0].tolist() == list(range(1, len(names)))
     assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
     assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
-    for place, phase in enumerate(small.phases):
+    for place, phase in enumerate(phases):
         values = filled.calls[1 + place][1]
         if isinstance(phase, Linear):
             part = (describe._Part * values[2]).from_address(values[1])
@@ -156,7 +159,7 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     every = sum(part.tiles.numel() for operand in operands for part in operand.launcher.parts)
     assert read["bytes"].sum() == every
     bounds = [*tables.starts.tolist(), len(read)]
-    assert all((read["chunk"][a:b] == 0).sum() >= 1 + 2 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all((read["chunk"][a:b] == 0).sum() >= 1 + 2 for a, b in pairwise(bounds))
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -10,10 +10,10 @@ struct Inputs {
     int rows;
 };
 
-// Work area: as compress::pool_entry has it.
+// The last blocks have the first items. Work area: as compress::pool_entry has it.
 static __device__ __forceinline__ void inputs_phase(int turn) {
     const Inputs& a = payload<Inputs>(turn);
-    for (int item = blockIdx.x; item < a.of.count * a.rows; item += gridDim.x) {
+    for (int item = gridDim.x - 1 - blockIdx.x; item < a.of.count * a.rows; item += gridDim.x) {
         const int part = item / a.rows;
         attn_inputs::take<2, true>(a.of, a.of.parts[part], item - part * a.rows, &work<float>());
         __syncthreads();  // the next one writes over what is shared

@@ -3,6 +3,7 @@
 // While blocks wait for each other and nobody knows the tokens yet, a warp unpacks the first weights of its first unit.
 #pragma once
 #include <dsv4/linear.cuh>
+#include <dsv4/rms_norm.cuh>
 #include <dsv4/persistent/stream.cuh>
 
 namespace dsv4::persistent {
@@ -12,6 +13,8 @@ constexpr int EARLY_BLOCKS = 3;                   // are unpacked early: as many
 
 struct Linear {
     linear::Part parts[MOST_PARTS];
+    const float* norm;  // [K] weights of a norm that comes first; or null
+    float eps;
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
     int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
@@ -84,6 +87,43 @@ __device__ __forceinline__ void begun_unit(float (&sum)[1][1][4], const Ahead& a
     stream.fill();
 }
 
+// A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
+// shares [tokens][2 slices]: a row's sums of squares, by 256 columns.
+__device__ __forceinline__ void stage_normed(const Linear& a, const linear::Part& part, uint8_t* x, int stride, float* undo,
+                                             float* shares) {
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int token = warp * a.per_slice >> 16, slice = warp - token * a.slices;
+    const int column = slice * SLICE + lane * 16, left = a.columns - column;
+    const bool mine = token < a.tokens;
+    uint32_t pairs[8] = {};
+    float4 w[4] = {};
+    if (mine) {
+        load_columns(pairs, part.x + token * part.x_stride + column, left, part.x_wide);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (left > 0) w[i] = reinterpret_cast<const float4*>(a.norm + column)[i];
+    }
+    float v[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+    const float share = norm_share(v);
+    shares += token * 2 * a.slices;
+    if (mine && lane % 16 == 0) shares[2 * slice + lane / 16] = share;
+    __syncthreads();
+    if (!mine) return;
+    const float scale = norm_scale(shares, 2 * a.slices, a.columns, a.eps);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w[i].x), normed(v[4 * i + 1], scale, w[i].y));
+        pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w[i].z), normed(v[4 * i + 3], scale, w[i].w));
+    }
+    const float back = part.format == linear::PLAIN ? 1.0f : scale_to_f16(pairs);
+    uint4* to = reinterpret_cast<uint4*>(x + token * stride + slice * 1024 + lane * 32);
+    to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    if (lane == 0) undo[slice * TOKENS + token] = back;
+}
+
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16].
 __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
@@ -96,7 +136,10 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     float* const slots = undo + a.slices * TOKENS;
     int own = 0;  // the part of the block's first tile
     while (own + 1 < a.count && first >= a.parts[own + 1].first_tile) ++own;
-    linear::stage_slices<WARPS, 2>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
+    if (a.norm != nullptr)
+        stage_normed(a, a.parts[own], x, stride, undo, slots);
+    else
+        linear::stage_slices<WARPS, 2>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
     const linear::Rows<1> rows(tokens, stride);
     __syncthreads();
 
@@ -135,9 +178,9 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     }
 }
 
-// cuts [grid + 1].
+// cuts [grid + 1]. norm [K], if there is one: x is normed first. joined: the next phase is one that needs nothing of this.
 static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
-                                   int tokens, int columns) {
+                                   int tokens, int columns, const float* norm, float eps, int joined) {
     if (count < 1 || count > MOST_PARTS || grid > MAX_BLOCKS || tokens < 1 || tokens > TOKENS) return cudaErrorInvalidValue;
     Linear a = {};
     for (int i = 0; i < count; ++i) a.parts[i] = parts[i];
@@ -147,7 +190,11 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
     if (a.slices < 1 || a.slices > WARPS) return cudaErrorInvalidValue;
     a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;
-    return fill_phase(phase, LINEAR, a);
+    a.norm = norm, a.eps = eps;
+    if (norm != nullptr && (tokens * a.slices > WARPS || columns > 4096 || columns % 16 || !aligned16(norm))) return cudaErrorInvalidValue;
+    fill_phase(phase, LINEAR, a);
+    phase->joined = joined;
+    return cudaSuccess;
 }
 
 }  // namespace dsv4::persistent

@@ -18,7 +18,8 @@ enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, KINDS };
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
 struct alignas(16) Phase {
     int kind;
-    int unused[3];
+    int joined;  // the next phase does not need this one: no meeting between them
+    int unused[2];
     alignas(16) uint8_t payload[PAYLOAD_BYTES];
 };
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/program.py lays programs out");
