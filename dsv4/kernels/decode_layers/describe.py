@@ -29,7 +29,7 @@ from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES = 2048  # constant of program.cuh
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
-_LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
+_LINEAR = Kernel("decode_layers", "p" + "pipiiipfii", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
 
 
@@ -70,28 +70,33 @@ class Joined:
     parts: tuple[_Part, ...]
     run: Run
     columns: int
-    most: int  # tiles of a block
+    most: int  # tiles between two cuts
     beside: Inputs | None  # what goes on meanwhile, in blocks without tiles; whose norm is made here too
 
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
-        slices = -(-self.run.blocks // SLICE_BLOCKS)
+        slices = -(-self.run.blocks // (SLICE_BLOCKS * self.run.ranks))
         return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64
 
     def phase(self, device: torch.device, rows: int) -> bytes:
         table = (_Part * len(self.parts))(*self.parts)
         cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
-        given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
+        grid = (len(cuts) - 1) * self.run.ranks
+        given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), grid, rows, self.columns
         norm = (None, 0.0, 0) if self.beside is None else (self.beside.args[1], self.beside.named["eps"], 1)
-        return _filled(_LINEAR, device, *given, *norm)
+        return _filled(_LINEAR, device, *given, *norm, self.run.ranks)
+
+
+def ranks_of(grid: int) -> int:
+    """Blocks of a cluster: those that share the tiles of LINEAR phases."""
+    return 2 if grid % 2 == 0 else 1
 
 
 def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
-    products = phase.products
-    spare = 0
+    products, spare, ranks = phase.products, 0, ranks_of(grid)
     if beside is not None:
         products = tuple(replace(product, x=beside.args[0]) for product in products)
-        spare = min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8)
+        spare = -(-min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8) // ranks)
     parts = [part for product in products for part in _parts(product)]
     launchers = [_launcher(product.operand) for product in products]
     columns, blocks = launchers[0].columns, launchers[0].blocks
@@ -99,14 +104,18 @@ def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
         raise KernelError("decode_layers: products of one phase have one K")
     inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
     shapes = [shape for launcher in launchers for shape in launcher.shapes]
-    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid - spare)
+    how = spread(
+        tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid // ranks - spare
+    )
     first = 0
     for place in how.order:
         parts[place].first_tile = first
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
     cuts = how.cuts + how.cuts[-1:] * spare
-    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside)
+    return Joined(
+        tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False, ranks), columns, how.most, beside
+    )
 
 
 def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:
