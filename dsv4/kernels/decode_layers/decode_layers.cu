@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             stream.park();
         } else {
             if (kind == SEAM) seam_ahead(turn);
+            if (kind == ATTENTION) attention_ahead(turn, before);
             if (!joined) meetings.wait_for_all();
             begin(program, index);
             if (kind == SEAM) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             } else if (kind == INDEX) {
                 index_phase(turn, meetings);
             } else {
-                attention_phase(turn);
+                attention_phase(turn, before);
             }
         }
         note_time(program, index, 1);

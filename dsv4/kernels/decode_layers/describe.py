@@ -28,6 +28,7 @@ from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES = 2048  # constant of program.cuh
+_WORTH = 0.8  # pairs share tiles where a block then reads less than this of what it would alone: they must meet
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfii", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
@@ -88,15 +89,15 @@ class Joined:
 
 
 def ranks_of(grid: int) -> int:
-    """Blocks of a cluster: those that share the tiles of LINEAR phases."""
+    """Blocks of a cluster: those that may share the tiles of a LINEAR phase."""
     return 2 if grid % 2 == 0 else 1
 
 
 def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
-    products, spare, ranks = phase.products, 0, ranks_of(grid)
+    products, spare = phase.products, 0
     if beside is not None:
         products = tuple(replace(product, x=beside.args[0]) for product in products)
-        spare = -(-min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8) // ranks)
+        spare = min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8)
     parts = [part for product in products for part in _parts(product)]
     launchers = [_launcher(product.operand) for product in products]
     columns, blocks = launchers[0].columns, launchers[0].blocks
@@ -104,18 +105,19 @@ def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
         raise KernelError("decode_layers: products of one phase have one K")
     inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
     shapes = [shape for launcher in launchers for shape in launcher.shapes]
-    how = spread(
-        tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid // ranks - spare
-    )
+    kinds = tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True))
+    how, ranks = spread(kinds, grid - spare), 1
+    if ranks_of(grid) == 2 and blocks > SLICE_BLOCKS:
+        shared = spread(kinds, (grid - spare) // 2)
+        if shared.busiest < 2 * _WORTH * how.busiest:
+            how, ranks, spare = shared, 2, grid // 2 - (grid - spare) // 2
     first = 0
     for place in how.order:
         parts[place].first_tile = first
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
-    cuts = how.cuts + how.cuts[-1:] * spare
-    return Joined(
-        tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False, ranks), columns, how.most, beside
-    )
+    run = Run(weights, blocks, how.cuts + how.cuts[-1:] * spare, False, ranks)
+    return Joined(tuple(parts[i] for i in how.order), run, columns, how.most, beside)
 
 
 def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:

@@ -30,11 +30,12 @@ class Spread:
     order: tuple[int, ...]
     cuts: tuple[int, ...]
     most: int
+    busiest: int  # sizes of its tiles' blocks added up
 
 
 @functools.cache
 def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
-    """parts: (tiles, bytes of a block, number of the input) of each; all have the same K. grid: blocks, or pairs of them.
+    """parts: (tiles, bytes of a block, number of the input) of each, all of one K. grid: blocks, or pairs of them.
 
     A block's tiles have one input, staged in one way. The busiest block gets as few bytes as that allows.
     """
@@ -69,7 +70,7 @@ def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
             low = middle + 1
     found = cuts(low)
     found += found[-1:] * (grid + 1 - len(found))
-    return Spread(tuple(order), tuple(found), max(b - a for a, b in pairwise(found)))
+    return Spread(tuple(order), tuple(found), max(b - a for a, b in pairwise(found)), low)
 
 
 def even_cuts(tiles: int, grid: int) -> tuple[int, ...]:

@@ -80,12 +80,10 @@ __device__ __forceinline__ void load_query(Query& q, const Arguments& a, int64_t
 
 // The rotations of a lane's upper channels.
 __device__ __forceinline__ void load_turns(float2 (&turns)[4], const Arguments& a, int64_t token, int lane) {
-    const int first = DH - a.rope;
+    const int above = DH / 2 + lane * 8 - (DH - a.rope);  // the first rotated channel
+    const float2* from = a.turn + token * a.turn_stride + above / 2;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const int channel = DH / 2 + lane * 8 + 2 * k;
-        turns[k] = channel >= first ? a.turn[token * a.turn_stride + (channel - first) / 2] : make_float2(1.0f, 0.0f);
-    }
+    for (int k = 0; k < 4; ++k) turns[k] = above + 2 * k >= 0 ? from[k] : make_float2(1.0f, 0.0f);
 }
 
 // A query normed and turned: the same steps, in the same order, as the kernel of q_norm_rope.

@@ -115,10 +115,9 @@ struct Block {
     }
 
     // The last slot behind stage 0 that holds an entry, among those that this thread looks at.
-    template <int AT_ONCE = 4>
     __device__ int scan(int slots) const {
         int last = 0;
-#pragma unroll AT_ONCE
+#pragma unroll 4
         for (int i = STAGE + threadIdx.x; i < slots; i += THREADS)
             if (row_at(0, i) >= 0) last = i;
         return __reduce_max_sync(ALL, last);
@@ -476,47 +475,6 @@ struct Block {
             copy_plain(stage + 1);
             read_rows(stage + 2);
             __syncthreads();
-        }
-    }
-
-    // The same with less code, for few heads: nothing is read of a stage while another is worked on.
-    __device__ void run_in_turn(int head) {
-        static_assert(HG <= WARPS, "a warp takes a query at most");
-        const int slots = all_slots();
-        if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
-        for (auto& rows : sums)
-            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        int stages = 1;
-#pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage) {
-            Query q = {};
-            float2 turns[4] = {};
-            read_rows(stage);
-            if (stage == 0) {
-                if (warp < HG) load_query(q, a, token, head + warp, lane);
-                if (a.turn != nullptr) load_turns(turns, a, token, lane);
-            }
-            fetch(stage);
-            if (stage == 0) {
-                if (warp < HG) {
-                    if (a.turn != nullptr) norm_rope(q, turns, a, lane);
-                    put_query(s.q + warp * ROW, q, lane);
-                }
-                const int last = slots > STAGE ? scan<2>(slots) : 0;
-                if (lane == 0) s.last[warp] = last;
-            }
-            decode(stage);
-            copy_plain(stage);
-            __syncthreads();
-            if (stage == 0) stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
-            if (const int used = used_tiles()) {
-                score(used);
-                __syncthreads();
-                softmax(used);
-                __syncthreads();
-                accumulate(used);
-            }
-            if (stage + 1 < stages) __syncthreads();  // entries are no longer read
         }
     }
 

@@ -197,18 +197,20 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         const int at = pair * a.per_token >> 16, token = pair - at * tokens;
         const float* slot = slots + at * share.window * step + token * linear::TILE_ROWS + row;
         while (own + 1 < a.count && share.first + at >= a.parts[own + 1].first_tile) ++own;
-        float y = 0.0f;
-        if (two) {
-#pragma unroll 1
-            for (int peer = 0; peer < 2; ++peer) {
-                const int slices = peer == 0 ? a.slices / 2 : share.window;
+        float y = 0.0f, theirs[WARPS / 2] = {};
+        const int others = a.slices - share.count;
+        if (two)
+#pragma unroll
+            for (int k = 0; k < WARPS / 2; ++k)
+                if (k < others) theirs[k] = peer_value(slot + k * step, share.rank ^ 1);
+        const auto add_theirs = [&] {
+#pragma unroll
+            for (int k = 0; k < WARPS / 2; ++k) y = k < others ? y + theirs[k] : y;
+        };
+        if (share.rank == 1) add_theirs();
 #pragma unroll 4
-                for (int k = 0; k < slices; ++k) y += peer_value(slot + k * step, peer);
-            }
-        } else {
-#pragma unroll 4
-            for (int k = 0; k < a.slices; ++k) y += slot[k * step];
-        }
+        for (int k = 0; k < share.count; ++k) y += slot[k * step];
+        if (share.rank == 0) add_theirs();
         const linear::Part& part = a.parts[own];
         linear::put(part, (share.first + at - part.first_tile) * linear::TILE_ROWS + row, token, y);
     }
