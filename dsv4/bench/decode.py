@@ -39,7 +39,7 @@ class Step(Protocol):
     def replay(self) -> object: ...
 
 
-MakeStep = Callable[[Model, KVCache, int], Step]
+MakeStep = Callable[[Model, KVCache, int, int], Step]  # of so many rows, and tokens of a sequence at most
 
 
 def bench_decode(
@@ -77,7 +77,7 @@ def bench_decode(
             slots = fill_context(cache, batch, context, room=steps, seed=seed)
             generator = torch.Generator().manual_seed(seed)
             tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
-            step = make_step(model, cache, batch)
+            step = make_step(model, cache, batch, context + steps)
             step.stage(slots, tokens)
             with recording(timer.capturing, None if waterfall else {"ffn_inputs"}) as calls:
                 step.capture()

@@ -35,7 +35,7 @@ def bench_kernels(
     slots = fill_context(cache, batch, context, room=SPARE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
-    step = make_step(model, cache, batch)
+    step = make_step(model, cache, batch, context + SPARE_TOKENS)
     step.stage(slots, tokens)
     with recording(timer.capturing) as calls:
         step.capture()

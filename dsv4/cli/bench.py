@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from dsv4.cli.console import note, put, speaks
 from dsv4.cli.groups import command
 from dsv4.cli.options import LoadOptions, ModelArgument
 from dsv4.errors import RequestError
+from dsv4.kvcache import KVCache
 from dsv4.model import Model
 from dsv4.parallel.shard import Share
 
@@ -167,7 +167,10 @@ def decode_step(*, chain: bool) -> MakeStep:
     """How a decode step is made. chain: never with all layers at once."""
     from dsv4.engine.step import DecodeStep
 
-    return functools.partial(DecodeStep, persistent=False if chain else None)
+    def make(model: Model, cache: KVCache, rows: int, longest: int) -> DecodeStep:
+        return DecodeStep(model, cache, rows, max_length=longest, persistent=False if chain else None)
+
+    return make
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -63,8 +63,9 @@ class FakeStep:
     kernels = 77
     made: ClassVar[list[tuple[int, int]]] = []
 
-    def __init__(self, model: Model, cache: KVCache, rows: int):
+    def __init__(self, model: Model, cache: KVCache, rows: int, longest: int):
         self.model, self.cache, self.rows = model, cache, rows
+        assert 0 < longest <= cache.max_tokens
         FakeStep.made.append((rows, cache.max_tokens))
 
     def stage(self, slots: Sequence[int], tokens: Sequence[int]) -> None:

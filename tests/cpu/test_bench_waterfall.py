@@ -21,7 +21,7 @@ LAYER = [
     ("void (anonymous namespace)::mhc_seam<dsv4::bf16>(Args)", 0, 8),
     (LINEAR, 2, 14),
     (SUM, 6, 13),
-    ("(anonymous namespace)::attn_inputs(Arguments)", 9, 16),
+    ("(anonymous namespace)::attn_inputs_rows(Arguments)", 9, 16),
     (LINEAR, 10, 26),
     (LINEAR, 12, 36),
     (REDUCE, 37, 44),
