@@ -122,10 +122,8 @@ __device__ __forceinline__ void load_rows(const Args<T>& a, const Place& p, floa
         for (int k = 0; k < W; ++k) f[i][k] = raw.value(i, k);
 }
 
-// Between those who hear the peers and those who need the sums.
-__device__ __forceinline__ void peers_heard() {
-    asm volatile("bar.sync 1, %0;" ::"n"(Shape<SEAM>::WORKERS) : "memory");
-}
+// Between those who hear the peers and those who need the sums, so many threads.
+__device__ __forceinline__ void peers_heard(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 // h' = post y + comb^T h, rounded, of a thread's columns of a token. alone: y has one part, else others hear it meanwhile.
 template <typename T>
@@ -174,7 +172,7 @@ __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, i
             const bool alone = TT > HEARD || !a.peers.any();
             Leaving<T> leaving;
             leaving.read(a, p, first + p.team, alone);
-            if (!alone) peers_heard();
+            if (!alone) peers_heard(S::WORKERS);
             leaving.finish(a, p, first + p.team, alone, sums[p.team], streams[p.team]);
         } else if (TT <= HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
@@ -182,9 +180,9 @@ __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, i
                 const Meeting meeting(a.peers, first + t, blockIdx.x, a.D);
                 const uint32_t turn = a.peers.turn_of(first + t);
                 if (!told) meeting.tell(turn);
-                *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear(turn);
+                *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear<4>(turn);
             }
-            peers_heard();
+            peers_heard(S::WORKERS);
         }
     } else {
 #pragma unroll
@@ -330,6 +328,12 @@ __device__ __forceinline__ float norm_factor(const Args<T>& a, const float* tota
     return rsqrtf(square * a.mean + a.norm_eps);
 }
 
+// values[i], i from 0 to 3, without an address.
+__device__ __forceinline__ float one_of(const float (&values)[M], int i) {
+    const float low = i & 1 ? values[1] : values[0], high = i & 1 ? values[3] : values[2];
+    return i & 2 ? high : low;
+}
+
 // post and comb of a token, by one warp whose lane i holds mix i. Lanes 2M .. hold an entry of comb each, and those of a
 // row of it lie side by side; every lane does all of Sinkhorn.
 template <typename T>
@@ -346,12 +350,7 @@ __device__ __forceinline__ void finish_mixes(const Args<T>& a, int64_t token, fl
 #pragma unroll
     for (int i = 0; i < M * M; ++i) c[i / M][i % M] = __shfl_sync(ALL, own, 2 * M + i);
     sinkhorn(c, rows, columns, a.iters, a.hc_eps);
-    float row = rows[0], column = columns[0];
-#pragma unroll
-    for (int i = 1; i < M; ++i) {
-        if (entry / M == i) row = rows[i];
-        if (entry % M == i) column = columns[i];
-    }
+    const float row = one_of(rows, entry / M), column = one_of(columns, entry % M);
     if (entry >= 0 && entry < M * M) a.comb_out[token * M * M + entry] = __fmul_rn(__fmul_rn(own, row), column);
 }
 

@@ -49,9 +49,9 @@ struct Meeting {
             exchange::tell_peer(at(to, p.rank, turn), own.x, own.y, turn);
         }
     }
-    // The sum of all parts. Those of four ranks are asked for at once.
-    __device__ float2 hear(uint32_t turn) const {
-        constexpr int TOGETHER = 4;
+    // The sum of all parts. Those of TOGETHER ranks are asked for at once. By a whole warp, which stays together.
+    template <int TOGETHER>
+    __device__ __forceinline__ float2 hear(uint32_t turn) const {
         constexpr int64_t NEXT = INBOX_ROWS * MOST_COLUMNS;
         const uint64_t* from = at(p.rank, 0, turn);
         float2 sum = {};
@@ -66,7 +66,8 @@ struct Meeting {
                 if (first + i < p.size) {
                     float2 part = own;
                     if (first + i != p.rank) {
-                        while (!heard[i].of(turn)) heard[i] = exchange::look_at_peer(from + i * NEXT);
+                        while (__any_sync(0xffffffffu, !heard[i].of(turn)))
+                            heard[i] = exchange::look_at_peer(from + i * NEXT);
                         part = make_float2(heard[i].value(0), heard[i].value(1));
                     }
                     sum = first + i == 0 ? part : make_float2(sum.x + part.x, sum.y + part.y);

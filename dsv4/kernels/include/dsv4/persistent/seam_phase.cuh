@@ -1,10 +1,11 @@
-// mhc_seam of a few rows as a phase: what mhc.cuh says, with one or more slices of 64 columns of some of the tokens to a
-// block. All shares are told before any is heard, so that fewer blocks than slices will do.
+// mhc_seam of a few rows as a phase: what mhc.cuh says, with a slice of 64 columns of some of the tokens to a block.
 //
-// Two parts of it are done while blocks wait for each other: before the phase parameters are asked for (seam_ahead), after
-// it come post and comb (seam_rest), which no one needs before the next seam.
+// Two parts of it are done while blocks wait for each other: before the phase parameters and the numbers of the turn are
+// asked for (seam_ahead), after it come post and comb (seam_rest), which no one needs before the next seam.
+//
+// A block runs through this once, so that it waits for its code more than for anything else. Warps without work go
+// through a step's code before the others, while these wait for what the step needs.
 #pragma once
-#include <cstddef>
 #include <dsv4/bulk.cuh>
 #include <dsv4/mhc.cuh>
 #include <dsv4/persistent/memory.cuh>
@@ -17,28 +18,20 @@ struct Seam {
     int slices, together;          // tokens of a block
 };
 
-// What waits for a slice's sums.
-struct SeamSlice {
-    float weight[mhc::COLUMNS];
-    float streams[TOKENS][mhc::M][mhc::COLUMNS];
-};
-
 struct SeamWork {
     using S = mhc::Shape<mhc::SEAM>;
     float parts[TOKENS][S::WARPS][S::SHARE + 1], totals[TOKENS][S::WORDS * exchange::PER_WORD], mixes[TOKENS][32];
-    float heard[TOKENS][mhc::COLUMNS];  // from the peers
-    uint32_t turns[TOKENS];
-    alignas(16) float rows[S::SHARE][THREADS][mhc::W];  // fn of a slice, as threads use it
-    SeamSlice slices[1];                                // of the block
+    float heard[TOKENS][mhc::COLUMNS];                  // from the peers
+    uint32_t turns[TOKENS], peers_turns[TOKENS];        // turns[0] is 0 while none is known
+    alignas(16) float rows[S::SHARE][THREADS][mhc::W];  // fn, as threads use it
+    float weight[mhc::COLUMNS];
+    float streams[TOKENS][mhc::M][mhc::COLUMNS];
 };
 static_assert(mhc::Shape<mhc::SEAM>::WARPS == WARPS && TOKENS <= mhc::FEW && 2 * TOKENS <= WARPS);
 
-constexpr int seam_work_bytes(int D, int grid) {
-    const int slices = (D + mhc::COLUMNS - 1) / mhc::COLUMNS;
-    return static_cast<int>(offsetof(SeamWork, slices) + (slices + grid - 1) / grid * sizeof(SeamSlice));
-}
+constexpr int seam_work_bytes(int, int) { return sizeof(SeamWork); }
 
-// Slices slice, slice + gridDim.x, .. of tokens first .. first + count - 1 are this block's.
+// Slice `slice` of tokens first .. first + count - 1 is this block's.
 struct SeamShare {
     int slice = blockIdx.x, first = 0, count;
     bool ends;  // finishes the mixes of its tokens
@@ -46,30 +39,62 @@ struct SeamShare {
         const int tokens = static_cast<int>(seam.args.tokens);
         for (; slice >= seam.slices && first < tokens; first += seam.together) slice -= seam.slices;
         count = min(seam.together, tokens - first);
-        ends = slice == min(seam.slices, static_cast<int>(gridDim.x)) - 1;
+        ends = slice == seam.slices - 1;
     }
 };
 
-// A thread's parameters of a slice; they come as one group of copies.
-static __device__ __forceinline__ void fetch_parameters(const mhc::Args<bf16>& a, int slice, SeamSlice& to) {
-    using S = SeamWork::S;
-    const mhc::Place p(slice, a.D, true);
+// By a warp that does not wait for other blocks.
+static __device__ __forceinline__ void fetch_turns(const Seam& seam, const SeamShare& mine) {
+    const int t = static_cast<int>(threadIdx.x) - 32 * TOKENS;
+    if (t < 0 || t >= mine.count) return;
     SeamWork& s = work<SeamWork>();
-    if (p.wide) {
-        const float* row = a.fn + (static_cast<int64_t>(p.team * S::SHARE) * mhc::M + p.stream) * a.D + p.d;
-#pragma unroll
-        for (int i = 0; i < S::SHARE; ++i)
-            start_copy16(shared_address(s.rows[i][threadIdx.x]), row + static_cast<int64_t>(i) * mhc::M * a.D);
-        if (threadIdx.x < mhc::QUADS) start_copy16(shared_address(to.weight + p.column), a.weight + p.d);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    s.turns[t] = exchange::last_turn(&seam.words->turns[mine.first + t]) + 1;
+    if (seam.args.peers.any()) s.peers_turns[t] = seam.args.peers.turn_of(mine.first + t);
 }
 
-// Every thread calls, after come() behind the phase in front.
+// Every thread calls, after come() behind the phase in front. If that is a seam, others may still be at its numbers.
 static __device__ __forceinline__ void seam_ahead(int turn) {
+    using namespace mhc;
+    using S = SeamWork::S;
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
-    if (mine.count > 0) fetch_parameters(seam.args, mine.slice, work<SeamWork>().slices[0]);
+    if (mine.count <= 0) return;
+    SeamWork& s = work<SeamWork>();
+    const Args<bf16>& a = seam.args;
+    const Place p(mine.slice, a.D, true);
+    const float* row = a.fn + (p.team * S::SHARE * M + p.stream) * a.D + p.d;
+    const uint32_t to = shared_address(s.rows[0][threadIdx.x]);
+#pragma unroll
+    for (int i = 0; i < S::SHARE; ++i) start_copy16(to + i * sizeof(s.rows[0]), row + i * M * a.D);
+    if (threadIdx.x < QUADS) start_copy16(shared_address(s.weight + p.column), a.weight + p.d);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn ^ 1].kind == SEAM) {
+        if (threadIdx.x == 0) s.turns[0] = 0;
+    } else {
+        fetch_turns(seam, mine);
+    }
+}
+
+// By a warp: a word's sums over all slices, of which a lane adds up those of its number.
+static __device__ __forceinline__ void hear_word(const exchange::Word* from, int word, uint32_t turn, int slices,
+                                                 float* totals) {
+    const int lane = threadIdx.x % 32;
+    float sums[4] = {};
+#pragma unroll 1
+    for (int begin = lane; begin - lane < slices; begin += 64) {
+        const exchange::Word* first = from + min(begin, slices - 1);
+        const exchange::Word* second = from + min(begin + 32, slices - 1);
+        exchange::Word one, other;
+        do {
+            one = look(first), other = look(second);
+        } while (__any_sync(mhc::ALL, one.turn != turn || other.turn != turn));
+#pragma unroll
+        for (int k = 0; k < exchange::PER_WORD; ++k) {
+            sums[k] += begin < slices ? one.values[k] : 0.0f;
+            sums[k] += begin + 32 < slices ? other.values[k] : 0.0f;
+        }
+    }
+    mhc::total_of_word(sums, word, totals);
 }
 
 static __device__ __forceinline__ void seam_phase(int turn) {
@@ -77,92 +102,81 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     using mhc::SEAM;
     using S = SeamWork::S;
     const Seam& seam = payload<Seam>(turn);
-    const Args<bf16> a = seam.args;  // at once
-    const Peers& peers = seam.args.peers;
-    Words<SEAM>& words = *seam.words;
-    SeamWork& s = work<SeamWork>();
     const SeamShare mine(seam);
-    const int first = mine.first, count = mine.count, slices = seam.slices;
-    if (count <= 0) return;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const bool alone = !peers.any();
-    const int hears = alone ? TOKENS : WARPS - 1 - warp;  // token whose parts this warp tells and hears
-    uint32_t among = 0, number = 0;
-    if (hears < count) {
-        Meeting meeting(peers, first + hears, mine.slice, a.D);
-        among = peers.turn_of(first + hears);
-#pragma unroll 1
-        for (int slice = mine.slice;;) {
-            meeting.tell(among);
-            slice += gridDim.x;
-            if (slice >= slices) break;
-            meeting.take(slice, a.D);
-        }
+    if (mine.count <= 0) return;
+    const Args<bf16>& a = seam.args;
+    SeamWork& s = work<SeamWork>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = mine.count;
+    if (s.turns[0] == 0) {
+        __syncthreads();
+        fetch_turns(seam, mine);
+        __syncthreads();
     }
-    if (warp == TOKENS && lane < count) number = exchange::last_turn(&words.turns[first + lane]) + 1;
-    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
-    SeamSlice* now = s.slices;
-#pragma unroll 1
-    for (int slice = mine.slice; slice < slices; slice += gridDim.x, ++now) {
-        const Place p(slice, a.D, true);
+    Place p(mine.slice, a.D, true);
+    p.wide = true, p.left = W;
+    const bool alone = !a.peers.any();
+    const bool hears = !alone && WARPS - 1 - warp < count;  // and tells: a token's parts
+    if (hears) {
+        const int t = WARPS - 1 - warp;
+        const Meeting meeting(a.peers, mine.first + t, mine.slice, a.D);
+        const uint32_t number = s.peers_turns[t];
+        meeting.tell(number);
+        *reinterpret_cast<float2*>(&s.heard[t][lane * 2]) = meeting.hear<2>(number);
+    }
+    const bool makes = p.team < count;  // a token's streams
+    if (makes) {
         Leaving<bf16> leaving;
-        if (p.team < count) leaving.read(a, p, first + p.team, alone);
-        if (!alone) {
-            if (hears < count)
-                *reinterpret_cast<float2*>(&s.heard[hears][lane * 2]) =
-                    Meeting(peers, first + hears, slice, a.D).hear(among);
-            __syncthreads();
-        }
-        if (p.team < count)
-            leaving.finish(a, p, first + p.team, alone, s.heard[p.team], now->streams[p.team]);
-        if (slice == mine.slice && warp == TOKENS && lane < count) s.turns[lane] = number;
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();
-        float f[S::SHARE][W];
-#pragma unroll
-        for (int i = 0; i < S::SHARE; ++i)
-#pragma unroll
-            for (int k = 0; k < W; ++k) f[i][k] = p.wide ? s.rows[i][threadIdx.x][k] : 0.0f;
-#pragma unroll 2
-        for (int t = 0; t < count; ++t) part_of_sums<SEAM>(f, p, now->streams[t], s.parts[t][warp]);
-        if (slice + static_cast<int>(gridDim.x) < slices) fetch_parameters(a, slice + gridDim.x, now[1]);
-        __syncthreads();
-        if (warp < count && lane < S::WORDS) {
-            float values[exchange::PER_WORD];
-            shares_of_word<SEAM>(s.parts[warp], lane, values);
-            exchange::tell(&words.sums[first + warp][lane][slice], values, s.turns[warp]);
-        }
+        leaving.read(a, p, mine.first + p.team, alone);
+        if (!alone) peers_heard(32 * min(3 * count, WARPS));
+        leaving.finish(a, p, mine.first + p.team, alone, s.heard[p.team], s.streams[p.team]);
+    } else if (hears) {
+        peers_heard(32 * min(3 * count, WARPS));
     }
 
-    constexpr int AT_ONCE = 2;  // of a warp: two tokens' words in one go
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
 #pragma unroll 1
-    for (int begin = warp; begin < count * S::WORDS; begin += AT_ONCE * WARPS) {
-        WordOfSlices all[AT_ONCE];
+    for (int pass = makes || hears; pass < 2; ++pass) {  // 0: for the code
+        if (pass == 1) __syncthreads();
+        float f[S::SHARE][W];
 #pragma unroll
-        for (int c = 0; c < AT_ONCE; ++c) {
-            const int i = begin + c * WARPS;
-            const bool any = i < count * S::WORDS;
-            const int t = any ? i / S::WORDS : 0, word = i % S::WORDS;
-            all[c] = {any, word, s.turns[t], words.sums[first + t][word], s.totals[t]};
+        for (int i = 0; i < S::SHARE; ++i) {
+            const float4 chunk = *reinterpret_cast<const float4*>(s.rows[i][threadIdx.x]);
+            f[i][0] = chunk.x, f[i][1] = chunk.y, f[i][2] = chunk.z, f[i][3] = chunk.w;
         }
-        hear_slices<2>(all, slices);
+#pragma unroll 1
+        for (int t = 0; t < count; ++t) part_of_sums<SEAM>(f, p, s.streams[t], s.parts[t][warp]);
     }
     __syncthreads();
-    // Every block of these tokens has read the numbers of the turn: this one has heard of all. By idle warps.
-    if (mine.slice == 0) {
-        if (warp == TOKENS && lane < count) words.turns[first + lane] = s.turns[lane];
-        if (hears < count && lane == 0) peers.turns[first + hears] = among;
+    Words<SEAM>& words = *seam.words;
+    if (warp < count && lane < S::WORDS) {
+        float values[exchange::PER_WORD];
+        shares_of_word<SEAM>(s.parts[warp], lane, values);
+        exchange::tell(&words.sums[mine.first + warp][lane][mine.slice], values, s.turns[warp]);
     }
-    if (warp >= count) return;
-    const float z = mix<SEAM>(a, s.totals[warp], scale, base);
-    if (mine.ends) s.mixes[warp][lane] = z;
-    now = s.slices;
+    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
 #pragma unroll 1
-    for (int slice = mine.slice; slice < slices; slice += gridDim.x, ++now) {
-        const int d = slice * COLUMNS + lane * W, left = lane < QUADS ? a.D - d : 0;
-        const float4 chunk = *reinterpret_cast<const float4*>(&now->weight[lane % QUADS * W]);
-        const float weight[W] = {chunk.x, chunk.y, chunk.z, chunk.w};
-        collapse<SEAM>(a, first + warp, z, s.totals[warp], now->streams[warp], weight, d, left, left > 0);
+    for (int i = warp; i < count * S::WORDS; i += WARPS) {
+        const int t = i / S::WORDS, word = i % S::WORDS;
+        hear_word(words.sums[mine.first + t][word], word, s.turns[t], seam.slices, s.totals[t]);
+    }
+#pragma unroll 1
+    for (int pass = warp < count * S::WORDS; pass < 2; ++pass) {  // 0: for the code
+        const int t = warp % TOKENS;
+        if (pass == 1) {
+            __syncthreads();
+            // Every block of these tokens has read the numbers of the turn: this one has heard of all. By an idle warp.
+            if (mine.slice == 0 && warp == TOKENS && lane < count) {
+                words.turns[mine.first + lane] = s.turns[lane];
+                if (!alone) a.peers.turns[mine.first + lane] = s.peers_turns[lane];
+            }
+            if (warp >= count) return;
+        }
+        const float z = mix<SEAM>(a, s.totals[t], scale, base);
+        if (pass == 1 && mine.ends) s.mixes[t][lane] = z;
+        const auto& weight = *reinterpret_cast<const float(*)[W]>(s.weight + lane % QUADS * W);
+        const int left = pass == 1 && lane < QUADS ? W : 0;
+        const int d = mine.slice * COLUMNS + lane * W;
+        collapse<SEAM>(a, mine.first + t, z, s.totals[t], s.streams[t], weight, d, left, true);
     }
 }
 
@@ -176,15 +190,18 @@ static __device__ __forceinline__ void seam_rest(int turn) {
         mhc::finish_mixes(seam.args, mine.first + t, work<SeamWork>().mixes[t][threadIdx.x % 32]);
 }
 
-// mhc_seam's arguments; words: sizeof(Words<SEAM>) bytes, zeros at first; grid: the program's blocks.
+// mhc_seam's arguments, D a multiple of 64; words: sizeof(Words<SEAM>) bytes, zeros at first; grid: the program's blocks,
+// at least one for each slice.
 static cudaError_t describe_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
                                  const float* fn, const float* base, const float* scale, const float* weight, void* h_out,
                                  void* x_out, float* post_out, float* comb_out, int64_t tokens, int D, int64_t y_stride,
                                  int iters, float hc_eps, float norm_eps, uint64_t* const* inboxes, uint32_t* turns,
                                  int rank, int size, void* words, int grid) {
-    if (tokens < 1 || tokens > TOKENS || D < 1 || D > mhc::MOST_COLUMNS || size > mhc::MOST_RANKS || grid < 1)
+    const int slices = D / mhc::COLUMNS;
+    if (tokens < 1 || tokens > TOKENS || D < 1 || D > mhc::MOST_COLUMNS || D % mhc::COLUMNS || slices > grid ||
+        size > mhc::MOST_RANKS)
         return cudaErrorInvalidValue;
-    const int slices = (D + mhc::COLUMNS - 1) / mhc::COLUMNS, parts = grid > slices ? grid / slices : 1;
+    const int parts = grid / slices;
     *phase = {};
     phase->kind = SEAM;
     Seam& seam = *reinterpret_cast<Seam*>(phase->payload);
