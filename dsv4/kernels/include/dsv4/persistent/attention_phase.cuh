@@ -40,7 +40,7 @@ struct AttentionWork {
     alignas(16) float scores[PARTS][HG][SCORE_ROW];
     alignas(8) float seen[16][2];
     float fade[16];
-    int rows[STAGE], last[WARPS];
+    int rows[(STAGE + 31) / 32 * 32], last[WARPS];  // -1 behind the stage
 };
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number. Bytes lie first where the
@@ -73,6 +73,7 @@ struct Entries {
     __device__ __forceinline__ void read_rows(int stage) {
         const int slot = lane * attention::TILE + warp;
         if (lane < TILES) s.rows[slot] = row_at(stage * STAGE + slot);
+        else if (lane == TILES) s.rows[slot] = -1;
     }
 
     // The last slot behind stage 0 that holds an entry, among those that this thread looks at.
@@ -117,7 +118,8 @@ struct Entries {
 #pragma unroll 1
         for (int slot = warp; slot < STAGE; slot += attention::TILE, at += attention::TILE * attention::ROW) {
             if (s.rows[slot] < 0 || !source(position_of(stage * STAGE + slot)).packed) continue;
-            const uint2 x = *reinterpret_cast<const uint2*>(at + 8 * lane), y = *reinterpret_cast<const uint2*>(at + high);
+            const uint2 x = *reinterpret_cast<const uint2*>(at + 8 * lane);
+            const uint2 y = *reinterpret_cast<const uint2*>(at + high);
             const uint2 z = *reinterpret_cast<const uint2*>(at + rest);
             const uint32_t scales = *reinterpret_cast<const uint32_t*>(at + kv::SCALES);
             __syncwarp();  // the bytes have been read
@@ -162,6 +164,11 @@ struct Unit {
     // A block's share; the rows of stage 0 may have been read. Nothing is read of a stage while another is worked on.
     static __device__ __forceinline__ void add_up(Block& block, Entries& e, int head, bool known) {
         Work& s = block.s;
+        float2 turns[4] = {};
+        fetch_query(e, head);
+        copies_commit();
+        if (e.a.turn != nullptr) attention::load_turns(turns, e.a, e.token, e.lane);
+        if (!known) e.read_rows(0);
         if (threadIdx.x < HG) s.seen[threadIdx.x][0] = attention::LOWEST, s.seen[threadIdx.x][1] = 0.0f;
         for (auto& rows : block.sums)
             for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
@@ -169,13 +176,7 @@ struct Unit {
         int stages = 1;
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-            float2 turns[4] = {};
-            if (stage == 0) {
-                fetch_query(e, head);
-                copies_commit();
-                if (e.a.turn != nullptr) attention::load_turns(turns, e.a, e.token, e.lane);
-            }
-            if (stage > 0 || !known) e.read_rows(stage);
+            if (stage > 0) e.read_rows(stage);
             __syncwarp();
             e.fetch(stage);
             copies_commit();
@@ -195,8 +196,7 @@ struct Unit {
                 stages = __reduce_max_sync(attention::ALL, s.last[e.lane % WARPS]) / STAGE + 1;
 #pragma unroll
             for (int c = 0; c < Block::WORDS; ++c)
-                block.there[c] =
-                    __ballot_sync(attention::ALL, c * 32 + e.lane < STAGE && s.rows[min(c * 32 + e.lane, STAGE - 1)] >= 0);
+                block.there[c] = __ballot_sync(attention::ALL, s.rows[c * 32 + e.lane] >= 0);
             if (const int used = block.used_tiles()) {
                 block.score(used);
                 __syncthreads();
