@@ -32,16 +32,18 @@ __device__ __forceinline__ HeadShare load_head(int dims, int t, Chunk chunk) {
     return s;
 }
 
+__device__ __forceinline__ void turn_pair(uint32_t& pair, float2 by) {
+    float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xFFFF0000u);
+    rotate(a, b, by);
+    pair = bf16x2(a, b);
+}
+
 // by(i): the rotation of pair i, if it turns.
 template <typename By>
 __device__ __forceinline__ void turn(HeadShare& s, By by) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-        if (s.first + i < 0) continue;
-        float a = __uint_as_float(s.x[i] << 16), b = __uint_as_float(s.x[i] & 0xFFFF0000u);
-        rotate(a, b, by(i));
-        s.x[i] = bf16x2(a, b);
-    }
+    for (int i = 0; i < PAIRS; ++i)
+        if (s.first + i >= 0) turn_pair(s.x[i], by(i));
 }
 
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t x, uint32_t y) {

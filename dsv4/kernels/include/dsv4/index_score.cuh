@@ -216,9 +216,17 @@ __device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64
     if (treats) {
         copies_wait();
         __syncwarp();
+#pragma unroll 1
+        for (int i = lane; i < a.dims / 2; i += 32) {
+            const int pair = (WIDTH - a.dims) / 2 + i;
+            const float2 by = s.turns[warp][i];
+#pragma unroll 4
+            for (int head = 0; head < WARP_HEADS; ++head)
+                turn_pair(reinterpret_cast<uint32_t*>(place_of(head, pair / 4))[pair % 4], by);
+        }
+        __syncwarp();
         HeadShare share = load_head(a.dims, t, [&](int chunk) { return *place_of(g, chunk); });
         __syncwarp();  // treated heads go where they came
-        turn(share, [&](int i) { return s.turns[warp][share.first + i]; });
         treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
             *place_of(head, chunk) = channels;
         });

@@ -87,14 +87,10 @@ __device__ __forceinline__ uint64_t whole_span(const uint64_t* spans, int count)
 template <int WARPS>
 __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t (&warps)[WARPS]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = sum_up_to(x);
+    const uint32_t sum = sum_up_to(x);
     if (lane == 31) warps[warp] = sum;
     __syncthreads();
-    sum -= x;
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i)
-        if (i < warp) sum += warps[i];
-    return sum;
+    return sum - x + __reduce_add_sync(0xffffffffu, lane < warp ? warps[lane] : 0);
 }
 
 // The topk-th largest of more keys, and how many that equal it are taken. The bins are empty.
