@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
                 if (late == 0 && !joined) meetings.wait_for_all();
             }
             begin(program, index);
-            linear_phase(turn, stream, ahead, phase_at(turn).joined);
+            linear_phase(turn, stream, ahead);
             stream.park();
         } else {
             if (kind == SEAM) seam_ahead(turn);
@@ -130,9 +130,8 @@ constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_
 
 // What fills a phase: its arguments are those of the op that does the same, without a stream that anything waits for.
 extern "C" int dsv4_decode_layers_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
-                                         int tokens, int columns, const float* norm, float eps, int joined, int ranks,
-                                         cudaStream_t) {
-    return describe_linear(phase, parts, count, cuts, grid, tokens, columns, norm, eps, joined, ranks);
+                                         int tokens, int columns, const float* norm, float eps, int joined, cudaStream_t) {
+    return describe_linear(phase, parts, count, cuts, grid, tokens, columns, norm, eps, joined);
 }
 
 extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
@@ -192,7 +191,7 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
 
 // times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
-                                  uint64_t* times, int count, int grid, int ranks, int stages, int work_bytes, cudaStream_t stream) {
+                                  uint64_t* times, int count, int grid, int stages, int work_bytes, cudaStream_t stream) {
     if (count < 1 || grid < 1 || grid > MAX_BLOCKS || stages < 2 || stages > MAX_STAGES || work_bytes % 128)
         return cudaErrorInvalidValue;
     Program program = {};
@@ -201,5 +200,5 @@ extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, 
     const int bytes = WORK_AT + work_bytes + WARPS * stages * CHUNK;
     const cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    return launch_dependent_clusters(decode_layers, grid, THREADS, bytes, ranks, stream, program);
+    return launch_dependent(decode_layers, grid, 1, THREADS, bytes, stream, program);
 }

@@ -4,12 +4,11 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.decode_layers.decode_layers_ref import decode_layers_ref
-from dsv4.kernels.decode_layers.describe import ranks_of
 from dsv4.kernels.decode_layers.program import Program
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 
-_KERNEL = Kernel("decode_layers", "pppppiiiii")
+_KERNEL = Kernel("decode_layers", "pppppiiii")
 
 
 @op("decode_layers", ref=decode_layers_ref, shapes={"h": "T M D : bf16"})
@@ -32,5 +31,5 @@ def decode_layers(h: Tensor, program: Program, *, times: Tensor | None = None) -
             "blocks, two times each"
         )
     tensors = tables.phases, tables.segments, tables.starts, tables.state, times
-    _KERNEL(h.device, *tensors, tables.count, tables.grid, ranks_of(tables.grid), tables.stages, tables.work_bytes)
+    _KERNEL(h.device, *tensors, tables.count, tables.grid, tables.stages, tables.work_bytes)
     return program.y

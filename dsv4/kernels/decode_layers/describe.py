@@ -28,9 +28,8 @@ from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES = 2048  # constant of program.cuh
-_WORTH = 0.8  # pairs share tiles where a block then reads less than this of what it would alone: they must meet
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
-_LINEAR = Kernel("decode_layers", "p" + "pipiiipfii", "linear")
+_LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
 _EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
 
 
@@ -71,30 +70,25 @@ class Joined:
     parts: tuple[_Part, ...]
     run: Run
     columns: int
-    most: int  # tiles between two cuts
+    most: int  # tiles of a block
     beside: Inputs | None  # what goes on meanwhile, in blocks without tiles; whose norm is made here too
 
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
-        slices = -(-self.run.blocks // (SLICE_BLOCKS * self.run.ranks))
+        slices = -(-self.run.blocks // SLICE_BLOCKS)
         return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64
 
     def phase(self, device: torch.device, rows: int) -> bytes:
         table = (_Part * len(self.parts))(*self.parts)
         cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
-        grid = (len(cuts) - 1) * self.run.ranks
-        given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), grid, rows, self.columns
+        given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
         norm = (None, 0.0, 0) if self.beside is None else (self.beside.args[1], self.beside.named["eps"], 1)
-        return _filled(_LINEAR, device, *given, *norm, self.run.ranks)
-
-
-def ranks_of(grid: int) -> int:
-    """Blocks of a cluster: those that may share the tiles of a LINEAR phase."""
-    return 2 if grid % 2 == 0 else 1
+        return _filled(_LINEAR, device, *given, *norm)
 
 
 def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
-    products, spare = phase.products, 0
+    products = phase.products
+    spare = 0
     if beside is not None:
         products = tuple(replace(product, x=beside.args[0]) for product in products)
         spare = min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8)
@@ -105,19 +99,14 @@ def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
         raise KernelError("decode_layers: products of one phase have one K")
     inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
     shapes = [shape for launcher in launchers for shape in launcher.shapes]
-    kinds = tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True))
-    how, ranks = spread(kinds, grid - spare), 1
-    if ranks_of(grid) == 2 and blocks > SLICE_BLOCKS:
-        shared = spread(kinds, (grid - spare) // 2)
-        if shared.busiest < 2 * _WORTH * how.busiest:
-            how, ranks, spare = shared, 2, grid // 2 - (grid - spare) // 2
+    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid - spare)
     first = 0
     for place in how.order:
         parts[place].first_tile = first
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
-    run = Run(weights, blocks, how.cuts + how.cuts[-1:] * spare, False, ranks)
-    return Joined(tuple(parts[i] for i in how.order), run, columns, how.most, beside)
+    cuts = how.cuts + how.cuts[-1:] * spare
+    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside)
 
 
 def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:

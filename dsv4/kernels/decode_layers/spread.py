@@ -30,12 +30,11 @@ class Spread:
     order: tuple[int, ...]
     cuts: tuple[int, ...]
     most: int
-    busiest: int  # sizes of its tiles' blocks added up
 
 
 @functools.cache
 def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
-    """parts: (tiles, bytes of a block, number of the input) of each, all of one K. grid: blocks, or pairs of them.
+    """parts: (tiles, bytes of a block, number of the input) of each; all have the same K.
 
     A block's tiles have one input, staged in one way. The busiest block gets as few bytes as that allows.
     """
@@ -70,7 +69,7 @@ def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
             low = middle + 1
     found = cuts(low)
     found += found[-1:] * (grid + 1 - len(found))
-    return Spread(tuple(order), tuple(found), max(b - a for a, b in pairwise(found)), low)
+    return Spread(tuple(order), tuple(found), max(b - a for a, b in pairwise(found)))
 
 
 def even_cuts(tiles: int, grid: int) -> tuple[int, ...]:
@@ -86,7 +85,6 @@ class Run(NamedTuple):
     blocks: int  # of a tile
     cuts: tuple[int, ...]
     opens: bool  # behind them come weights that only the step knows
-    ranks: int = 1  # blocks that share the tiles between two cuts, each with some of the slices
 
 
 @functools.lru_cache(maxsize=8)
@@ -102,7 +100,7 @@ def segments_on(device: torch.device, runs: tuple[Run, ...]) -> tuple[Tensor, Te
 
 
 def segments_of(runs: Sequence[Run]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    warps = (len(runs[0].cuts) - 1) * runs[0].ranks * WARPS
+    warps = (len(runs[0].cuts) - 1) * WARPS
     every, marker = np.arange(warps), np.zeros(warps, _SEGMENT)
     owners, lists = [], []
     for run in runs:
@@ -132,13 +130,10 @@ def _units(run: Run) -> tuple[NDArray[np.int64], NDArray[np.void]]:
     tile = np.arange(len(part))
     place = np.searchsorted(cuts, tile, side="right") - 1
     slice_ = np.arange(-(-run.blocks // SLICE_BLOCKS))
-    begins = np.array([len(slice_) * rank // run.ranks for rank in range(run.ranks + 1)])
-    rank = np.searchsorted(begins, slice_, side="right") - 1
-    within = (tile - cuts[place])[:, None] * np.diff(begins)[rank] + slice_ - begins[rank]
-    block_of = place[:, None] * run.ranks + rank
+    within = (tile - cuts[place])[:, None] * len(slice_) + slice_
     found = np.empty(within.shape, _SEGMENT)
     here = (tile - (np.cumsum(tiles) - tiles)[part]) * run.blocks
     found["from"] = address[part][:, None] + (here[:, None] + slice_ * SLICE_BLOCKS) * block[part][:, None]
     found["bytes"] = np.minimum(run.blocks - slice_ * SLICE_BLOCKS, SLICE_BLOCKS) * block[part][:, None]
     found["chunk"] = np.array([_CHUNKS[size] for size in block.tolist()])[part][:, None]
-    return (block_of * WARPS + within % WARPS).ravel(), found.ravel()
+    return (place[:, None] * WARPS + within % WARPS).ravel(), found.ravel()

@@ -58,18 +58,16 @@ def test_more_inputs_than_blocks_are_refused():
 
 def lists_of(runs):
     """The kernel's walk, unit by unit, in Python: [block][warp] lists of (address, bytes, chunk)."""
-    grid = (len(runs[0].cuts) - 1) * runs[0].ranks
+    grid = len(runs[0].cuts) - 1
     lists = [[[] for _ in range(WARPS)] for _ in range(grid)]
     for run in runs:
         slices = -(-run.blocks // 8)
         tiles = [(a, t, size) for a, count, size in run.parts for t in range(count)]
         for block, warps in enumerate(lists):
-            number, rank = divmod(block, run.ranks)
-            own = range(slices * rank // run.ranks, slices * (rank + 1) // run.ranks)
-            for tile in range(run.cuts[number], run.cuts[number + 1]):
+            for tile in range(run.cuts[block], run.cuts[block + 1]):
                 address, t, size = tiles[tile]
-                for slice_ in own:
-                    unit = (tile - run.cuts[number]) * len(own) + slice_ - own.start
+                for slice_ in range(slices):
+                    unit = (tile - run.cuts[block]) * slices + slice_
                     count = min(8, run.blocks - 8 * slice_)
                     chunk = {576: 2304, 1024: 2048, 2048: 2048}[size]
                     at = address + (t * run.blocks + 8 * slice_) * size
@@ -87,7 +85,6 @@ def test_segments_are_the_units_of_a_warp_in_its_order():
     parts = ((1 << 20, 9, 576), (1 << 21, 4, 1024), (1 << 22, 3, 2048))
     runs = [Run(parts, 20, (0, 5, 5, 13, 16), False), Run(parts[:1], 8, even_cuts(9, 4), True)]
     runs += [Run(parts[2:], 3, even_cuts(3, 4), False), Run(parts[1:2], 9, (0, 4, 4, 4, 4), True)]
-    runs += [Run(parts, 20, (0, 7, 16), False, 2), Run(parts[:1], 8, (0, 4, 9), False, 2)]
     segments, starts = segments_of(runs)
     expected = [warp for warps in lists_of(runs) for warp in warps]
     found = [segments[a : a + len(warp)].tolist() for a, warp in zip(starts.tolist(), expected, strict=True)]
