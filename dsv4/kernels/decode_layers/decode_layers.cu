@@ -22,6 +22,7 @@ __device__ __forceinline__ Thread this_thread() {
 #include <dsv4/persistent/inputs_phase.cuh>
 #include <dsv4/persistent/linear_phase.cuh>
 #include <dsv4/persistent/meeting.cuh>
+#include <dsv4/persistent/route_phase.cuh>
 #include <dsv4/persistent/seam_phase.cuh>
 
 using namespace dsv4;
@@ -72,16 +73,21 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     for (int index = 0; index < program.count; ++index) {
         const int turn = index % 2, kind = phase_at(turn).kind;
         if (before == SEAM) seam_rest(turn ^ 1);
-        if (kind == LINEAR) {
+        if (kind == ROUTE) {
+            meetings.wait_for_all();
+            begin(program, index);
+            route_phase(turn);
+        }
+        if (kind == LINEAR || kind == ROUTE) {
             Stream stream(program);
             Ahead ahead = {};
             const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
 #pragma unroll 1
-            for (int late = 0; late < 2; ++late) {
+            for (int late = 0; late < 2 && kind == LINEAR; ++late) {
                 if (speaks == (late == 1)) prepare_linear(turn, stream, ahead);
                 if (late == 0 && !joined) meetings.wait_for_all();
             }
-            begin(program, index);
+            if (kind == LINEAR) begin(program, index);
             linear_phase(turn, stream, ahead);
             stream.park();
         } else {
@@ -115,13 +121,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     if (threadIdx.x < MAX_BLOCKS / persistent::GROUP) program.state->groups[threadIdx.x] = 0;
 }
 
-// What experts_phase needs at least.
+// What route_phase and experts_phase need at least.
 int experts_work_bytes(int tokens, int experts, int topk, int D, int F, int grid) {
-    const int slices = (F + SLICE - 1) / SLICE, tiles = (D / 16 + grid - 1) / grid, pairs = tokens * topk;
-    const int room = pairs < TOKENS ? pairs : TOKENS, keys = experts <= 256 ? 256 : 384;
-    int first = tokens * max(moe::stride_of((D + 63) / 64), shared_stride(slices) + keys * 8);
-    first = max(first, room * moe::stride_of((F + 63) / 64)) + max(tokens, room) * moe::MOST_SLICES * 4;
-    return STAGED_AT + first + slices * TOKENS * 4 + tiles * slices * tokens * 64 + tiles * pairs * 32;
+    return max(ExpertsLayout(tokens, topk, D, F, grid, 0).least, route_work_bytes(tokens, experts, D, F, grid));
 }
 
 constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_entry has it for 512 channels
@@ -144,17 +146,22 @@ extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* 
                          y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, words, grid);
 }
 
-extern "C" int dsv4_decode_layers_experts(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
-                                          const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary,
-                                          float route_scale, const void* x, int64_t x_row, const void* gate,
-                                          int64_t gate_stride, const void* up, int64_t up_stride,
-                                          const linear::Part* shared_w2, const void* w13_tiles, const float* w13_alpha,
-                                          const void* w2_tiles, const float* w2_alpha, void* mid, void* out, int out_f32,
-                                          int tokens, int experts, int topk, int D, int F, float limit, int grid,
-                                          int work_bytes, cudaStream_t) {
-    return describe_experts(phase, logits, logits_stride, bias, tid2eid, token_ids, vocabulary, route_scale, x, x_row, gate,
-                            gate_stride, up, up_stride, shared_w2, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out,
-                            out_f32, tokens, experts, topk, D, F, limit, grid, work_bytes);
+extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
+                                        const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary,
+                                        float route_scale, const void* gate, int64_t gate_stride, const void* up,
+                                        int64_t up_stride, const linear::Part* shared_w2, const uint16_t* cuts, void* plan,
+                                        int tokens, int experts, int topk, int D, int F, float limit, int grid,
+                                        int work_bytes, cudaStream_t) {
+    return describe_route(phase, logits, logits_stride, bias, tid2eid, token_ids, vocabulary, route_scale, gate, gate_stride,
+                          up, up_stride, shared_w2, cuts, plan, tokens, experts, topk, D, F, limit, grid, work_bytes);
+}
+
+extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
+                                          const void* w13_tiles, const float* w13_alpha, const void* w2_tiles,
+                                          const float* w2_alpha, void* mid, void* out, int out_f32, int tokens, int topk,
+                                          int D, int F, float limit, int grid, int work_bytes, cudaStream_t) {
+    return describe_experts(phase, plan, shared, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
+                            tokens, topk, D, F, limit, grid, work_bytes);
 }
 
 extern "C" int dsv4_decode_layers_inputs(Phase* phase, ATTN_INPUTS_PARAMETERS, cudaStream_t) {

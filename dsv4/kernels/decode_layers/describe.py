@@ -27,10 +27,11 @@ from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.tiles import COLUMNS
 
-PHASE_BYTES = 2048  # constant of program.cuh
+PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
-_EXPERTS = Kernel("decode_layers", "p" + "pqpppqfpqpqpqp" + "pppppp" + "iiiiiifii", "experts")
+_ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
+_EXPERTS = Kernel("decode_layers", "p" + "pppq" + "pppppp" + "iiiiifii", "experts")
 
 
 def ready(device: torch.device) -> None:
@@ -47,6 +48,8 @@ class Room:
     index: Tensor
     attention: Tensor
     mid: Tensor  # of experts
+    plan: Tensor  # of their pairs
+    shared: Tensor  # what the shared expert makes
     state_bytes: int
     work_bytes: int  # at least
     fixed_bytes: int  # of a block's shared memory, before the work area
@@ -60,7 +63,9 @@ class Room:
         _SIZES(device, ctypes.addressof(sizes), grid, rows, width, inner, like.args[0].shape[1], topk)
         words, index, attention = (torch.zeros(max(n, 16), dtype=torch.uint8, device=device) for n in sizes[:3])
         mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
-        return Room(grid, words, index, attention, mid, sizes[3], sizes[4], sizes[5])
+        plan = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
+        shared = torch.zeros(rows, width, dtype=torch.float32, device=device)
+        return Room(grid, words, index, attention, mid, plan, shared, sizes[3], sizes[4], sizes[5])
 
 
 @dataclass(frozen=True)
@@ -134,30 +139,45 @@ def goes_on_beside(inputs: Inputs, then: Phase) -> bool:
 
 
 def shared_run(phase: Experts, grid: int) -> Run:
-    """The weights of the shared expert's second product, which the blocks of an EXPERTS phase share evenly."""
-    launcher = _launcher(phase.shared_w2)
+    """The weights of the shared expert's second product, which all blocks share evenly but the last, which routes."""
+    launcher, others = _launcher(phase.shared_w2), max(grid - 1, 1)
     (tiles, size), part = launcher.shapes[0], launcher.table[0]
-    return Run(((part.tiles, tiles, size),), launcher.blocks, even_cuts(tiles, grid), True)
+    cuts = even_cuts(tiles, others)
+    return Run(((part.tiles, tiles, size),), launcher.blocks, cuts + cuts[-1:] * (grid - others), True)
+
+
+def route(phase: Experts, room: Room, work_bytes: int) -> bytes:
+    """What comes in front of `experts`."""
+    logits, gate, up, bias, tid2eid, tokens = phase.args
+    launcher, (rows, width), topk = _launcher(phase.shared_w2), phase.x.shape, phase.routing["topk"]
+    inner = launcher.columns
+    if gate.shape[1] != inner:
+        raise KernelError(f"decode_layers: a shared expert of {gate.shape[1]} channels and weights for {inner}")
+    shared = (_Part * 1)(launcher.table[0])
+    shared[0].row_scale, shared[0].row_scale_stride = None, 0
+    shared[0].out, shared[0].out_stride = room.shared.data_ptr(), width
+    shared[0].out_f32 = phase.out.dtype == torch.float32
+    cuts = (ctypes.c_uint16 * (room.grid + 1))(*shared_run(phase, room.grid).cuts)
+    strides = [row_stride("decode_layers", "x", tensor) for tensor in (logits, gate, up)]
+    vocabulary = 0 if tid2eid is None else len(tid2eid)
+    routing = logits, strides[0], bias, tid2eid, tokens, vocabulary, phase.routing["route_scale"]
+    product = gate, strides[1], up, strides[2], ctypes.addressof(shared), ctypes.addressof(cuts), room.plan
+    sizes = rows, logits.shape[1], topk, width, inner
+    given = *routing, *product, *sizes, phase.routing["limit"], room.grid, work_bytes
+    return _filled(_ROUTE, phase.x.device, *given)
 
 
 def experts(phase: Experts, room: Room, work_bytes: int) -> bytes:
-    logits, gate, up, bias, tid2eid, tokens = phase.args
     x, first, second = phase.x, phase.experts.w13, phase.experts.down
     if not isinstance(first, TiledExperts) or not isinstance(second, TiledExperts):
         raise KernelError("decode_layers: the experts were made on a CPU; make them from weights on the GPU")
-    launcher, (rows, width), topk = _launcher(phase.shared_w2), x.shape, phase.routing["topk"]
-    inner = second.columns
-    if gate.shape[1] != inner or phase.experts.in_treatment != "none" or launcher.columns != inner:
-        raise KernelError(f"decode_layers: a shared expert of {gate.shape[1]} channels beside routed ones of {inner}")
-    shared = (_Part * 1)(launcher.table[0])
-    strides = [row_stride("decode_layers", "x", tensor) for tensor in (logits, x, gate, up)]
-    vocabulary = 0 if tid2eid is None else len(tid2eid)
-    routing = logits, strides[0], bias, tid2eid, tokens, vocabulary, phase.routing["route_scale"]
-    rest = x, strides[1], gate, strides[2], up, strides[3], ctypes.addressof(shared)
+    (rows, width), inner = x.shape, second.columns
+    if phase.experts.in_treatment != "none" or _launcher(phase.shared_w2).columns != inner:
+        raise KernelError(f"decode_layers: a shared expert beside others of {inner} channels, or a quantised input")
+    given = room.plan, room.shared, x, row_stride("decode_layers", "x", x)
     weights = first.tiles, first.alpha, second.tiles, second.alpha, room.mid, phase.out
-    sizes = phase.out.dtype == torch.float32, rows, len(first.tiles), topk, width, inner
-    given = *routing, *rest, *weights, *sizes, phase.routing["limit"], room.grid, work_bytes
-    return _filled(_EXPERTS, x.device, *given)
+    sizes = phase.out.dtype == torch.float32, rows, phase.routing["topk"], width, inner
+    return _filled(_EXPERTS, x.device, *given, *weights, *sizes, phase.routing["limit"], room.grid, work_bytes)
 
 
 def seam(phase: Seam, room: Room) -> bytes:

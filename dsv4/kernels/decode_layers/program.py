@@ -101,7 +101,7 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
                 made.append(products[place].phase(device, rows))
                 runs.append(products[place].run)
             case Experts():
-                made.append(describe.experts(phase, room, work))
+                made += [describe.route(phase, room, work), describe.experts(phase, room, work)]
                 runs.append(describe.shared_run(phase, grid))
             case _:
                 made.append(describe.FILL[type(phase)](phase, room))

@@ -114,7 +114,7 @@ class Filled:
             def __call__(self, device, *given):
                 call(self, device, *given)
 
-        for name in ("_SIZES", "_LINEAR", "_EXPERTS"):
+        for name in ("_SIZES", "_LINEAR", "_ROUTE", "_EXPERTS"):
             kernel = getattr(describe, name)
             monkeypatch.setattr(describe, name, Fake(kernel.op, kernel.letters, kernel.part))
         monkeypatch.setattr(describe, "_kernel", lambda name, letters: Fake("decode_layers", "p" + letters, name))
@@ -137,22 +137,26 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     filled = Filled(monkeypatch)
     tables = make_tables(small.program.phases, small.h, 24, 231424)
     names = [name for name, _ in filled.calls]
-    layer = ["attention", "linear", "linear", "seam", "linear", "experts"]
+    layer = ["attention", "linear", "linear", "seam", "linear", "route", "experts"]
     begin = ["linear", "linear", "inputs"]  # products of what is normed beside the rest of the inputs
     assert names == ["sizes", *begin, *layer, "seam", *begin, "index", *layer]
     phases, beside = describe.overlapped(small.phases)
     assert {phases[place + 1] is inputs for place, inputs in beside.items()} == {True} and len(beside) == 2
-    assert tables.count == len(small.phases) == len(names) - 1 and tables.grid == 24
+    assert tables.count == len(small.phases) + 2 == len(names) - 1 and tables.grid == 24
     assert tables.phases.view(-1, describe.PHASE_BYTES)[:, 0].tolist() == list(range(1, len(names)))
     assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
     assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
-    for place, phase in enumerate(phases):
-        values = filled.calls[1 + place][1]
+    calls = iter(filled.calls[1:])
+    for phase in phases:
+        name, values = next(calls)
         if isinstance(phase, Linear):
             part = (describe._Part * values[2]).from_address(values[1])
             assert values[2] >= len(phase.products) and values[4:6] == [24, rows] and part
         if isinstance(phase, Experts):
-            assert values[-8:-6] == [rows, 8] and values[-1] == tables.work_bytes
+            cuts = describe.shared_run(phase, 24).cuts
+            assert name == "route" and values[-8:-6] == [rows, 8] and cuts[:2] == (0, 2) and cuts[23:] == (32, 32)
+            name, more = next(calls)
+            assert name == "experts" and more[1] == values[14] and values[-1] == more[-1] == tables.work_bytes
     read = np.frombuffer(tables.segments.numpy().tobytes(), dtype=[("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])
     operands = [p.operand for phase in small.phases if isinstance(phase, Linear) for p in phase.products]
     operands += [phase.shared_w2 for phase in small.phases if isinstance(phase, Experts)]

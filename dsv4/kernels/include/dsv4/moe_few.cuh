@@ -80,7 +80,6 @@ struct FewRing {
 
 // All but the first piece of a tile park the sums of their slices, for the first one to add in their order.
 struct Parked {
-    static constexpr bool NARROW = false;
     float4* sums;  // of this lane, 32 apart
     int piece, warp, halvings;
 

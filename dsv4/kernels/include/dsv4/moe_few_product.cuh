@@ -100,8 +100,7 @@ struct Staging {
 
 // total = a piece of a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and
 // 2 t + 1. park(slice, sum) may take the sum of a slice instead, for it to be added in its turn; park.collect(total,
-// slice, cuts) is told when a piece is done and which slice comes behind it. Park::NARROW: pieces of slices narrower than
-// a chunk are whole chunks, and code is to be short.
+// slice, cuts) is told when a piece is done and which slice comes behind it.
 template <typename Ring, typename Park>
 __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int piece, int halvings, int lane,
                                              const uint8_t* x, const float* undo0, const float* undo1, Ring& ring,
@@ -139,7 +138,7 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
         while (sparse && stop <= done && done < blocks) skip();
     };
     // A chunk of slices of WIDTH blocks: no sum outlives it.
-    const int width = (!Park::NARROW && halvings > 0) || blocks % (1 << cuts) != 0 ? 0 : blocks >> cuts;
+    const int width = halvings > 0 || blocks % (1 << cuts) != 0 ? 0 : blocks >> cuts;
     const auto whole = [&](auto of, const w4::Lane (&parts)[CHUNK_BLOCKS]) {
         constexpr int WIDTH = decltype(of)::value, SLICES = CHUNK_BLOCKS / WIDTH;
 #pragma unroll
@@ -150,12 +149,10 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
             const float back[2] = {undo0[s], undo1[s]};
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(even[i] + odd[i], back[i % 2]);
-            if (!Park::NARROW || !park(slice + s, sum))
 #pragma unroll
-                for (int i = 0; i < 4; ++i) total[i] += sum[i];
+            for (int i = 0; i < 4; ++i) total[i] += sum[i];
         }
         done += CHUNK_BLOCKS, undo0 += SLICES, undo1 += SLICES;
-        if (Park::NARROW) slice += SLICES;
     };
 #pragma unroll 1
     while (done < end) {
@@ -163,7 +160,7 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
         w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
 #pragma unroll
         for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-        if (!Park::NARROW && width == 4) {
+        if (width == 4) {
             whole(std::integral_constant<int, 4>(), parts);
         } else if (width == 2) {
             whole(std::integral_constant<int, 2>(), parts);
@@ -172,12 +169,6 @@ __device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int 
             for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(even, odd, parts[k], x + k * 128);
             done += CHUNK_BLOCKS;
             if (done == stop) end_slice(done);
-        } else if (Park::NARROW) {
-#pragma unroll 1
-            for (int k = 0; k < CHUNK_BLOCKS && done < end; ++k) {
-                multiply(even, odd, w4::load(block + k * w4::BLOCK_BYTES, lane), x + k * 128);
-                if (++done == stop) end_slice(done);
-            }
         } else {
 #pragma unroll
             for (int k = 0; k < CHUNK_BLOCKS; ++k) {

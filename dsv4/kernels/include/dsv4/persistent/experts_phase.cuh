@@ -1,311 +1,238 @@
-// EXPERTS: of a layer's feed-forward part all but its first projections. Every block routes and sorts all pairs for itself,
-// and asks for its routed weights. Meanwhile it multiplies what the shared expert makes with its rows of the second product.
-// Then come its tiles of gate and up, and, when all blocks have met, its rows of down for every expert, which it adds up
-// per token. The arithmetic is that of router.cuh, swiglu.cuh, linear.cuh and moe_few.cuh, and so are the bits.
+// EXPERTS: of a layer's feed-forward part all that is behind ROUTE. A block multiplies with its tiles of gate and up, and,
+// when all blocks have met, with its rows of down for every expert, which it adds up per token. Tiles are cut into
+// pieces, which the warps take in turn; sums of slices wait in shared memory to be added up in their order. The arithmetic
+// is that of moe_few.cuh, and so are the bits.
 #pragma once
 #include <dsv4/persistent/experts_plan.cuh>
 #include <dsv4/persistent/meeting.cuh>
 
 namespace dsv4::persistent {
 
-// Scores of all experts, and the shared expert's activation, for all to see after a barrier. Returns the
-// expert of a hash layer that this lane is to enter. A thread takes a score or so of the first rows and four columns of
-// the last.
-static __device__ __forceinline__ int64_t score_and_activate(const Experts& a) {
-    constexpr int AT_ONCE = 4;
-    const int thread = threadIdx.x, warp = thread / 32, scores = a.tokens * a.keys, quads = a.second.columns / 4;
-    uint8_t* const staged = work_at<uint8_t>(STAGED_AT);
-    float* const score = reinterpret_cast<float*>(staged + a.tokens * shared_stride(a.slices));
-    uint32_t* const key = reinterpret_cast<uint32_t*>(score + scores);
-    int64_t named = -1;
-#pragma unroll 1
-    for (int begin = 0; begin < max(scores, a.tokens * quads); begin += AT_ONCE * THREADS) {
-        float logit[AT_ONCE], bias[AT_ONCE];
-        uint2 gate[AT_ONCE] = {}, up[AT_ONCE] = {};
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const int at = begin + j * THREADS + thread, token = moe::quotient(at, a.keys), e = at - token * a.keys;
-            const bool exists = at < scores && e < a.route.experts;
-            logit[j] = exists ? a.route.logits[token * a.route.stride + e] : 0.0f;
-            bias[j] = exists && a.route.bias != nullptr ? a.route.bias[e] : 0.0f;
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const int at = begin + j * THREADS + (thread ^ THREADS / 2), token = moe::quotient(at, quads);
-            const int column = 4 * (at - token * quads);
-            if (token >= a.tokens) break;
-            gate[j] = *reinterpret_cast<const uint2*>(a.gate + token * a.gate_stride + column);
-            up[j] = *reinterpret_cast<const uint2*>(a.up + token * a.up_stride + column);
-        }
-        if (begin == 0) {
-            const int token = WARPS - 1 - warp;
-            if (a.route.tid2eid != nullptr && token < a.tokens) named = routing::expert_of_token(a.route, token);
-        }
-#pragma unroll 1
-        for (int j = 0, at = begin + thread; j < AT_ONCE && at < scores; ++j, at += THREADS) {
-            const bool exists = at - moe::quotient(at, a.keys) * a.keys < a.route.experts;
-            const float s = routing::score(logit[0]);
-            score[at] = s, key[at] = exists ? routing::order(s + bias[0]) : 0;
-#pragma unroll
-            for (int k = 0; k + 1 < AT_ONCE; ++k) logit[k] = logit[k + 1], bias[k] = bias[k + 1];
-        }
-#pragma unroll 1
-        for (int j = 0, at = begin + (thread ^ THREADS / 2); j < AT_ONCE; ++j, at += THREADS) {
-            const int token = moe::quotient(at, quads), column = 4 * (at - token * quads);
-            if (token >= a.tokens) break;
-            const uint32_t g[2] = {gate[0].x, gate[0].y}, u[2] = {up[0].x, up[0].y};
-            bf16 y[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const int high = k % 2 ? 0 : 16;
-                y[k] = from_float<bf16>(swiglu(__uint_as_float(g[k / 2] << high & 0xFFFF0000u),
-                                               __uint_as_float(u[k / 2] << high & 0xFFFF0000u), a.first.limit));
-            }
-            *reinterpret_cast<uint2*>(staged + token * shared_stride(a.slices) + column * 2) =
-                make_uint2(y[0].bits | y[1].bits << 16, y[2].bits | y[3].bits << 16);
-#pragma unroll
-            for (int k = 0; k + 1 < AT_ONCE; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
-        }
-    }
-    return named;
-}
+// A pass is over tiles of a block whose sums can wait at once: some of gate and up, or those of down for some groups.
+struct Pass {
+    bool down;
+    int from, to;         // tiles
+    int place, group;     // of down: of the first row that is staged; the group behind the last one
+};
 
-// The last warps pick the experts of a token each; the first bring the shared expert's slices to the form in which they
-// are multiplied.
-static __device__ __forceinline__ void pick_and_stage(const Experts& a, moe::FewPlan& pairs, int64_t named) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = WARPS - 1 - warp, topk = a.route.topk;
-    const int stride = shared_stride(a.slices);
-    uint8_t* const staged = work_at<uint8_t>(STAGED_AT);
-    if (token < a.tokens) {
-        const float* score = reinterpret_cast<const float*>(staged + a.tokens * stride) + token * a.keys;
-        const uint32_t* key = reinterpret_cast<const uint32_t*>(score + a.tokens * a.keys);
-        int64_t chosen = named;
-        if (a.route.tid2eid == nullptr)
-            chosen = a.keys == 256 ? routing::best_of<8>(key, topk) : routing::best_of<12>(key, topk);
-        const bool exists = lane < topk && chosen >= 0 && chosen < a.route.experts;
-        const float weight = routing::weight_of(a.route, exists ? score[chosen] : 0.0f);
-        if (exists) pairs.expert[token * topk + lane] = static_cast<int>(chosen), pairs.given[token * topk + lane] = weight;
-    }
-    float* const undo = work_at<float>(a.shared_undo);
-#pragma unroll 1
-    for (int task = warp; task < a.tokens * a.slices; task += WARPS) {
-        const int row = moe::quotient(task, a.slices), slice = task - row * a.slices;
-        uint4* const here = reinterpret_cast<uint4*>(staged + row * stride + slice * 1024 + lane * 32);
-        uint4 low = make_uint4(0, 0, 0, 0), high = low;
-        if (slice * SLICE + lane * 16 < a.second.columns) low = here[0], high = here[1];
-        uint32_t x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        const float back = a.shared.format == linear::PLAIN ? 1.0f : scale_to_f16(x);
-        here[0] = make_uint4(x[0], x[1], x[2], x[3]), here[1] = make_uint4(x[4], x[5], x[6], x[7]);
-        if (lane == 0) undo[slice * TOKENS + row] = back;
+// A block of weights times the lane's columns of eight tokens.
+static __device__ __forceinline__ void multiply_block(float (&even)[4], float (&odd)[4], const w4::Lane& part,
+                                                      const uint8_t* columns) {
+    const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
+    uint32_t scale, scale8, a[4], b[8];
+    load_b(b, columns);
+    w4::scales(part.scales, scale, scale8);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        w4::dequantize(a, words[j], scale, scale8);
+        mma_f16(j % 2 ? odd : even, a, b[2 * j], b[2 * j + 1]);
     }
 }
 
-// The shared expert's second product, for the block's rows of down.
-static __device__ __forceinline__ void multiply_shared(const Experts& a, const moe::Share& share, Feed& feed) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint8_t* const staged = work_at<uint8_t>(STAGED_AT);
-    const linear::Rows<1> rows(a.tokens, shared_stride(a.slices));
-    const auto next = [](Feed& f) { f.refill(); };
-#pragma unroll 1
-    for (int unit = threadIdx.x / 32; unit < share.tiles * a.slices; unit += WARPS) {
-        const int tile = moe::quotient(unit, a.slices), slice = unit - tile * a.slices;
-        float sum[1][1][4];
-        linear::slice_product(sum, a.shared, a.shared.format, share.first_tile + tile, 1, slice,
-                              min(a.second.blocks - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS),
-                              staged + slice * 1024, rows, feed, next);
-        linear::undo_scaling(sum, a.shared.format, work_at<float>(a.shared_undo) + slice * TOKENS);
-        float* slot = work_at<float>(a.slots) + unit * a.tokens * 16 + g;
+// Where a lane leaves sums of slices, its rows of tokens 2 t and 2 t + 1, and then begins anew.
+struct Slots {
+    float* at;
+    int step;   // to the next token
+    int count;  // of tokens that are there, from 2 t on
+
+    __device__ __forceinline__ void take(float (&even)[4], float (&odd)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (2 * t + i % 2 < a.tokens) slot[(2 * t + i % 2) * 16 + i / 2 * 8] = sum[0][0][i];
+            if (i % 2 < count) at[i % 2 * step + i / 2 * 8] = even[i] + odd[i];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0.0f;
+        at += 16;
     }
-}
-
-// Rows g and g + 8 of token m of a group's tile.
-static __device__ __forceinline__ void put_pair(const Experts& a, const ExpertsPlan& plan, bool down, int2 tile, int m, int g,
-                                                float low, float high) {
-    const int place = plan.pairs.groups[tile.x].y + m;
-    const float* alpha = plan.alpha[tile.x];
-    if (down) {
-        bf16* result = work_at<bf16>(a.results) + (tile.y * a.tokens * a.route.topk + place) * 16 + g;
-        result[0] = from_float<bf16>(low * (alpha[2] * w4::UNDO));
-        result[8] = from_float<bf16>(high * (alpha[2] * w4::UNDO));
-    } else {
-        a.first.out[static_cast<int64_t>(place) * 8 * a.first.rows + 8 * tile.y + g] =
-            moe::activated(low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, plan.pairs.weight[place]);
-    }
-}
+};
 
 // The warp's pieces of a pass, whose rows are staged; `done`: of all its pieces so many.
-static __device__ __forceinline__ void multiply(int turn, const moe::Share& share, int parks, const Pass& pass, int& done,
-                                                Feed& feed) {
-    const Experts& a = payload<Experts>(turn);
-    const ExpertsPlan& plan = work<ExpertsPlan>();
+static __device__ __forceinline__ void multiply(const Experts& a, const Units& units, const Pass& pass, int& done, Feed& feed) {
+    const ExpertsWork& w = work<ExpertsWork>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int blocks = pass.down ? a.second.blocks : a.first.blocks, stride = moe::stride_of(blocks);
-    const float* const undo = work_at<float>(a.undo);
+    const int blocks = pass.down ? a.second.blocks : a.first.blocks, cuts = moe::cuts_of(blocks);
+    const int halvings = a.halvings[pass.down], width = a.width[pass.down], stride = moe::stride_of(blocks);
+    const int end = pass.down ? units.all : units.up, most = w.plan.most;
+    Stream& stream = feed.stream;
 #pragma unroll 1
-    for (int left = pass.cut.of_warp(); left > 0; --left, ++done) {
-        if (done > 0 && done % AHEAD == 0) list_pieces(turn, share, parks, done + AHEAD, AHEAD);
-        const Routed piece = plan.list[warp][done % PIECES];
-        const int4 group = plan.pairs.groups[piece.group()];
-        // Where the group's token m is staged. Beyond the last token any row will do: nobody takes the sum.
-        const auto row_of = [&](int m) {
-            const int place = group.y + min(m, group.z - 1);
-            return pass.down ? place - pass.batch.from : plan.pairs.token[place];
-        };
-        const int halvings = piece.halvings(), slot = (piece.number() << moe::cuts_of(blocks)) * a.tokens * 16;
-        const Parked park = {halvings > 0 ? work_at<float>(a.parked) + slot : nullptr, a.tokens};
-        float sum[4];
-        moe::tile_product(sum, blocks, piece.piece(), halvings, lane,
-                          work_at<uint8_t>(STAGED_AT) + row_of(g) * stride + 32 * t,
-                          undo + row_of(2 * t) * moe::MOST_SLICES, undo + row_of(2 * t + 1) * moe::MOST_SLICES, feed,
-                          park);
-        if (halvings > 0) continue;
-        const int2 tile = make_int2(piece.group(), piece.tile());
+    for (; done < end; ++done) {
+        const Routed piece = {nullptr, 0, w.list[warp][done % PIECES].what};
+        if (piece.number() >= pass.to) break;
+        if (done > 0 && done % AHEAD == 0)
+            list_units(a, units, w.plan.group[lane], w.plan.group[lane + 32], done + AHEAD, AHEAD);
+        // Beyond the last token any row will do: nobody takes the sum.
+        const int place = piece.first() + min(g, piece.count() - 1), row = pass.down ? place - pass.place : w.plan.token[place];
+        const int begin = moe::piece_begin(blocks, piece.piece(), halvings);
+        const uint8_t* x = work_at<uint8_t>(STAGED_AT) + row * stride + begin * 128 + 32 * t;
+        const int slice = piece.piece() << (cuts - halvings);
+        const int slot = (((piece.number() - pass.from) * most + 2 * t) << cuts) + slice;
+        Slots slots = {work_at<float>(a.parked) + slot * 16 + g, 16 << cuts, piece.count() - 2 * t};
+        float even[4] = {}, odd[4] = {};
+        if (width > 0) {  // whole chunks: a slice is two, one or half of one
+            int left = max(width / moe::CHUNK_BLOCKS, 1);
+#pragma unroll 1
+            do {
+                const uint8_t* block = stream.wait();
+                w4::Lane parts[moe::CHUNK_BLOCKS];
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (2 * t + i < group.z) put_pair(a, plan, pass.down, tile, 2 * t + i, g, sum[i], sum[i + 2]);
+                for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
+#pragma unroll
+                for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) {
+                    multiply_block(even, odd, parts[k], x + k * 128);
+                    if (k == 1 && width == 2) slots.take(even, odd);
+                }
+                x += moe::CHUNK_BLOCKS * 128;
+                if (--left == 0) slots.take(even, odd);
+                feed.refill();
+            } while (left > 0);
+        } else {
+            const int last = (piece.piece() + 1) << (cuts - halvings), over = moe::piece_begin(blocks, piece.piece() + 1, halvings);
+            const uint8_t* block = nullptr;
+            int at = begin, used = 0;  // blocks of the row, and of the chunk
+#pragma unroll 1
+            for (int s = slice; s < last; ++s, slots.take(even, odd)) {
+                const int stop = (s + 1) * blocks >> cuts;
+#pragma unroll 1
+                for (; at < stop; x += 128) {
+                    if (used == 0) block = stream.wait();
+                    multiply_block(even, odd, w4::load(block + used * w4::BLOCK_BYTES, lane), x);
+                    ++at, ++used;
+                    if (used < moe::CHUNK_BLOCKS && at < over) continue;
+                    feed.refill();
+                    used = 0;
+                }
+            }
+        }
     }
 }
 
-// Adds up what has been parked. A thread has two rows of a tile and a token.
-static __device__ __forceinline__ void collect(const Experts& a, const ExpertsPlan& plan, const moe::Share& share,
-                                               const Pass& pass, int tiles) {
-    const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), step = a.tokens * 16;
+// Adds up the slices of a pass. A thread has rows g and g + 8 of a tile and a token: of gate and of up, or both of down.
+static __device__ __forceinline__ void collect(const Experts& a, const Units& units, const Pass& pass) {
+    const ExpertsWork& w = work<ExpertsWork>();
+    const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), most = w.plan.most;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tiles * a.tokens * 8; i += THREADS) {
-        const int g = i % 8, number = moe::quotient(i / 8, a.tokens), m = i / 8 - number * a.tokens;
-        const int2 tile = pass.find(a, share, pass.cut.whole + number);
-        if (m >= plan.pairs.groups[tile.x].z) continue;
-        const float* slot = work_at<float>(a.parked) + (number << cuts) * step + m * 16 + g;
+    for (int i = threadIdx.x; i < (pass.to - pass.from) * most * 8; i += THREADS) {
+        const int g = i % 8, slot = i / 8, number = moe::quotient(slot, most), m = slot - number * most;
+        const int2 tile = units.find(a, pass.down, pass.from + number);
+        const uint32_t group = w.plan.group[tile.x];
+        if (m >= static_cast<int>(group >> 22)) continue;
+        const int place = (group >> 16 & 63) + m, row = pass.down ? place - pass.place : w.plan.token[place];
+        const float* sum = work_at<float>(a.parked) + (slot << cuts) * 16 + g;
+        const float* undo = work_at<float>(a.undo) + row * moe::MOST_SLICES;
         float low = 0.0f, high = 0.0f;
 #pragma unroll 8
-        for (int slice = 0; slice < 1 << cuts; ++slice, slot += step) low += slot[0], high += slot[8];
-        put_pair(a, plan, pass.down, tile, m, g, low, high);
+        for (int s = 0; s < 1 << cuts; ++s) low += __fmul_rn(sum[s * 16], undo[s]), high += __fmul_rn(sum[s * 16 + 8], undo[s]);
+        const float* alpha = w.alpha[tile.x];
+        if (pass.down) {
+            bf16* result = work_at<bf16>(a.results) + (tile.y * a.tokens * a.first.topk + place) * 16 + g;
+            result[0] = from_float<bf16>(low * (alpha[2] * w4::UNDO));
+            result[8] = from_float<bf16>(high * (alpha[2] * w4::UNDO));
+        } else {
+            a.first.out[static_cast<int64_t>(place) * 8 * a.first.rows + 8 * tile.y + g] = moe::activated(
+                low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, w.plan.weight[place]);
+        }
     }
 }
 
 // The block's rows of the result: a token's experts by rising place, then the shared one.
-static __device__ __forceinline__ void add_up(const Experts& a, const moe::FewPlan& pairs, const moe::Share& share) {
-    const int topk = a.route.topk, step = a.tokens * 16;
+static __device__ __forceinline__ void add_up(const Experts& a, const Units& units) {
+    const ExpertsWork& w = work<ExpertsWork>();
+    const int topk = a.first.topk;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < share.tiles * step; i += THREADS) {
+    for (int i = threadIdx.x; i < units.tiles * a.tokens * 16; i += THREADS) {
         const int tile = moe::quotient(i / 16, a.tokens), token = i / 16 - tile * a.tokens, row = i % 16;
+        const int64_t at = static_cast<int64_t>(token) * 16 * a.second.rows + (units.first_tile + tile) * 16 + row;
         const bf16* result = work_at<bf16>(a.results) + tile * a.tokens * topk * 16 + row;
-        const float* slot = work_at<float>(a.slots) + tile * a.slices * step + token * 16 + row;
-        float y = 0.0f, other = 0.0f;
-#pragma unroll 4
-        for (int slice = 0; slice < a.slices; ++slice) other += slot[slice * step];
-        other *= a.shared.alpha;
+        const float shared = a.out_f32 ? static_cast<const float*>(a.shared)[at] : to_float(static_cast<const bf16*>(a.shared)[at]);
+        float y = 0.0f;
 #pragma unroll 4
         for (int k = 0; k < topk; ++k) {
-            const int place = pairs.places[token * topk + k];
+            const int place = w.plan.places[token * topk + k];
             const float one = to_float(result[max(place, 0) * 16]);
             y += place < 0 ? 0.0f : one;
         }
-        y += a.out_f32 ? other : rounded<bf16>(other);
-        const int64_t to = static_cast<int64_t>(token) * 16 * a.second.rows + (share.first_tile + tile) * 16 + row;
-        if (a.out_f32) static_cast<float*>(a.out)[to] = y;
-        else static_cast<bf16*>(a.out)[to] = from_float<bf16>(y);
+        y += shared;
+        if (a.out_f32) static_cast<float*>(a.out)[at] = y;
+        else static_cast<bf16*>(a.out)[at] = from_float<bf16>(y);
     }
-}
-
-static __device__ __forceinline__ void stage_rows(const Experts& a, moe::Staging<4> rows) {
-    rows.load(threadIdx.x / 32);
-    rows.finish(threadIdx.x / 32, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
 }
 
 static __device__ __forceinline__ void experts_phase(int turn, Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
-    ExpertsPlan& plan = work<ExpertsPlan>();
+    ExpertsWork& w = work<ExpertsWork>();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
-    const int64_t named = score_and_activate(a);
-    if (thread < moe::FEW_PAIRS) moe::enter_pair(plan.pairs, moe::NOBODY, 0.0f);
-    __syncthreads();
-    pick_and_stage(a, plan.pairs, named);
-    moe::Share share = moe::plan_few(plan.pairs, a.tokens, a.route.topk);
-    moe::deal(share, a.first.rows, a.of_block);
-    // A token that names an expert twice would need more room.
-    const bool crowded = plan.pairs.leads[lane].y > a.tokens || plan.pairs.leads[lane + 32].y > a.tokens;
-    const int parks = __any_sync(moe::ALL, crowded) ? 0 : a.parks;
-
-    Pass pass(a, share, parks);
-    list_pieces(turn, share, parks, 0, PIECES);
-    Feed feed = {stream, plan.list[warp]};
-#pragma unroll 1
-    for (int i = 0; i < stream.stages; ++i) feed.ask();
-    int done = 0;
-    float alpha[3] = {};
-    if (thread < share.groups) {
-        const int expert = plan.pairs.groups[thread].x;
-        alpha[0] = a.first.alpha[2 * expert], alpha[1] = a.first.alpha[2 * expert + 1], alpha[2] = a.second.alpha[expert];
+    if (thread < static_cast<int>(sizeof(RoutePlan)) / 16)
+        start_copy16(shared_address(&w.plan) + thread * 16, reinterpret_cast<const uint8_t*>(a.plan) + thread * 16);
+    const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, most, each, more
+    const uint32_t low = a.plan->group[lane], high = a.plan->group[lane + 32];
+    moe::Staging<2> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
+    rows.load(warp);
+    stream.pass();  // what the list says of these weights
+    const Units units(a, head.x, head.z, head.w);
+    list_units(a, units, low, high, 0, PIECES);
+    Feed feed = {stream, w.list[warp], units.all};
+    feed.fill();
+    if (thread < head.x) {
+        const int expert = (warp == 0 ? low : high) & 0xFFFF;
+        w.alpha[thread][0] = a.first.alpha[2 * expert], w.alpha[thread][1] = a.first.alpha[2 * expert + 1];
+        w.alpha[thread][2] = a.second.alpha[expert];
     }
-    multiply_shared(a, share, feed);
-    if (thread < share.groups)
-#pragma unroll
-        for (int i = 0; i < 3; ++i) plan.alpha[thread][i] = alpha[i];
-    __syncthreads();  // nobody reads the shared expert's rows any more
-    stage_rows(a, moe::Staging<4>(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks));
+    int done = 0;
+    Pass pass = {false, 0, 0, 0, 0};
 #pragma unroll 1
     while (true) {
-        __syncthreads();
-        multiply(turn, share, parks, pass, done, feed);
-        __syncthreads();
-        if (pass.cut.halvings > 0) collect(a, plan, share, pass, (pass.cut.end - pass.cut.whole) >> pass.cut.halvings);
-        if (!pass.down) meetings.all();
-        if (!pass.next(a, share, parks)) break;
-        stage_rows(a, moe::Staging<4>(a.second.x + pass.batch.from * a.second.x_row, a.second.x_row,
-                                      pass.batch.to - pass.batch.from, a.second.columns, a.second.blocks));
+        rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+        wait_for_copies();
+#pragma unroll 1
+        do {
+            __syncthreads();
+            if (!pass.down) pass.from = pass.to, pass.to = min(units.count, pass.from + w.plan.fit);
+            multiply(a, units, pass, done, feed);
+            __syncthreads();
+            collect(a, units, pass);
+        } while (!pass.down && pass.to < units.count);
+        if (pass.down) __syncthreads();  // nobody reads the rows any more, and all results are there
+        else meetings.all();
+        if (pass.group == head.x) break;
+        // Groups from this one on whose rows have room.
+        pass.place = w.plan.group[pass.group] >> 16 & 63;
+        const auto ends = [&](int group) {
+            const uint32_t word = w.plan.group[group];
+            return __ballot_sync(moe::ALL, group < head.x && int((word >> 16 & 63) + (word >> 22)) <= pass.place + a.room);
+        };
+        const int next = min(__popc(ends(lane)) + __popc(ends(lane + 32)), pass.group + w.plan.together);
+        const uint32_t last = w.plan.group[next - 1];
+        const int places = (last >> 16 & 63) + (last >> 22) - pass.place;
+        pass.down = true, pass.from = pass.group * units.tiles, pass.to = next * units.tiles, pass.group = next;
+        rows = moe::Staging<2>(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
+        rows.load(warp);
     }
-    __syncthreads();
-    add_up(a, plan.pairs, share);
+    add_up(a, units);
 }
 
-// out [T, D]; mid: scratch [T topk, F]. F: columns of the shared expert too. grid: the launch's. Refuses what does not fit
-// into work_bytes.
-static cudaError_t describe_experts(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
-                                    const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary, float route_scale,
-                                    const void* x, int64_t x_row, const void* gate, int64_t gate_stride, const void* up,
-                                    int64_t up_stride, const linear::Part* shared_w2, const void* w13_tiles,
-                                    const float* w13_alpha, const void* w2_tiles, const float* w2_alpha, void* mid, void* out,
-                                    int out_f32, int tokens, int experts, int topk, int D, int F, float limit, int grid,
-                                    int work_bytes) {
-    const int pairs = tokens * topk;
-    if (tokens < 1 || tokens > TOKENS || topk < 1 || topk > 32 || pairs > moe::FEW_PAIRS || experts < topk || experts > 384)
-        return cudaErrorInvalidValue;
-    if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 1 || grid > MAX_BLOCKS)
-        return cudaErrorInvalidValue;
-    if (reinterpret_cast<uintptr_t>(x) % 16 || x_row % 8 || reinterpret_cast<uintptr_t>(gate) % 8 || gate_stride % 4 ||
-        reinterpret_cast<uintptr_t>(up) % 8 || up_stride % 4 || shared_w2->row_scale != nullptr || shared_w2->rows != D)
-        return cudaErrorInvalidValue;
+// plan, shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
+// work_bytes.
+static cudaError_t describe_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
+                                    const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
+                                    void* mid, void* out, int out_f32, int tokens, int topk, int D, int F, float limit,
+                                    int grid, int work_bytes) {
+    const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
+    if (reinterpret_cast<uintptr_t>(x) % 16 || x_row % 8 || layout.least > work_bytes) return cudaErrorInvalidValue;
     const auto job_of = [&](const void* tiles, const float* alpha, const void* from, int64_t row, void* to, int rows, int width) {
         return moe::Job{static_cast<const uint8_t*>(tiles), alpha, static_cast<const bf16*>(from), row, nullptr, nullptr,
                         static_cast<bf16*>(to), {}, topk, rows, (width + 63) / 64, width, limit};
     };
     Experts a = {};
-    a.route = {logits, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, logits_stride, vocabulary, route_scale};
+    a.plan = static_cast<const RoutePlan*>(plan), a.shared = shared;
     a.first = job_of(w13_tiles, w13_alpha, x, x_row, mid, F / 8, D);
     a.second = job_of(w2_tiles, w2_alpha, mid, F, nullptr, D / 16, F);
-    a.shared = *shared_w2;
-    a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
-    a.gate_stride = gate_stride, a.up_stride = up_stride;
-    a.out = out, a.out_f32 = out_f32, a.tokens = tokens, a.keys = experts <= 256 ? 256 : 384;
-    a.slices = (F + SLICE - 1) / SLICE, a.of_block = {D / 16 / grid, D / 16 % grid};
-
-    const int tiles = (D / 16 + grid - 1) / grid, slot = tokens * 16 * 4, row = moe::stride_of(a.second.blocks);
-    const int first = max(tokens * moe::stride_of(a.first.blocks), tokens * (shared_stride(a.slices) + a.keys * 8));
-    const int fixed = STAGED_AT + a.slices * TOKENS * 4 + tiles * a.slices * slot + tiles * pairs * 32;
-    const auto staged = [&](int room) { return max(first, room * row) + max(tokens, room) * moe::MOST_SLICES * 4; };
-    a.room = min(pairs, TOKENS);
-    if (fixed + staged(a.room) > work_bytes) return cudaErrorInvalidValue;
-    const int left = work_bytes - fixed - staged(a.room), most = (WARPS - 1) << moe::cuts_of(max(a.first.blocks, a.second.blocks));
-    const int parks = min(most, left / 2 / slot);
-    while (a.room < pairs && fixed + staged(a.room + 1) + parks * slot <= work_bytes) ++a.room;
-    a.parks = min(most, (work_bytes - fixed - staged(a.room)) / slot);
-    a.undo = STAGED_AT + max(first, a.room * row), a.shared_undo = a.undo + max(tokens, a.room) * moe::MOST_SLICES * 4;
-    a.slots = a.shared_undo + a.slices * TOKENS * 4, a.results = a.slots + tiles * a.slices * slot;
-    a.parked = a.results + tiles * pairs * 32;
+    a.out = out, a.out_f32 = out_f32, a.tokens = tokens, a.of_block = {D / 16 / grid, D / 16 % grid};
+    for (int down = 0; down < 2; ++down) {
+        const int blocks = down ? a.second.blocks : a.first.blocks, cuts = moe::cuts_of(blocks), width = blocks >> cuts;
+        while (a.halvings[down] < cuts && blocks >> (a.halvings[down] + 1) >= moe::CHUNK_BLOCKS) ++a.halvings[down];
+        const bool whole = blocks % (1 << cuts) == 0 && (width == 2 || width == 4 || width == 8);
+        a.width[down] = whole ? width : 0;
+    }
+    a.room = layout.room, a.undo = layout.undo, a.results = layout.results, a.parked = layout.parked;
     return fill_phase(phase, EXPERTS, a);
 }
 

@@ -1,194 +1,142 @@
-// What EXPERTS is given, how it lays its work area out, how tiles go to warps, and the order in which a warp asks for
-// their weights.
+// What ROUTE leaves for EXPERTS, what EXPERTS is given, how it lays its work area out, and the order in which a warp
+// takes pieces of tiles and asks for their weights.
 #pragma once
-#include <dsv4/linear.cuh>
 #include <dsv4/moe_few_product.cuh>
 #include <dsv4/persistent/stream.cuh>
-#include <dsv4/router.cuh>
 
 namespace dsv4::persistent {
 
 static_assert(WARPS == moe::FEW_WARPS && TOKENS == moe::TOKENS && CHUNK == moe::CHUNK, "a phase is like the op's kernel");
 
-struct Experts {
-    routing::Arguments route;  // without what it writes
-    moe::Job first, second;    // without plans and factors
-    linear::Part shared;       // the shared expert's second product, of what `gate` and `up` make
-    const bf16 *gate, *up;     // [T, F]
-    int64_t gate_stride, up_stride;
-    void* out;       // [T, D] float or bf16
-    int out_f32, tokens;
-    int keys;        // experts, rounded up to what the lanes of a warp have
-    int slices;      // of the shared expert's columns
-    int2 of_block;   // tiles of down that every block has, and how many blocks have one more
-    int room;        // rows of mid that are staged at a time
-    int parks;       // slices whose sums can wait
-    int undo, shared_undo, slots, results, parked;  // where in the work area
+// The pairs (token, expert), sorted.
+struct alignas(16) RoutePlan {
+    int groups, most;    // most: pairs of a group
+    int each, more;      // tiles of gate and up that every block has, and how many blocks have one more
+    int fit, together;   // tiles whose sums can wait at once; groups of which all tiles of down can
+    int unused[2];
+    uint32_t group[moe::FEW_PAIRS];  // expert, first place (from bit 16 on), pairs (from bit 22 on)
+    float weight[moe::FEW_PAIRS];    // by place
+    uint8_t token[moe::FEW_PAIRS];   // by place
+    int8_t places[moe::FEW_PAIRS];   // by token, rising; -1: none
 };
 
-// What a warp reads of routed weights: a tile, or a piece of one. No bytes: nothing more.
+struct Experts {
+    const RoutePlan* plan;
+    const void* shared;      // [T, D] of the shared expert, as `out` is
+    moe::Job first, second;  // without plans, weights and factors
+    void* out;               // [T, D] float or bf16
+    int out_f32, tokens;
+    int halvings[2], width[2];  // of gate and up, and of down: a tile has 2^halvings pieces; blocks of a slice, or 0
+    int2 of_block;              // tiles of down that every block has, and how many blocks have one more
+    int room;                   // rows of mid that are staged at a time
+    int undo, results, parked;  // where in the work area
+};
+
+// A piece of a tile. A warp takes every WARPS-th.
 struct alignas(16) Routed {
     const uint8_t* from;
     int bytes;
-    uint32_t what;  // group, tile of the group (of down: of the block), piece, halvings, number among those that are cut
+    uint32_t what;  // the tile's number in the block, piece, first place and pairs of its group
 
-    __device__ __forceinline__ int group() const { return what & 63; }
-    __device__ __forceinline__ int tile() const { return what >> 6 & 4095; }
-    __device__ __forceinline__ int piece() const { return what >> 18 & 15; }
-    __device__ __forceinline__ int halvings() const { return what >> 22 & 7; }
-    __device__ __forceinline__ int number() const { return what >> 25; }
+    __device__ __forceinline__ int number() const { return what & 0x1FFFF; }
+    __device__ __forceinline__ int piece() const { return what >> 17 & 15; }
+    __device__ __forceinline__ int first() const { return what >> 21 & 63; }
+    __device__ __forceinline__ int count() const { return what >> 27; }
 };
 constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at a time: work is at most AHEAD behind
 
-// The work area begins with this. Staged rows follow: of the shared expert, behind them its scores and keys, then of x,
-// then of mid; the factors that undo their scaling, those of the shared expert, sums of its slices [tile][slice][T][16],
-// results of down [tile][place][16], sums of slices of tiles that are cut [tile][slice][T][16].
-struct alignas(128) ExpertsPlan {
-    moe::FewPlan pairs;
+// The work area begins with this. Rows of x, then of mid, follow as they are multiplied, the factors that undo their
+// scaling, results of down [tile][place][16], and sums of slices [tile][pair of its group][slice][16].
+struct alignas(128) ExpertsWork {
+    RoutePlan plan;
     float alpha[moe::FEW_PAIRS][3];  // by group: of gate, up and down
     Routed list[WARPS][PIECES];
 };
-constexpr int STAGED_AT = sizeof(ExpertsPlan);
+constexpr int STAGED_AT = sizeof(ExpertsWork);
 
-__host__ __device__ __forceinline__ int shared_stride(int slices) { return slices * 1024 + 16; }
+// fit: pairs of a tile and a token whose sums can wait, of gate and up and of down.
+struct ExpertsLayout {
+    int tiles, room, undo, results, parked, fit[2], least;  // tiles: of down, in a block at most; least: bytes
+
+    __host__ ExpertsLayout(int tokens, int topk, int D, int F, int grid, int work_bytes) {
+        const int pairs = tokens * topk, one = moe::stride_of((F + 63) / 64), rows = tokens * moe::stride_of((D + 63) / 64);
+        const int slots[] = {64 << moe::cuts_of((D + 63) / 64), 64 << moe::cuts_of((F + 63) / 64)};
+        tiles = (D / 16 + grid - 1) / grid, room = pairs < TOKENS ? pairs : TOKENS;
+        const auto fixed = [&](int room) {
+            return STAGED_AT + max(rows, room * one) + max(tokens, room) * moe::MOST_SLICES * 4 + tiles * pairs * 32;
+        };
+        const int some = max(slots[0], tiles * slots[1]) * room;  // the largest group's
+        least = fixed(room) + some;
+        while (room < pairs && fixed(room + 1) + 2 * some <= work_bytes) ++room;
+        undo = STAGED_AT + max(rows, room * one), results = undo + max(tokens, room) * moe::MOST_SLICES * 4;
+        parked = results + tiles * pairs * 32;
+        for (int down = 0; down < 2; ++down) fit[down] = (work_bytes - parked) / slots[down];
+    }
+};
 
 template <typename T>
 __device__ __forceinline__ T* work_at(int offset) {
     return reinterpret_cast<T*>(memory() + WORK_AT + offset);
 }
 
-// Of the tiles of a pass every warp has as many whole ones; those that are left over are cut into 2^halvings pieces, so
-// that no warp has much more than others.
-struct Cut {
-    int whole, end, halvings;  // end: whole tiles and pieces
+// What a block has to do, and a warp of it.
+struct Units {
+    int begin, count;       // tiles of gate and up, of all groups one after the other
+    int first_tile, tiles;  // rows of down
+    int up, all;            // pieces of the warp: of gate and up; with those of down behind them
 
-    __device__ __forceinline__ Cut(int tiles, int blocks, int parks) : halvings(0) {
-        const int cuts = moe::cuts_of(blocks), rest = tiles % WARPS;
-        int least = 1 << cuts;  // slices of a warp
-#pragma unroll
-        for (int by = 1; by <= 4; ++by) {
-            const int slices = ((rest << by) + WARPS - 1) / WARPS << max(cuts - by, 0);
-            const bool can = by <= cuts && blocks >> by >= moe::CHUNK_BLOCKS && rest << cuts <= parks;
-            if (can && slices < least) least = slices, halvings = by;
-        }
-        whole = tiles - rest, end = whole + (rest << halvings);
+    __device__ __forceinline__ Units(const Experts& a, int groups, int each, int more) {
+        const int2 some = moe::part_of(make_int2(each, more)), rows = moe::part_of(a.of_block);
+        begin = some.x, count = some.y, first_tile = rows.x, tiles = rows.y;
+        const int last = WARPS - 1 - threadIdx.x / 32;
+        up = ((count << a.halvings[0]) + last) / WARPS, all = up + ((groups * tiles << a.halvings[1]) + last) / WARPS;
     }
-    __device__ __forceinline__ int of_warp() const { return max(end + WARPS - 1 - int(threadIdx.x / 32), 0) / WARPS; }
-};
-
-// A pass is over the block's tiles of gate and up, or over its rows of down for the experts of a batch.
-struct Pass {
-    bool down = false;
-    moe::Batch batch = {0, 0, 0, 0};
-    Cut cut;
-
-    __device__ __forceinline__ Pass(const Experts& a, const moe::Share& share, int parks)
-        : cut(share.count, a.first.blocks, parks) {}
-    __device__ __forceinline__ bool next(const Experts& a, const moe::Share& share, int parks) {
-        if (batch.to >= share.places) return false;
-        down = true, batch = share.batch(batch.to, a.room);
-        cut = Cut(batch.groups * share.tiles, a.second.blocks, parks);
-        return true;
-    }
-    // Of the block's tile `tile`: its group, and its number in the group.
-    __device__ __forceinline__ int2 find(const Experts& a, const moe::Share& share, int tile) const {
-        const int at = down ? tile : share.begin + tile, across = down ? share.tiles : a.first.rows;
-        const int group = moe::quotient(at, across);
-        return make_int2(batch.group + group, at - group * across);
+    // The group of a tile, and its number there.
+    __device__ __forceinline__ int2 find(const Experts& a, bool down, int number) const {
+        const int at = down ? number : begin + number, across = down ? tiles : a.first.rows, group = moe::quotient(at, across);
+        return make_int2(group, at - group * across);
     }
 };
 
-// Of all that the warp reads in the passes, the pieces from `first` on, a lane each.
-static __device__ __forceinline__ void list_pieces(int turn, moe::Share share, int parks, int first, int count) {
-    const Experts& a = payload<Experts>(turn);
-    ExpertsPlan& plan = work<ExpertsPlan>();
-    const int warp = threadIdx.x / 32, index = first + threadIdx.x % 32;
-    if (threadIdx.x % 32 < count) {
-        Routed piece = {};
-        Pass pass(a, share, parks);
-        int at = index;
-        bool exists = true;
-        while (exists && at >= pass.cut.of_warp()) at -= pass.cut.of_warp(), exists = pass.next(a, share, parks);
-        if (exists) {
-            at = at * WARPS + warp;
-            const bool whole = at < pass.cut.whole;
-            const int by = whole ? 0 : pass.cut.halvings, number = whole ? 0 : (at - pass.cut.whole) >> by;
-            const int part = whole ? 0 : at - pass.cut.whole - (number << by);
-            const int2 tile = pass.find(a, share, whole ? at : pass.cut.whole + number);
-            const moe::Job& job = pass.down ? a.second : a.first;
-            const int64_t row = static_cast<int64_t>(plan.pairs.groups[tile.x].x) * job.rows + tile.y +
-                                (pass.down ? share.first_tile : 0);
-            const int begin = moe::piece_begin(job.blocks, part, by), end = moe::piece_begin(job.blocks, part + 1, by);
-            piece.from = job.tiles + (row * job.blocks + begin) * w4::BLOCK_BYTES;
-            piece.bytes = (end - begin) * w4::BLOCK_BYTES;
-            piece.what = tile.x | tile.y << 6 | part << 18 | by << 22 | static_cast<uint32_t>(number) << 25;
-        }
-        plan.list[warp][index % PIECES] = piece;
-    }
+// The warp's pieces from `from` on, a lane each. low, high: words of the plan's groups `lane` and `lane` + 32.
+static __device__ __forceinline__ void list_units(const Experts& a, const Units& units, uint32_t low, uint32_t high, int from,
+                                                  int count) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = from + lane;
+    const bool down = index >= units.up;
+    const moe::Job& job = down ? a.second : a.first;
+    const int unit = warp + WARPS * (down ? index - units.up : index), number = unit >> a.halvings[down];
+    const int piece = unit - (number << a.halvings[down]), blocks = job.blocks;
+    const int2 tile = units.find(a, down, number);
+    const uint32_t below = __shfl_sync(moe::ALL, low, tile.x), above = __shfl_sync(moe::ALL, high, tile.x);
+    const uint32_t group = tile.x < 32 ? below : above;
+    const int64_t row = static_cast<int64_t>(group & 0xFFFF) * job.rows + tile.y + (down ? units.first_tile : 0);
+    const int begin = moe::piece_begin(blocks, piece, a.halvings[down]);
+    const int end = moe::piece_begin(blocks, piece + 1, a.halvings[down]);
+    if (lane < count)
+        work<ExpertsWork>().list[warp][index % PIECES] = {job.tiles + (row * blocks + begin) * w4::BLOCK_BYTES,
+                                                          (end - begin) * w4::BLOCK_BYTES,
+                                                          number | piece << 17 | group >> 16 << 21};
     __syncwarp();
 }
 
-// A warp's ring, and what it asks for: as far as the list of the stream goes, its routed weights, then that list beyond.
+// A warp's ring, and what it asks for: its routed weights, then what the list of the stream has behind them.
 struct Feed {
     Stream& stream;
     const Routed* list;
-    int next = 0;  // of the routed ones; -1 beyond them
-    bool routed = false;
+    int all, next = 0;
 
-    __device__ __forceinline__ bool more() {
-        bool found = false;
-#pragma unroll 1
-        while (!found) {
-            Segment segment;
-            if (routed) {
-                const Routed piece = list[next % PIECES];
-                segment = {piece.from, piece.bytes, CHUNK};
-            } else {
-                segment = stream.ahead();
-            }
-            found = routed ? segment.bytes > 0 : segment.chunk > 0;
-            if (found) stream.open(segment.from, segment.bytes, segment.chunk);
-            if (!found && !routed && next < 0) return false;
-            const bool over = found != routed;  // a segment of the stream's list: one that is opened, or the marker
-            if (found && routed) ++next;
-            if (!found) next = routed ? -1 : 0, routed = !routed;
-            if (over) stream.pass();
-        }
-        return true;
+    __device__ __forceinline__ void fill() {
+        stream.fill([&] {
+            if (next == all) return stream.open_next();
+            const Routed piece = list[next++ % PIECES];
+            stream.open(piece.from, piece.bytes, CHUNK);
+            return true;
+        });
     }
-    // Asks for a chunk, if a stage is free.
-    __device__ __forceinline__ void ask() {
-        if (stream.held == stream.stages || (stream.left == 0 && !more())) return;
-        const int now = min(stream.left, stream.chunk);
-        const uint32_t base = shared_address(memory());
-        if (elected())
-            bulk_load(base + stream.data + stream.tail * CHUNK, stream.from, now, base + stream.full + 8 * stream.tail);
-        stream.from += now, stream.left -= now, ++stream.held;
-        if (++stream.tail == stream.stages) stream.tail = 0;
-    }
-    __device__ __forceinline__ const uint8_t* wait() const { return stream.wait(); }
     __device__ __forceinline__ void refill() {
         stream.release();
-        ask();
+        fill();
     }
-};
-
-// Sums of the slices of a tile that is cut, for whoever adds them up when all are there.
-struct Parked {
-    static constexpr bool NARROW = true;
-    float* sums;  // [slice][T][16], null: of a whole tile
-    int tokens;
-
-    __device__ __forceinline__ bool operator()(int slice, const float (&sum)[4]) const {
-        if (sums == nullptr) return false;
-        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        float* slot = sums + slice * tokens * 16 + g;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (2 * t + i % 2 < tokens) slot[(2 * t + i % 2) * 16 + i / 2 * 8] = sum[i];
-        return true;
-    }
-    __device__ __forceinline__ void collect(float (&)[4], int, int) const {}
 };
 
 }  // namespace dsv4::persistent

@@ -13,7 +13,7 @@ constexpr int PHASE_BYTES = 2048, PAYLOAD_BYTES = PHASE_BYTES - 16;
 constexpr int MAX_STAGES = 8;     // of a warp's ring
 constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
 
-enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, KINDS };
+enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, ROUTE, KINDS };
 
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
 struct alignas(16) Phase {

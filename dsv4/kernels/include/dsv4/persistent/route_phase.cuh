@@ -1,0 +1,167 @@
+// ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block
+// routes all tokens, sorts the pairs and writes down who has to do what; meanwhile the others multiply what the shared
+// expert makes: as LINEAR does it, of an input that each makes for itself. The arithmetic is that of router.cuh and
+// swiglu.cuh, and so are the bits.
+#pragma once
+#include <dsv4/persistent/experts_plan.cuh>
+#include <dsv4/persistent/linear_phase.cuh>
+#include <dsv4/router.cuh>
+
+namespace dsv4::persistent {
+
+// Lies where a product has its second part and those behind it: here it has one.
+struct Route {
+    routing::Arguments route;  // without what it writes
+    RoutePlan* plan;
+    const bf16 *gate, *up;     // [T, F]
+    int64_t gate_stride, up_stride;
+    float limit;
+    int keys;         // experts, rounded up to what the lanes of a warp have
+    int rows, tiles;  // of a group: tiles of gate and up; in a block at most: tiles of down
+    int fit[2];       // pairs of a tile and a token whose sums can wait in EXPERTS
+    int activated;    // where in the work area: [T, F]
+};
+static_assert(sizeof(Route) <= (MOST_PARTS - 1) * sizeof(linear::Part), "there is place");
+
+// The product's input, behind its own work area, where it will find it.
+static __device__ __forceinline__ void activate(Linear& product, const Route& a) {
+    constexpr int AT_ONCE = 2;
+    bf16* const activated = work_at<bf16>(a.activated);
+    const int thread = threadIdx.x, across = product.columns / 2, pairs = product.tokens * across;
+#pragma unroll 1
+    for (int begin = thread; begin < pairs; begin += AT_ONCE * THREADS) {
+        uint32_t gate[AT_ONCE] = {}, up[AT_ONCE] = {};
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int at = begin + j * THREADS, token = moe::quotient(at, across), column = 2 * (at - token * across);
+            if (at >= pairs) break;
+            gate[j] = *reinterpret_cast<const uint32_t*>(a.gate + token * a.gate_stride + column);
+            up[j] = *reinterpret_cast<const uint32_t*>(a.up + token * a.up_stride + column);
+        }
+#pragma unroll 1
+        for (int at = begin; at < min(pairs, begin + AT_ONCE * THREADS); at += THREADS) {
+            const auto one = [&](int shift) {
+                return uint32_t{from_float<bf16>(swiglu(__uint_as_float(gate[0] << shift & 0xFFFF0000u),
+                                                        __uint_as_float(up[0] << shift & 0xFFFF0000u), a.limit)).bits};
+            };
+            reinterpret_cast<uint32_t*>(activated)[at] = one(16) | one(0) << 16;
+#pragma unroll
+            for (int k = 0; k + 1 < AT_ONCE; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
+        }
+    }
+    if (thread == 0) product.parts[0].x = activated;
+}
+
+// Every token's experts and their weights, which are entered as pairs. A warp picks the experts of a token.
+static __device__ __forceinline__ void pick(const Route& a, moe::FewPlan& pairs, int tokens) {
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, scores = tokens * a.keys, topk = a.route.topk;
+    float* const score = work_at<float>(sizeof(moe::FewPlan));
+    uint32_t* const key = reinterpret_cast<uint32_t*>(score + scores);
+    int64_t chosen = -1;
+    if (a.route.tid2eid != nullptr && warp < tokens) chosen = routing::expert_of_token(a.route, warp);
+    const auto load = [&](int at, float& logit, float& bias) {
+        const int token = moe::quotient(at, a.keys), e = at - token * a.keys;
+        const bool exists = at < scores && e < a.route.experts;
+        logit = exists ? a.route.logits[token * a.route.stride + e] : 0.0f;
+        bias = exists && a.route.bias != nullptr ? a.route.bias[e] : 0.0f;
+        return exists;
+    };
+    float logit, bias;
+    bool exists = load(thread, logit, bias);
+#pragma unroll 1
+    for (int at = thread; at < scores; at += THREADS) {
+        float next_logit, next_bias;
+        const bool next = load(at + THREADS, next_logit, next_bias);
+        const float s = routing::score(logit);
+        score[at] = s, key[at] = exists ? routing::order(s + bias) : 0;
+        logit = next_logit, bias = next_bias, exists = next;
+    }
+    if (thread < moe::FEW_PAIRS) moe::enter_pair(pairs, moe::NOBODY, 0.0f);
+    __syncthreads();
+    if (warp >= tokens) return;
+    if (a.route.tid2eid == nullptr)
+        chosen = a.keys == 256 ? routing::best_of<8>(key + warp * a.keys, topk) : routing::best_of<12>(key + warp * a.keys, topk);
+    const bool there = lane < topk && chosen >= 0 && chosen < a.route.experts;
+    const float weight = routing::weight_of(a.route, there ? score[warp * a.keys + chosen] : 0.0f);
+    if (there) pairs.expert[warp * topk + lane] = static_cast<int>(chosen), pairs.given[warp * topk + lane] = weight;
+}
+
+static __device__ __forceinline__ void write_plan(const Route& a, const moe::FewPlan& pairs, int groups) {
+    const int thread = threadIdx.x;
+    if (thread >= moe::FEW_PAIRS) return;
+    const int4 group = pairs.groups[thread];
+    RoutePlan& plan = *a.plan;
+    plan.group[thread] = thread < groups ? group.x | group.y << 16 | group.z << 22 : 0;
+    plan.weight[thread] = pairs.weight[thread];
+    plan.token[thread] = static_cast<uint8_t>(pairs.token[thread]);
+    plan.places[thread] = static_cast<int8_t>(pairs.places[thread]);
+    if (thread >= 32) return;
+    const int most = max(__reduce_max_sync(moe::ALL, max(pairs.leads[thread].y, pairs.leads[thread + 32].y)), 1u);
+    const int all = groups * a.rows, each = moe::quotient(all, gridDim.x);
+    if (thread > 0) return;
+    *reinterpret_cast<int4*>(&plan) = make_int4(groups, most, each, all - each * gridDim.x);
+    plan.fit = moe::quotient(a.fit[0], most), plan.together = moe::quotient(a.fit[1], most * a.tiles);
+}
+
+// In front of linear_phase.
+static __device__ __forceinline__ void route_phase(int turn) {
+    Linear& product = const_cast<Linear&>(payload<Linear>(turn));
+    const Route& a = *reinterpret_cast<const Route*>(product.parts + 1);
+    if (blockIdx.x == gridDim.x - 1) {
+        moe::FewPlan& pairs = work<moe::FewPlan>();
+        pick(a, pairs, product.tokens);
+        const moe::Share share = moe::plan_few(pairs, product.tokens, a.route.topk);
+        write_plan(a, pairs, share.groups);
+        __syncthreads();
+    }
+    if (product.cuts[blockIdx.x] < product.cuts[blockIdx.x + 1]) activate(product, a);
+    __syncthreads();
+}
+
+__host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }
+
+// Where the product's input lies, and the end of the work area. tiles: of a block at most.
+static int route_input(int tokens, int tiles, int slices) {
+    return (tokens * (slices * 1024 + 16) + slices * TOKENS * 4 + tiles * slices * tokens * 64 + 15) / 16 * 16;
+}
+static int route_work_bytes(int tokens, int experts, int D, int F, int grid) {
+    const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1), slices = (F + SLICE - 1) / SLICE;
+    const int routing = static_cast<int>(sizeof(moe::FewPlan)) + tokens * keys_of(experts) * 8;
+    return max(routing, route_input(tokens, tiles, slices) + tokens * F * 2);
+}
+
+// shared_w2: its x is not given; cuts [grid + 1]: the blocks' tiles of it. plan: RoutePlan. The rest as EXPERTS has it.
+static cudaError_t describe_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
+                                  const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary, float route_scale,
+                                  const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                                  const linear::Part* shared_w2, const uint16_t* cuts, void* plan, int tokens, int experts,
+                                  int topk, int D, int F, float limit, int grid, int work_bytes) {
+    const int pairs = tokens * topk;
+    if (tokens < 1 || tokens > TOKENS || topk < 1 || topk > 32 || pairs > moe::FEW_PAIRS || experts < topk || experts > 384)
+        return cudaErrorInvalidValue;
+    if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 1 || grid > MAX_BLOCKS)
+        return cudaErrorInvalidValue;
+    if (reinterpret_cast<uintptr_t>(gate) % 4 || gate_stride % 2 || reinterpret_cast<uintptr_t>(up) % 4 || up_stride % 2 ||
+        reinterpret_cast<uintptr_t>(plan) % 16 || shared_w2->row_scale != nullptr || shared_w2->rows != D)
+        return cudaErrorInvalidValue;
+    const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
+    if (max(layout.least, route_work_bytes(tokens, experts, D, F, grid)) > work_bytes) return cudaErrorInvalidValue;
+    linear::Part part = *shared_w2;
+    part.x = nullptr, part.x_stride = F, part.x_wide = 1;
+    if (const cudaError_t error = describe_linear(phase, &part, 1, cuts, grid, tokens, F, nullptr, 0.0f, 0)) return error;
+    Route a = {};
+    a.route = {logits, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, logits_stride, vocabulary, route_scale};
+    a.plan = static_cast<RoutePlan*>(plan);
+    a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
+    a.gate_stride = gate_stride, a.up_stride = up_stride, a.limit = limit, a.keys = keys_of(experts);
+    a.rows = F / 8, a.tiles = layout.tiles, a.fit[0] = layout.fit[0], a.fit[1] = layout.fit[1];
+    int most = 0;
+    for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
+    a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE);
+    if (a.activated + tokens * F * 2 > work_bytes) return cudaErrorInvalidValue;
+    std::memcpy(reinterpret_cast<Linear*>(phase->payload)->parts + 1, &a, sizeof(a));
+    phase->kind = ROUTE;
+    return cudaSuccess;
+}
+
+}  // namespace dsv4::persistent
