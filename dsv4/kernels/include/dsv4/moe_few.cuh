@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
         id = f.ids[thread];
         if (FIRST) weight = f.first.weights[thread];
     }
-    Staging<4> rows(f.first.x, f.first.x_row, f.tokens, f.first.columns, f.first.blocks);
+    Staging<2> rows(f.first.x, f.first.x_row, f.tokens, f.first.columns, f.first.blocks);
     if (FIRST) rows.load(warp);
     if (thread < FEW_PAIRS) enter_pair(s, id >= 0 && id < f.experts ? static_cast<int>(id) : NOBODY, weight);
     Share share = plan_few(s, f.tokens, f.first.topk);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
 #pragma unroll 1
     while (true) {
         if (SECOND && down) {
-            rows = Staging<4>(f.second.x + batch.from * f.second.x_row, f.second.x_row, batch.to - batch.from,
+            rows = Staging<2>(f.second.x + batch.from * f.second.x_row, f.second.x_row, batch.to - batch.from,
                            f.second.columns, f.second.blocks);
             rows.load(warp);
         }

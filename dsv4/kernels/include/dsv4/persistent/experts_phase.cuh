@@ -55,9 +55,9 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
     Stream& stream = feed.stream;
 #pragma unroll 1
     for (; done < end; ++done) {
-        const Routed piece = {nullptr, 0, w.list[warp][done % PIECES].what};
+        const Routed piece = {nullptr, 0, w.list[warp][done & (PIECES - 1)].what};
         if (piece.number() >= pass.to) break;
-        if (done > 0 && done % AHEAD == 0)
+        if (done > 0 && (done & (AHEAD - 1)) == 0)
             list_units(a, units, w.plan.group[lane], w.plan.group[lane + 32], done + AHEAD, AHEAD);
         // Beyond the last token any row will do: nobody takes the sum.
         const int place = piece.first() + min(g, piece.count() - 1), row = pass.down ? place - pass.place : w.plan.token[place];
@@ -111,7 +111,7 @@ static __device__ __forceinline__ void collect(const Experts& a, const Units& un
     const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), most = w.plan.most;
 #pragma unroll 1
     for (int i = threadIdx.x; i < (pass.to - pass.from) * most * 8; i += THREADS) {
-        const int g = i % 8, slot = i / 8, number = moe::quotient(slot, most), m = slot - number * most;
+        const int g = i & 7, slot = i >> 3, number = moe::quotient(slot, most), m = slot - number * most;
         const int2 tile = units.find(a, pass.down, pass.from + number);
         const uint32_t group = w.plan.group[tile.x];
         if (m >= static_cast<int>(group >> 22)) continue;
@@ -133,16 +133,29 @@ static __device__ __forceinline__ void collect(const Experts& a, const Units& un
     }
 }
 
-// The block's rows of the result: a token's experts by rising place, then the shared one.
-static __device__ __forceinline__ void add_up(const Experts& a, const Units& units) {
+// Of the block's rows of the result that which comes i-th.
+struct Element {
+    int tile, token, at;  // at: in the result
+
+    __device__ __forceinline__ Element(const Experts& a, const Units& units, int i) : tile(moe::quotient(i >> 4, a.tokens)) {
+        token = (i >> 4) - tile * a.tokens, at = (token * a.second.rows + units.first_tile + tile) * 16 + (i & 15);
+    }
+    __device__ __forceinline__ uint32_t bits(const Experts& a) const {  // of the shared expert
+        return a.out_f32 ? static_cast<const uint32_t*>(a.shared)[at] : static_cast<const uint16_t*>(a.shared)[at] << 16;
+    }
+};
+
+// The block's rows of the result: a token's experts by rising place, then the shared one. added: it, of the first element
+// that this thread has.
+static __device__ __forceinline__ void add_up(const Experts& a, const Units& units, uint32_t added) {
     const ExpertsWork& w = work<ExpertsWork>();
     const int topk = a.first.topk;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < units.tiles * a.tokens * 16; i += THREADS) {
-        const int tile = moe::quotient(i / 16, a.tokens), token = i / 16 - tile * a.tokens, row = i % 16;
-        const int64_t at = static_cast<int64_t>(token) * 16 * a.second.rows + (units.first_tile + tile) * 16 + row;
-        const bf16* result = work_at<bf16>(a.results) + tile * a.tokens * topk * 16 + row;
-        const float shared = a.out_f32 ? static_cast<const float*>(a.shared)[at] : to_float(static_cast<const bf16*>(a.shared)[at]);
+    for (int first = threadIdx.x, i = first; i < units.tiles * a.tokens * 16; i += THREADS) {
+        const Element element(a, units, i);
+        const int at = element.at, token = element.token;
+        const bf16* result = work_at<bf16>(a.results) + element.tile * a.tokens * topk * 16 + (i & 15);
+        if (i != first) added = element.bits(a);
         float y = 0.0f;
 #pragma unroll 4
         for (int k = 0; k < topk; ++k) {
@@ -150,7 +163,7 @@ static __device__ __forceinline__ void add_up(const Experts& a, const Units& uni
             const float one = to_float(result[max(place, 0) * 16]);
             y += place < 0 ? 0.0f : one;
         }
-        y += shared;
+        y += __uint_as_float(added);
         if (a.out_f32) static_cast<float*>(a.out)[at] = y;
         else static_cast<bf16*>(a.out)[at] = from_float<bf16>(y);
     }
@@ -164,7 +177,7 @@ static __device__ __forceinline__ void experts_phase(int turn, Meetings& meeting
         start_copy16(shared_address(&w.plan) + thread * 16, reinterpret_cast<const uint8_t*>(a.plan) + thread * 16);
     const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, most, each, more
     const uint32_t low = a.plan->group[lane], high = a.plan->group[lane + 32];
-    moe::Staging<2> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
+    moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
     rows.load(warp);
     stream.pass();  // what the list says of these weights
     const Units units(a, head.x, head.z, head.w);
@@ -177,6 +190,7 @@ static __device__ __forceinline__ void experts_phase(int turn, Meetings& meeting
         w.alpha[thread][2] = a.second.alpha[expert];
     }
     int done = 0;
+    uint32_t added = 0;
     Pass pass = {false, 0, 0, 0, 0};
 #pragma unroll 1
     while (true) {
@@ -190,8 +204,12 @@ static __device__ __forceinline__ void experts_phase(int turn, Meetings& meeting
             __syncthreads();
             collect(a, units, pass);
         } while (!pass.down && pass.to < units.count);
-        if (pass.down) __syncthreads();  // nobody reads the rows any more, and all results are there
-        else meetings.all();
+        if (pass.down) {
+            __syncthreads();  // nobody reads the rows any more, and all results are there
+        } else {
+            if (thread < units.tiles * a.tokens * 16) added = Element(a, units, thread).bits(a);
+            meetings.all();
+        }
         if (pass.group == head.x) break;
         // Groups from this one on whose rows have room.
         pass.place = w.plan.group[pass.group] >> 16 & 63;
@@ -203,10 +221,10 @@ static __device__ __forceinline__ void experts_phase(int turn, Meetings& meeting
         const uint32_t last = w.plan.group[next - 1];
         const int places = (last >> 16 & 63) + (last >> 22) - pass.place;
         pass.down = true, pass.from = pass.group * units.tiles, pass.to = next * units.tiles, pass.group = next;
-        rows = moe::Staging<2>(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
+        rows = moe::Staging<1>(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
         rows.load(warp);
     }
-    add_up(a, units);
+    add_up(a, units, added);
 }
 
 // plan, shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into

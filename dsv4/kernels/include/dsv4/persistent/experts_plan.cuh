@@ -6,7 +6,7 @@
 
 namespace dsv4::persistent {
 
-static_assert(WARPS == moe::FEW_WARPS && TOKENS == moe::TOKENS && CHUNK == moe::CHUNK, "a phase is like the op's kernel");
+static_assert(WARPS == 16 && WARPS == moe::FEW_WARPS && TOKENS == moe::TOKENS && CHUNK == moe::CHUNK, "a phase is like the op's kernel");
 
 // The pairs (token, expert), sorted.
 struct alignas(16) RoutePlan {
@@ -89,7 +89,7 @@ struct Units {
         const int2 some = moe::part_of(make_int2(each, more)), rows = moe::part_of(a.of_block);
         begin = some.x, count = some.y, first_tile = rows.x, tiles = rows.y;
         const int last = WARPS - 1 - threadIdx.x / 32;
-        up = ((count << a.halvings[0]) + last) / WARPS, all = up + ((groups * tiles << a.halvings[1]) + last) / WARPS;
+        up = ((count << a.halvings[0]) + last) >> 4, all = up + (((groups * tiles << a.halvings[1]) + last) >> 4);
     }
     // The group of a tile, and its number there.
     __device__ __forceinline__ int2 find(const Experts& a, bool down, int number) const {
@@ -113,7 +113,7 @@ static __device__ __forceinline__ void list_units(const Experts& a, const Units&
     const int begin = moe::piece_begin(blocks, piece, a.halvings[down]);
     const int end = moe::piece_begin(blocks, piece + 1, a.halvings[down]);
     if (lane < count)
-        work<ExpertsWork>().list[warp][index % PIECES] = {job.tiles + (row * blocks + begin) * w4::BLOCK_BYTES,
+        work<ExpertsWork>().list[warp][index & (PIECES - 1)] = {job.tiles + (row * blocks + begin) * w4::BLOCK_BYTES,
                                                           (end - begin) * w4::BLOCK_BYTES,
                                                           number | piece << 17 | group >> 16 << 21};
     __syncwarp();
@@ -128,7 +128,7 @@ struct Feed {
     __device__ __forceinline__ void fill() {
         stream.fill([&] {
             if (next == all) return stream.open_next();
-            const Routed piece = list[next++ % PIECES];
+            const Routed piece = list[next++ & (PIECES - 1)];
             stream.open(piece.from, piece.bytes, CHUNK);
             return true;
         });
