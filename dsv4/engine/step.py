@@ -17,6 +17,7 @@ from dsv4.layers.persistent import Persistent
 from dsv4.model import Model
 
 _STAGES = 8  # staging buffers in turn: a copy from one has long been made when its turn comes again
+_FASTER_AT_ONCE = 4  # rows up to which all layers in one launch are faster than op by op (docs/measured.md)
 _LINES = 4  # steps whose tokens the host may still read
 
 
@@ -30,7 +31,8 @@ class DecodeStep:
 
     sampler: parameters of the rows, `rows` of them or more; greedy when none are given. pool: a handle of torch.cuda's
     graph_pool_handle, for memory shared with other steps' graphs. On a CPU there is no graph and `run` is the body.
-    persistent: all layers are one launch (layers/persistent.py); None: on a GPU, where they can be. Bits are the same.
+    persistent: all layers are one launch (layers/persistent.py); None: on a GPU, where they can be and that is faster. Bits
+    are the same.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class DecodeStep:
         self._stages = self._runs = 0
 
     def _persistent(self, wanted: bool | None) -> Persistent | None:
-        if wanted is False or (wanted is None and self.device.type != "cuda"):
+        if wanted is False or (wanted is None and (self.device.type != "cuda" or self.rows > _FASTER_AT_ONCE)):
             return None
         try:
             return self.model.at_once(self._step, self.cache)

@@ -134,18 +134,15 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     }
 
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-#pragma unroll 1
-    for (int pass = makes || hears; pass < 2; ++pass) {  // 0: for the code
-        if (pass == 1) __syncthreads();
-        float f[S::SHARE][W];
+    __syncthreads();
+    float f[S::SHARE][W];
 #pragma unroll
-        for (int i = 0; i < S::SHARE; ++i) {
-            const float4 chunk = *reinterpret_cast<const float4*>(s.rows[i][threadIdx.x]);
-            f[i][0] = chunk.x, f[i][1] = chunk.y, f[i][2] = chunk.z, f[i][3] = chunk.w;
-        }
-#pragma unroll 1
-        for (int t = 0; t < count; ++t) part_of_sums<SEAM>(f, p, s.streams[t], s.parts[t][warp]);
+    for (int i = 0; i < S::SHARE; ++i) {
+        const float4 chunk = *reinterpret_cast<const float4*>(s.rows[i][threadIdx.x]);
+        f[i][0] = chunk.x, f[i][1] = chunk.y, f[i][2] = chunk.z, f[i][3] = chunk.w;
     }
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) part_of_sums<SEAM>(f, p, s.streams[t], s.parts[t][warp]);
     __syncthreads();
     Words<SEAM>& words = *seam.words;
     if (warp < count && lane < S::WORDS) {
@@ -159,25 +156,18 @@ static __device__ __forceinline__ void seam_phase(int turn) {
         const int t = i / S::WORDS, word = i % S::WORDS;
         hear_word(words.sums[mine.first + t][word], word, s.turns[t], seam.slices, s.totals[t]);
     }
-#pragma unroll 1
-    for (int pass = warp < count * S::WORDS; pass < 2; ++pass) {  // 0: for the code
-        const int t = warp % TOKENS;
-        if (pass == 1) {
-            __syncthreads();
-            // Every block of these tokens has read the numbers of the turn: this one has heard of all. By an idle warp.
-            if (mine.slice == 0 && warp == TOKENS && lane < count) {
-                words.turns[mine.first + lane] = s.turns[lane];
-                if (!alone) a.peers.turns[mine.first + lane] = s.peers_turns[lane];
-            }
-            if (warp >= count) return;
-        }
-        const float z = mix<SEAM>(a, s.totals[t], scale, base);
-        if (pass == 1 && mine.ends) s.mixes[t][lane] = z;
-        const auto& weight = *reinterpret_cast<const float(*)[W]>(s.weight + lane % QUADS * W);
-        const int left = pass == 1 && lane < QUADS ? W : 0;
-        const int d = mine.slice * COLUMNS + lane * W;
-        collapse<SEAM>(a, mine.first + t, z, s.totals[t], s.streams[t], weight, d, left, true);
+    __syncthreads();
+    // Every block of these tokens has read the numbers of the turn: this one has heard of all. By an idle warp.
+    if (mine.slice == 0 && warp == TOKENS && lane < count) {
+        words.turns[mine.first + lane] = s.turns[lane];
+        if (!alone) a.peers.turns[mine.first + lane] = s.peers_turns[lane];
     }
+    if (warp >= count) return;
+    const float z = mix<SEAM>(a, s.totals[warp], scale, base);
+    if (mine.ends) s.mixes[warp][lane] = z;
+    const auto& weight = *reinterpret_cast<const float(*)[W]>(s.weight + lane % QUADS * W);
+    const int d = mine.slice * COLUMNS + lane * W;
+    collapse<SEAM>(a, mine.first + warp, z, s.totals[warp], s.streams[warp], weight, d, lane < QUADS ? W : 0, true);
 }
 
 // After come() behind the phase and before wait_for_all(), while no one writes to the work area but seam_ahead. By the upper
