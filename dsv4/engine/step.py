@@ -31,8 +31,8 @@ class DecodeStep:
 
     sampler: parameters of the rows, `rows` of them or more; greedy when none are given. pool: a handle of torch.cuda's
     graph_pool_handle, for memory shared with other steps' graphs. On a CPU there is no graph and `run` is the body.
-    persistent: all layers are one launch (layers/persistent.py); None: on a GPU, where they can be and that is faster. Bits
-    are the same.
+    persistent: all layers are one launch (layers/persistent.py); None: on a GPU, where they can be and that is faster.
+    Bits are the same.
     """
 
     def __init__(

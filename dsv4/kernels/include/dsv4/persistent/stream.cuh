@@ -38,6 +38,7 @@ struct Stream {
         const StreamState parked = *reinterpret_cast<const StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState));
         head = parked.head, tail = parked.tail, held = parked.held, parity = parked.parity;
         list = parked.list, place = parked.place, from = parked.from, left = parked.left, chunk = parked.chunk;
+        __syncwarp();  // every lane has read it
     }
     // At the beginning of its list.
     __device__ __forceinline__ Stream(const Program& program, const Segment* list)
