@@ -115,6 +115,14 @@ def test_the_real_step_repeats_itself_and_minds_its_rows(nano):
             assert bits.poisoned(step, real, slots[:live], tokens[:live], "padded") == []
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_the_cache_holds_whichever_lengths_lie_side_by_side(nano, rows):
+    real = Decode(nano, rows, body_step)
+    lengths = real.lengths()
+    for start in range(len(lengths)):
+        assert len(real.place((lengths * rows)[start : start + rows])) == rows
+
+
 def test_the_steps_own_buffers_are_found(nano):
     step = make_step(nano, nano.new_cache(2, 512), 2, 512)
     own = bits.own_tensors(step)

@@ -59,7 +59,7 @@ class Decode:
     def __init__(self, model: Model, most_rows: int, make: MakeStep = make_step):
         self.model, self._make, self._lengths = model, make, edge_lengths(model.config)
         longest = self._lengths[-1]
-        room = max(sum(spread(self._lengths, most_rows)), longest + most_rows * min(LONG, longest))
+        room = max(sum(spread(self._lengths[::-1], most_rows)), longest + most_rows * min(LONG, longest))
         self.cache = model.new_cache(most_rows, max(room, longest) + most_rows * ROOM)
         self._slots: list[int] = []
         self._fill()
