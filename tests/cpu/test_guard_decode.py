@@ -5,7 +5,7 @@ import torch
 
 from dsv4.config import ModelConfig
 from dsv4.engine.guard import bits
-from dsv4.engine.guard.decode import Decode, edge_lengths, make_step, tile
+from dsv4.engine.guard.decode import Decode, edge_lengths, make_step, room_for, tile
 from dsv4.engine.step import DecodeStep
 from dsv4.model import load
 
@@ -50,6 +50,14 @@ def test_edges_of_flash():
     top, page = config.index_topk * 4, 64 * 128
     assert {top - 1, top, top + 3, page - 1, page, page + 127} <= set(lengths) and lengths == sorted(lengths)
     assert max(edge_lengths(config, limit=200)) < 200
+
+
+@pytest.mark.parametrize("name", ["random:flash", "random:pro"])
+def test_there_is_room_for_whichever_lengths_lie_side_by_side(name):
+    lengths = edge_lengths(ModelConfig.from_name(name))
+    for rows in range(1, 70):
+        sums = [sum((lengths * rows)[start : start + rows]) for start in range(len(lengths))]
+        assert max(sums) <= room_for(lengths, rows)
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +121,6 @@ def test_the_real_step_repeats_itself_and_minds_its_rows(nano):
         assert bits.compare(step, real, slots, tokens, "all live") == []
         for live in (1, 3):
             assert bits.poisoned(step, real, slots[:live], tokens[:live], "padded") == []
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_the_cache_holds_whichever_lengths_lie_side_by_side(nano, rows):
-    real = Decode(nano, rows, body_step)
-    lengths = real.lengths()
-    for start in range(len(lengths)):
-        assert len(real.place((lengths * rows)[start : start + rows])) == rows
 
 
 def test_the_steps_own_buffers_are_found(nano):

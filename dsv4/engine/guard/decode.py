@@ -39,6 +39,11 @@ def edge_lengths(config: ModelConfig, limit: int = LIMIT) -> list[int]:
     return sorted(n for n in around if 0 <= n <= min(limit, config.max_position_embeddings - ROOM))
 
 
+def room_for(lengths: Sequence[int], rows: int) -> int:
+    """Tokens before a step of up to so many rows, whichever of these rising lengths lie side by side, or one and LONG."""
+    return max(sum(spread(lengths[::-1], rows)), lengths[-1] + rows * min(LONG, lengths[-1]))
+
+
 MakeStep = Callable[[Model, KVCache, int, int], Step]
 
 
@@ -58,9 +63,7 @@ class Decode:
 
     def __init__(self, model: Model, most_rows: int, make: MakeStep = make_step):
         self.model, self._make, self._lengths = model, make, edge_lengths(model.config)
-        longest = self._lengths[-1]
-        room = max(sum(spread(self._lengths[::-1], most_rows)), longest + most_rows * min(LONG, longest))
-        self.cache = model.new_cache(most_rows, max(room, longest) + most_rows * ROOM)
+        self.cache = model.new_cache(most_rows, room_for(self._lengths, most_rows) + most_rows * ROOM)
         self._slots: list[int] = []
         self._fill()
 
