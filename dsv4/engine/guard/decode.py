@@ -40,7 +40,7 @@ def edge_lengths(config: ModelConfig, limit: int = LIMIT) -> list[int]:
 
 
 def room_for(lengths: Sequence[int], rows: int) -> int:
-    """Tokens before a step of up to so many rows, whichever of these rising lengths lie side by side, or one and LONG."""
+    """Tokens before a step of so many rows, whichever of these rising lengths lie side by side; or one and LONG."""
     return max(sum(spread(lengths[::-1], rows)), lengths[-1] + rows * min(LONG, lengths[-1]))
 
 
