@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 tools/phase_times.py random:flash --batch 1
 
 For each kind of phase: how many a step has; the mean us from its first block's begin to that of the next phase (`us`)
-and to the end of its last block (`work_us`); what is between these, in which blocks meet (`meeting_us`); the median block's
-own time (`block_us`). `inputs` go on beside `queries` and begin with them. Weights are requantised to NVFP4.
+and to the end of its last block (`work_us`); what is between these, in which blocks meet (`meeting_us`); the median
+block's own time (`block_us`). `inputs` go on beside `queries` and begin with them. Weights are requantised to NVFP4.
 """
 
 from __future__ import annotations
