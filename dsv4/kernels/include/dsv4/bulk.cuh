@@ -66,4 +66,17 @@ __device__ __forceinline__ void start_copy16(uint32_t target, const void* source
 // All copies that this thread has started are there.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// One lane of a whole warp, the same each time.
+__device__ __forceinline__ bool elected() {
+    uint32_t yes;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(yes));
+    return yes != 0;
+}
+
 }  // namespace dsv4

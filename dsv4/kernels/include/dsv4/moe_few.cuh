@@ -10,19 +10,6 @@
 
 namespace dsv4::moe {
 
-// One lane of a whole warp, the same each time.
-__device__ __forceinline__ bool elected() {
-    uint32_t yes;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "elect.sync _|p, 0xffffffff;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(yes));
-    return yes != 0;
-}
-
 // A warp's ring of chunks, and those that it has still to ask for, in the order in which it takes its tiles.
 template <bool FIRST, bool SECOND>
 struct FewRing {

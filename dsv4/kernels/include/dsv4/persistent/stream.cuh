@@ -6,19 +6,6 @@
 
 namespace dsv4::persistent {
 
-// One lane of a whole warp, the same each time.
-__device__ __forceinline__ bool elected() {
-    uint32_t yes;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "elect.sync _|p, 0xffffffff;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(yes));
-    return yes != 0;
-}
-
 // Every lane holds the same numbers. Chunks are read in the order in which they are asked for.
 // Of the list, which begins at a multiple of 128 bytes, two halves of eight segments are in shared memory.
 struct Stream {
