@@ -23,7 +23,7 @@ from dsv4.kernels.index_topk.index_topk import index_topk
 from dsv4.kernels.linear.cases import weight
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import LinearOperand, Projection, linear_operand
-from dsv4.kernels.mhc_seam.cases import _arguments as seam_arguments
+from dsv4.kernels.mhc_seam.cases import arguments as seam_arguments
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.moe.cases import Size, operand_of
 from dsv4.kernels.moe.moe import moe

@@ -183,6 +183,8 @@ extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const v
                               pool_packed, rope, split, scale, eps, scratch, grid);
 }
 
+static_assert(sizeof(RoutePlan) <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
+
 // sizes: bytes of the seams' words, of the indexer's and attention's scratch, of the state; of the work area that phases
 // other than LINEAR need; of shared memory in front of it.
 extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, int F, int experts, int topk, cudaStream_t) {

@@ -26,7 +26,7 @@ class Unfit(KernelError):
 
 @dataclass(frozen=True)
 class Tables:
-    """On the GPU: phases [count * 1536] u8, what each warp reads, where blocks meet. `held`: what phases point to."""
+    """On the GPU: phases [count * PHASE_BYTES] u8, what warps read, where blocks meet. `held`: what phases point to."""
 
     phases: Tensor
     segments: Tensor

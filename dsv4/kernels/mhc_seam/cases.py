@@ -69,7 +69,7 @@ def of_sum(peers: Peers) -> Callable[[tuple[Any, ...], list[Tensor]], Tolerances
     return lambda args, expected: tolerance((peers.total(args[0]).to(args[1].dtype), *args[1:]), expected)
 
 
-def _arguments(make: Maker, rows: int, width: int, dtype: str, part: str) -> tuple[Tensor, ...]:
+def arguments(make: Maker, rows: int, width: int, dtype: str, part: str) -> tuple[Tensor, ...]:
     y, h = make.normal(rows, width, dtype=part), make.normal(rows, 4, width, dtype=dtype)
     post, comb = make.uniform(rows, 4) * 2, make.uniform(rows, 4, 4) / 2
     fn, base = make.normal(24, 4 * width, scale=(4 * width) ** -0.5), make.normal(24)
@@ -81,16 +81,16 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
     how = {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": EPS}
     for dtype in DTYPES:
         for rows, width in SMALL if quick else [*SMALL, (5, 4096), (2, 7168), (8, 4096), (16, 4096), *LARGE]:
-            args = _arguments(make, rows, width, dtype, dtype)
+            args = arguments(make, rows, width, dtype, dtype)
             yield Case("mhc_seam", f"[{rows}, 4, {width}]", dtype, mhc_seam, mhc_seam_ref, args, tolerance, how)
         for rows, width, rank, size in RANKS if quick else RANKS + LARGE_RANKS:
-            args, peers = _arguments(make, rows, width, dtype, "f32"), echo(rank, size, make.device)
+            args, peers = arguments(make, rows, width, dtype, "f32"), echo(rank, size, make.device)
             name, among = f"[{rows}, 4, {width}], rank {rank} of {size}", how | {"peers": peers}
             yield Case("mhc_seam", name, dtype, mhc_seam, mhc_seam_ref, args, of_sum(peers), among)
     # Sums of small whole numbers are exact in any order: h' must be met bit for bit.
     y, h = make.integers(-8, 9, 3, 128).bfloat16(), make.integers(-8, 9, 3, 4, 128).bfloat16()
     post, comb = make.integers(0, 3, 3, 4).float(), make.integers(0, 3, 3, 4, 4).float()
-    args = y, h, post, comb, *_arguments(make, 3, 128, "bf16", "bf16")[4:]
+    args = y, h, post, comb, *arguments(make, 3, 128, "bf16", "bf16")[4:]
     yield Case("mhc_seam", "exact streams", "bf16", mhc_seam, mhc_seam_ref, args, exact, how)
 
 

@@ -67,4 +67,15 @@ __device__ __forceinline__ Pair look_at_peer(const uint64_t* from) {
     return pair;
 }
 
+// One block more has come, and what it has written is visible to those who see that; how many have.
+__device__ __forceinline__ void arrive(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ unsigned arrived(const unsigned* counter) {
+    unsigned here;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(counter) : "memory");
+    return here;
+}
+
 }  // namespace dsv4::exchange

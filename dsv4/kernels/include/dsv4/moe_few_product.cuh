@@ -1,10 +1,9 @@
-// What a warp of sixteen does with a tile or a piece of it, and the tokens that it multiplies with. Slices, scaling and
-// every order of addition are those of moe_stream.cuh, and so are the bits.
+// What kernels for up to eight tokens share: how a row is cut into slices and pieces, the tokens that are multiplied with,
+// and the product of a block. Slices, scaling and every order of addition are those of moe_stream.cuh, and so are the bits.
 #pragma once
 #include <dsv4/half.cuh>
 #include <dsv4/moe_few_plan.cuh>
 #include <dsv4/mma.cuh>
-#include <type_traits>
 
 namespace dsv4::moe {
 
@@ -98,89 +97,18 @@ struct Staging {
     }
 };
 
-// total = a piece of a tile, out of the ring, times 8 tokens. x: the lane's columns of token g. undo: of tokens 2 t and
-// 2 t + 1. park(slice, sum) may take the sum of a slice instead, for it to be added in its turn; park.collect(total,
-// slice, cuts) is told when a piece is done and which slice comes behind it.
-template <typename Ring, typename Park>
-__device__ __forceinline__ void tile_product(float (&total)[4], int blocks, int piece, int halvings, int lane,
-                                             const uint8_t* x, const float* undo0, const float* undo1, Ring& ring,
-                                             const Park& park) {
-    const int cuts = cuts_of(blocks), end = piece_begin(blocks, piece + 1, halvings);
-    const bool sparse = blocks < 1 << cuts;  // slices of less than a block each: some have none
-    float even[4] = {}, odd[4] = {};
+// A block of weights times the lane's columns of eight tokens.
+__device__ __forceinline__ void multiply_block(float (&even)[4], float (&odd)[4], const w4::Lane& part,
+                                               const uint8_t* columns) {
+    const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
+    uint32_t scale, scale8, a[4], b[8];
+    load_b(b, columns);
+    w4::scales(part.scales, scale, scale8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] = 0.0f;
-    int done = piece_begin(blocks, piece, halvings), slice = piece << (cuts - halvings);
-    int stop = (slice + 1) * blocks >> cuts;
-    x += done * 128, undo0 += slice, undo1 += slice;
-    const auto skip = [&] { ++slice, ++undo0, ++undo1, stop = (slice + 1) * blocks >> cuts; };
-    while (sparse && stop == 0) skip();
-    const auto multiply = [](float (&even)[4], float (&odd)[4], const w4::Lane& part, const uint8_t* columns) {
-        const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
-        uint32_t scale, scale8, a[4], b[8];
-        load_b(b, columns);
-        w4::scales(part.scales, scale, scale8);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            w4::dequantize(a, words[j], scale, scale8);
-            mma_f16(j % 2 ? odd : even, a, b[2 * j], b[2 * j + 1]);
-        }
-    };
-    const auto end_slice = [&](int done) {
-        const float back[2] = {*undo0, *undo1};
-        float sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(even[i] + odd[i], back[i % 2]), even[i] = odd[i] = 0.0f;
-        if (!park(slice, sum))
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[i] += sum[i];
-        skip();
-        while (sparse && stop <= done && done < blocks) skip();
-    };
-    // A chunk of slices of WIDTH blocks: no sum outlives it.
-    const int width = halvings > 0 || blocks % (1 << cuts) != 0 ? 0 : blocks >> cuts;
-    const auto whole = [&](auto of, const w4::Lane (&parts)[CHUNK_BLOCKS]) {
-        constexpr int WIDTH = decltype(of)::value, SLICES = CHUNK_BLOCKS / WIDTH;
-#pragma unroll
-        for (int s = 0; s < SLICES; ++s) {
-            float even[4] = {}, odd[4] = {}, sum[4];
-#pragma unroll
-            for (int k = s * WIDTH; k < (s + 1) * WIDTH; ++k) multiply(even, odd, parts[k], x + k * 128);
-            const float back[2] = {undo0[s], undo1[s]};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i] = __fmul_rn(even[i] + odd[i], back[i % 2]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[i] += sum[i];
-        }
-        done += CHUNK_BLOCKS, undo0 += SLICES, undo1 += SLICES;
-    };
-#pragma unroll 1
-    while (done < end) {
-        const uint8_t* block = ring.wait();
-        w4::Lane parts[CHUNK_BLOCKS];  // beyond the row: what the ring last held there, multiplied with nothing
-#pragma unroll
-        for (int k = 0; k < CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-        if (width == 4) {
-            whole(std::integral_constant<int, 4>(), parts);
-        } else if (width == 2) {
-            whole(std::integral_constant<int, 2>(), parts);
-        } else if (stop - done >= CHUNK_BLOCKS) {
-#pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) multiply(even, odd, parts[k], x + k * 128);
-            done += CHUNK_BLOCKS;
-            if (done == stop) end_slice(done);
-        } else {
-#pragma unroll
-            for (int k = 0; k < CHUNK_BLOCKS; ++k) {
-                if (done == end) break;
-                multiply(even, odd, parts[k], x + k * 128);
-                if (++done == stop) end_slice(done);
-            }
-        }
-        x += CHUNK_BLOCKS * 128;
-        ring.refill();
+    for (int j = 0; j < 4; ++j) {
+        w4::dequantize(a, words[j], scale, scale8);
+        mma_f16(j % 2 ? odd : even, a, b[2 * j], b[2 * j + 1]);
     }
-    if (halvings > 0) park.collect(total, slice, cuts);
 }
 
 }  // namespace dsv4::moe

@@ -15,20 +15,6 @@ struct Pass {
     int place, group;     // of down: of the first row that is staged; the group behind the last one
 };
 
-// A block of weights times the lane's columns of eight tokens.
-static __device__ __forceinline__ void multiply_block(float (&even)[4], float (&odd)[4], const w4::Lane& part,
-                                                      const uint8_t* columns) {
-    const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
-    uint32_t scale, scale8, a[4], b[8];
-    load_b(b, columns);
-    w4::scales(part.scales, scale, scale8);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        w4::dequantize(a, words[j], scale, scale8);
-        mma_f16(j % 2 ? odd : even, a, b[2 * j], b[2 * j + 1]);
-    }
-}
-
 // Where a lane leaves sums of slices, its rows of tokens 2 t and 2 t + 1, and then begins anew.
 struct Slots {
     float* at;
@@ -77,7 +63,7 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
                 for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
 #pragma unroll
                 for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) {
-                    multiply_block(even, odd, parts[k], x + k * 128);
+                    moe::multiply_block(even, odd, parts[k], x + k * 128);
                     if (k == 1 && width == 2) slots.take(even, odd);
                 }
                 x += moe::CHUNK_BLOCKS * 128;
@@ -94,7 +80,7 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
 #pragma unroll 1
                 for (; at < stop; x += 128) {
                     if (used == 0) block = stream.wait();
-                    multiply_block(even, odd, w4::load(block + used * w4::BLOCK_BYTES, lane), x);
+                    moe::multiply_block(even, odd, w4::load(block + used * w4::BLOCK_BYTES, lane), x);
                     ++at, ++used;
                     if (used < moe::CHUNK_BLOCKS && at < over) continue;
                     feed.refill();

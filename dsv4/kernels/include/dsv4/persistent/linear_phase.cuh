@@ -11,6 +11,8 @@ namespace dsv4::persistent {
 constexpr int MOST_PARTS = 16, CHUNK_BLOCKS = 4;  // the latter: of NVFP4
 constexpr int EARLY_BLOCKS = 3;                   // are unpacked early: as many as there are registers for
 
+static_assert(CHUNK == linear::CHUNK, "slice_product takes a ring's stages");
+
 struct Linear {
     linear::Part parts[MOST_PARTS];
     const float* norm;  // [K] weights of a norm that comes first; or null

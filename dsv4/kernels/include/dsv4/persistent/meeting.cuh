@@ -1,22 +1,13 @@
 // Blocks wait for each other. What a block has written before it comes is visible to all who have met it.
 #pragma once
+#include <dsv4/exchange.cuh>
 #include <dsv4/persistent/program.cuh>
 
 namespace dsv4::persistent {
 
-__device__ __forceinline__ void arrive(unsigned* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ __forceinline__ unsigned arrived(const unsigned* counter) {
-    unsigned here;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(here) : "l"(counter) : "memory");
-    return here;
-}
-
 // Counters may wrap around.
 __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned target) {
-    while (static_cast<int>(arrived(counter) - target) < 0) {}
+    while (static_cast<int>(exchange::arrived(counter) - target) < 0) {}
 }
 
 constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for its block: of a warp that is rarely busy then
@@ -30,7 +21,7 @@ struct Meetings {
     // This block is here; all blocks are. Every thread calls.
     __device__ __forceinline__ void come() {
         __syncthreads();
-        if (threadIdx.x == SPEAKER) arrive(&state->arrivals);
+        if (threadIdx.x == SPEAKER) exchange::arrive(&state->arrivals);
         target += gridDim.x;
     }
     __device__ __forceinline__ void wait_for_all() {
@@ -48,7 +39,7 @@ struct Meetings {
         __syncthreads();
         if (threadIdx.x == SPEAKER) {
             unsigned* counter = &state->groups[blockIdx.x / GROUP];
-            arrive(counter);
+            exchange::arrive(counter);
             wait_until(counter, group);
         }
         __syncthreads();

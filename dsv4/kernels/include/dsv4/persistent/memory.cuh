@@ -1,5 +1,6 @@
 // How a block's shared memory is laid out: two phases (the one at hand and the next), each warp's next segments, its
-// barriers and its stream, the work area, of which every phase may use all and in which nothing outlives a phase, then the warps' rings.
+// barriers and its stream, the work area, of which every phase may use all and in which nothing outlives a phase, then the
+// warps' rings.
 #pragma once
 #include <cstring>
 #include <dsv4/persistent/program.cuh>
@@ -18,7 +19,6 @@ constexpr int BARRIERS = MAX_STAGES + 2;   // of a warp: of its stages and of th
 constexpr int PHASES_AT = 0, SEGMENTS_AT = 2 * PHASE_BYTES, BARRIERS_AT = SEGMENTS_AT + WARPS * 2 * HALF * 16;
 constexpr int PARKED_AT = BARRIERS_AT + WARPS * BARRIERS * 8;
 constexpr int WORK_AT = (PARKED_AT + WARPS * static_cast<int>(sizeof(StreamState)) + 127) / 128 * 128;
-static_assert(WORK_AT % 128 == 0, "the work area is aligned to 128 bytes");
 
 // Asked for anew where it is needed, so that the compiler knows accesses to be to shared memory.
 __device__ __forceinline__ uint8_t* memory() {

@@ -22,7 +22,7 @@ struct alignas(16) Phase {
     int unused[2];
     alignas(16) uint8_t payload[PAYLOAD_BYTES];
 };
-static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/program.py lays programs out");
+static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");
 
 // Weights that a warp reads one after the other, in pieces of `chunk` bytes. chunk 0: what comes here is not known before
 // the step (routed experts), or it is the end.
