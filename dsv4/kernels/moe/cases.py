@@ -77,20 +77,20 @@ def routed(make: Maker, size: Size, tokens: int) -> Tensor:
 
 def run_first(x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     if not x.is_cuda:
-        mid = gate_up_ref(x, operand, order_of(ids), weights, LIMIT)
+        mid = gate_up_ref(x, operand, order_of(ids, operand.held), weights, LIMIT)
         return mid if out is None else out.copy_(mid)
     work = launch.work_of(operand, ids, weights, LIMIT)
     return launch.gate_up(work, *launch.treated(x, operand.in_treatment), out)
 
 
 def twin_first(x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor) -> Tensor:
-    return gate_up_ref(x, operand, order_of(ids), weights, LIMIT)
+    return gate_up_ref(x, operand, order_of(ids, operand.held), weights, LIMIT)
 
 
 def first_tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
     """Gate and up may round to the neighbour, and so may the result."""
     x, operand, ids, weights = args
-    order = order_of(ids)
+    order = order_of(ids, operand.held)
     rows = treat(x, operand.in_treatment).index_select(0, order.tokens)
     sums = magnitude_sums(rows, operand.w13, order).mul_(SLACK).chunk(2, dim=-1)
     values = signed_sums(rows, operand.w13, order).chunk(2, dim=-1)
@@ -103,7 +103,7 @@ def first_tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances
 
 def run_second(mid: Tensor, operand: ExpertsOperand, ids: Tensor, shared: Tensor, out: Tensor | None = None) -> Tensor:
     if not mid.is_cuda:
-        result = down_ref(mid, operand, order_of(ids), shared)
+        result = down_ref(mid, operand, order_of(ids, operand.held), shared)
         return result if out is None else out.copy_(result)
     work = launch.work_of(operand, ids, torch.ones_like(ids, dtype=torch.float32), LIMIT)
     launch.make_plan(work)
@@ -111,17 +111,17 @@ def run_second(mid: Tensor, operand: ExpertsOperand, ids: Tensor, shared: Tensor
 
 
 def twin_second(mid: Tensor, operand: ExpertsOperand, ids: Tensor, shared: Tensor) -> Tensor:
-    return down_ref(mid, operand, order_of(ids), shared)
+    return down_ref(mid, operand, order_of(ids, operand.held), shared)
 
 
 def second_tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
     """Every expert's output may round to the neighbour; their sum is float32 and rounded once."""
     mid, operand, ids, shared = args
-    return [down_error(mid, operand, order_of(ids), shared) + rounding(expected[0])]
+    return [down_error(mid, operand, order_of(ids, operand.held), shared) + rounding(expected[0])]
 
 
 def down_error(mid: Tensor, operand: ExpertsOperand, order: Order, shared: Tensor) -> Tensor:
-    rows = treat(mid, operand.mid_treatment)
+    rows = treat(mid[: len(order.pairs)], operand.mid_treatment)
     one = magnitude_sums(rows, operand.down, order) * SLACK
     values = signed_sums(rows, operand.down, order).abs()
     error = (one + values * (BF16_ULP + 2.0**-20)).nan_to_num(nan=0.0)
@@ -129,11 +129,15 @@ def down_error(mid: Tensor, operand: ExpertsOperand, order: Order, shared: Tenso
 
 
 def signed_sums(rows: Tensor, w: Any, order: Order) -> Tensor:
+    if not order.groups:
+        return rows.new_empty(0, w.rows)
     parts = torch.split_with_sizes(rows, [count for _, count in order.groups])
     return torch.cat([w.matmul(part, e) for part, (e, _) in zip(parts, order.groups, strict=True)])
 
 
 def magnitude_sums(rows: Tensor, w: Any, order: Order) -> Tensor:
+    if not order.groups:
+        return rows.new_empty(0, w.rows)
     parts = torch.split_with_sizes(rows.abs(), [count for _, count in order.groups])
     factors = w.alpha.abs().repeat_interleave(w.rows // w.alpha.shape[1], dim=1)
     return torch.cat(
@@ -148,12 +152,13 @@ def run_whole(
 
 
 def twin_whole(x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
-    return down_ref(run_first(x, operand, ids, weights), operand, order_of(ids), shared)
+    return down_ref(run_first(x, operand, ids, weights), operand, order_of(ids, operand.held), shared)
 
 
 def whole_tolerance(args: tuple[Any, ...], expected: list[Tensor]) -> Tolerances:
     x, operand, ids, weights, shared = args
-    return [down_error(run_first(x, operand, ids, weights), operand, order_of(ids), shared) + rounding(expected[0])]
+    mid = run_first(x, operand, ids, weights)
+    return [down_error(mid, operand, order_of(ids, operand.held), shared) + rounding(expected[0])]
 
 
 def three(
@@ -183,7 +188,25 @@ def three(
     yield Case("moe", f"whole {label}", "bf16", run_whole, twin_whole, args, whole_tolerance, moved=moved)
 
 
+def shares(make: Maker, size: Size) -> Iterator[Case]:
+    """Of a layer that has three times the experts, those in the middle: most rows have pairs that are left out, the
+    first has no other. Rows of the first half that no pair has are not written, so only the whole is compared.
+    """
+    operand, layer = operand_of(make, size), replace(size, experts=3 * size.experts)
+    for tokens in (1, *size.tokens):
+        x, ids = make.normal(tokens, size.width, dtype="bf16"), routed(make, layer, tokens)
+        ids[0] = torch.arange(size.topk, device=make.device) - 1
+        weights, shared = make.uniform(tokens, size.topk) + 0.1, make.normal(tokens, size.width, dtype="bf16")
+        for how in ("none", "nvfp4"):
+            part = replace(operand, in_treatment=how, mid_treatment=how, first=size.experts)
+            args: tuple[Any, ...] = x, part, ids, weights, shared.float()
+            label = f"whole to f32 {size.name}, the middle third, T = {tokens}, {how}"
+            yield Case("moe", label, "bf16", run_whole, twin_whole, args, whole_tolerance)
+
+
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
+    for size in QUICK if quick else (*QUICK, replace(FLASH, experts=32)):
+        yield from shares(make, size)
     for size in QUICK if quick else (*QUICK, *FULL):
         operand = operand_of(make, size)
         for tokens in size.tokens:

@@ -23,7 +23,7 @@ STREAM_BLOCKS = 128  #: of 64 columns: what the warps of a block hold
 STREAM_GROUP, WIDE_GROUP = 8, 64
 MAX_EXPERTS = 1024
 
-_KERNEL = Kernel("moe", "ppqiiiqpppfpppqpipi")
+_KERNEL = Kernel("moe", "ppqiiiiqpppfpppqpipi")
 
 
 class _Projection(ctypes.Structure):
@@ -53,7 +53,7 @@ class Work:
     groups: int  #: how many groups fit: every expert may leave one unfilled
     plan: Tensor
     limit: float
-    arrivals: Tensor | None  #: the operand's
+    operand: ExpertsOperand
 
     @property
     def pairs(self) -> int:
@@ -78,7 +78,7 @@ def work_of(operand: ExpertsOperand, ids: Tensor, weights: Tensor, limit: float)
     group = STREAM_GROUP if streams else WIDE_GROUP
     groups = min(pairs, pairs // group + min(experts, pairs))
     plan = torch.empty(4 * groups + 2 * pairs + 1, dtype=torch.int32, device=ids.device)
-    return Work(ids, weights, first, second, group, groups, plan, limit, operand.arrivals)
+    return Work(ids, weights, first, second, group, groups, plan, limit, operand)
 
 
 def gate_up(work: Work, x: Tensor, row_scale: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def launch_moe(
 ) -> Tensor:
     bf16_only("moe", "x", x)
     work = work_of(operand, ids, weights, limit)
-    if operand.mid_treatment == "none" and work.group == STREAM_GROUP and work.arrivals is not None:
+    if operand.mid_treatment == "none" and work.group == STREAM_GROUP and operand.arrivals is not None:
         return both(work, *treated(x, operand.in_treatment), shared, out)
     mid = gate_up(work, *treated(x, operand.in_treatment))
     return down(work, *treated(mid, operand.mid_treatment), shared, out)
@@ -171,10 +171,10 @@ def _launch(
         scale = work.empty(len(x), dtype=torch.float32)
     _KERNEL(
         x.device,
-        *(work.ids, work.plan, *work.ids.shape, len(work.first.tiles), work.group, work.groups),
+        *(work.ids, work.plan, *work.ids.shape, work.operand.first, len(work.first.tiles), work.group, work.groups),
         *(ctypes.addressof(first), ctypes.addressof(second), work.weights, work.limit, half, scale),
         *(shared, 0 if shared is None else row_stride("moe", "shared", shared), out),
-        *(shared is not None and shared.dtype == torch.float32, work.arrivals, phases),
+        *(shared is not None and shared.dtype == torch.float32, work.operand.arrivals, phases),
     )
 
 

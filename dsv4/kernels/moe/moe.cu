@@ -125,10 +125,12 @@ static_assert(sizeof(Projection) == 56, "kernels/moe/launch.py lays it out");
 // lists: [4 groups] groups, [T K] pairs, [T K] places, [1] count. The first projection writes what the second reads, if
 // not treated in between; the second writes `to`, then `out`. half, scale: scratch of the wide form (group > 8), for
 // every row of x, the padded columns of it. arrivals: [2] zeros. Phases that need a plan find the one ALIGN has made.
-extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk, int experts, int group,
-                        int64_t groups, const Projection* first, const Projection* second, const float* weights,
-                        float limit, uint16_t* half, float* scale, const void* shared, int64_t shared_row, void* out,
-                        int out_f32, unsigned* arrivals, int phases, cudaStream_t stream_) {
+// Experts first_expert .. first_expert + experts - 1 are here; ids of others are left out.
+extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk, int first_expert, int experts,
+                        int group, int64_t groups, const Projection* first, const Projection* second,
+                        const float* weights, float limit, uint16_t* half, float* scale, const void* shared,
+                        int64_t shared_row, void* out, int out_f32, unsigned* arrivals, int phases,
+                        cudaStream_t stream_) {
     const int64_t pairs = tokens * topk;
     if (pairs == 0 || second->rows == 0) return cudaSuccess;
     int* places = lists + 4 * groups;
@@ -142,7 +144,8 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
     if (auto e = describe(device)) return e;
     const bool wide = group > TOKENS;
     if (!wide && tokens <= FEW_TOKENS && pairs <= FEW_PAIRS) {
-        Few f = {gate_up, down, ids, shared, shared_row, out, arrivals, static_cast<int>(tokens), experts, out_f32};
+        Few f = {gate_up, down, ids, shared, shared_row, out, arrivals, static_cast<int>(tokens), first_expert,
+                 experts, out_f32};
         size_t bytes;
         if (fit_few(device, f, bytes)) {
             if (phases & GATE_UP && phases & DOWN) return run_few<true, true>(device, f, bytes, stream_);
@@ -156,8 +159,8 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
         e = cudaFuncSetAttribute(align, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         const int64_t blocks = (pairs + ALIGN_THREADS - 1) / ALIGN_THREADS;
         if (e == cudaSuccess)
-            e = launch_dependent(align, blocks, 1, ALIGN_THREADS, bytes, stream_, ids, pairs, topk, experts, group,
-                                 plan);
+            e = launch_dependent(align, blocks, 1, ALIGN_THREADS, bytes, stream_, ids, pairs, topk, first_expert,
+                                 experts, group, plan);
     }
     if (e == cudaSuccess && phases & GATE_UP)
         e = wide ? run_tiles<true>(gate_up, tokens, groups, half, scale, stream_)

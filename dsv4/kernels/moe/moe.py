@@ -23,6 +23,7 @@ def moe(
 
     x [T, D], ids [T, K] i64, weights [T, K] f32, shared [T, D] (the shared expert's output), in x's dtype or f32
     -> [T, D] in the dtype of shared: f32 is for a rank's part of the sum, which is rounded after the others' are added.
+    The operand may hold some of the layer's experts: an id that names none of them, as -1 does, is left out of its sum.
     Gate and up are rounded to x's dtype, clamp and SwiGLU are float32, the routing weight comes before the rounding
     (and, when quantised, before the quantisation) of w2's input; the K outputs and the shared one are added in float32
     and rounded once, in the rising order of experts.

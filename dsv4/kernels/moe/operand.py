@@ -18,7 +18,7 @@ from dsv4.quant.weights import Weight
 class ExpertsOperand:
     """w1 (gate) and w3 (up) [E, F, D] as one `w13` [E, 2F, D], w2 as `down` [E, D, F]: dense on a CPU, tiled on a GPU,
     where nothing is kept of the weights as stored; `nbytes` is what those take. `arrivals` [2] i32, zero between
-    launches, is where the blocks of one meet.
+    launches, is where the blocks of one meet. The E experts are the layer's from number `first` on.
     """
 
     stored: tuple[Weight, Weight, Weight] | None
@@ -28,6 +28,13 @@ class ExpertsOperand:
     down: Dense | TiledExperts
     nbytes: int
     arrivals: Tensor | None = None
+    first: int = 0
+
+    @property
+    def held(self) -> range:
+        """The numbers of the experts."""
+        stacked = self.down.tiles if isinstance(self.down, TiledExperts) else self.down.values
+        return range(self.first, self.first + len(stacked))
 
     @property
     def w1(self) -> Weight:
@@ -47,14 +54,16 @@ class ExpertsOperand:
         return self.stored[index]
 
 
-def experts_operand(w1: Weight, w2: Weight, w3: Weight, *, act: Act) -> ExpertsOperand:
-    """Join the projections of E experts. On a GPU they are repacked: NVFP4, and MXFP4 where the cast is exact."""
+def experts_operand(w1: Weight, w2: Weight, w3: Weight, *, act: Act, first: int = 0) -> ExpertsOperand:
+    """Join the projections of E experts, the first of which has number `first`. On a GPU they are repacked: NVFP4, and
+    MXFP4 where the cast is exact.
+    """
     treatments = treatment(w1.format, act), treatment(w2.format, act)
     nbytes = w1.nbytes + w2.nbytes + w3.nbytes
     if w1.device.type == "cuda":
         w13, down, arrivals = tiled_experts(w1=w1, w3=w3), tiled_experts(w2=w2), arrivals_on(w1.device)
-        return ExpertsOperand(None, *treatments, w13, down, nbytes, arrivals)
-    return ExpertsOperand((w1, w2, w3), *treatments, dense(w1, w3), dense(w2), nbytes)
+        return ExpertsOperand(None, *treatments, w13, down, nbytes, arrivals, first)
+    return ExpertsOperand((w1, w2, w3), *treatments, dense(w1, w3), dense(w2), nbytes, first=first)
 
 
 def arrivals_on(device: torch.device) -> Tensor:

@@ -58,3 +58,20 @@ def test_rows_do_not_depend_on_their_batch():
         row = slice(t, t + 1)
         alone = moe(x[row], op, ids[row], weights[row], shared[row], limit=10.0)
         assert (alone - whole[row]).abs().max() < 2e-6 * whole.abs().max()  # float32 sums of another order
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_parts_of_the_experts_give_parts_of_the_sum(format):
+    w, x, ids, weights, shared = case(format)
+    ids[0, 1] = ids[3] = -1  # no expert: as if it had no weight
+    parts = []
+    for held in (range(3), range(3, 8)):
+        some = (type(one)(**{n: t[held.start : held.stop] for n, t in one.tensors().items()}) for one in w)
+        operand = experts_operand(*some, act="bf16", first=held.start)
+        assert operand.held == held
+        parts.append(moe(x, operand, ids, weights, torch.zeros_like(shared), limit=10.0))
+    assert not parts[0][3].any() and not parts[1][3].any()
+    true = by_definition(w, x, ids.clamp(min=0), weights * (ids >= 0), shared, 10.0, "none")
+    assert (sum(parts).double() + shared - true).abs().max() < 5e-5 * true.abs().max()
+    nobody = moe(x[3:4], operand, ids[3:4], weights[3:4], shared[3:4], limit=10.0)
+    assert torch.equal(nobody, shared[3:4])

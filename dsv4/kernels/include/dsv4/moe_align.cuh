@@ -26,7 +26,7 @@ __device__ __forceinline__ int2 sums_before(int2 x, int2* parts) {
 
 // Block b ranks pairs 1024 b .. 1024 b + 1023 among all, block 0 lists the groups. Shared: int [18, E].
 __global__ void __launch_bounds__(ALIGN_THREADS)
-    align(const int64_t* ids, int64_t pairs, int topk, int experts, int group, Plan plan) {
+    align(const int64_t* ids, int64_t pairs, int topk, int first_expert, int experts, int group, Plan plan) {
     extern __shared__ int counts[];
     wait_for_previous();
     let_next_start();
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(ALIGN_THREADS)
     for (int i = thread; i < (2 + ALIGN_WARPS / 2) * experts; i += ALIGN_THREADS) counts[i] = 0;
     __syncthreads();
     const auto expert_of = [&](int64_t pair) {
-        const int64_t id = pair < pairs ? ids[pair] : -1;
+        const int64_t id = pair < pairs ? ids[pair] - first_expert : -1;
         return id >= 0 && id < experts ? static_cast<int>(id) : -1;
     };
     for (int64_t pair = thread; pair < pairs; pair += ALIGN_THREADS) {

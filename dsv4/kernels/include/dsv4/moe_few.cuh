@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 1) few(const __grid_constant__ Fe
     int64_t id = -1;
     float weight = 1.0f;
     if (thread < pairs) {
-        id = f.ids[thread];
+        id = f.ids[thread] - f.first_expert;
         if (FIRST) weight = f.first.weights[thread];
     }
     Staging<2> rows(f.first.x, f.first.x_row, f.tokens, f.first.columns, f.first.blocks);

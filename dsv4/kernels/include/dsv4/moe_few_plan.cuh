@@ -17,7 +17,7 @@ struct Few {
     int64_t shared_row;
     void* out;
     unsigned* arrivals;  // [2], zero between launches
-    int tokens, experts, out_f32;
+    int tokens, first_expert, experts, out_f32;
     int room;       // rows of mid that are staged at a time
     int staged;     // bytes for staged rows
     int chunks;     // of all rings together

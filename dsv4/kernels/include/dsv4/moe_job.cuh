@@ -16,7 +16,7 @@ struct Group {
 
 struct Plan {
     int* pairs;     // [T K] pair (t K + k) at each sorted place
-    int* places;    // [T K] places of each token's pairs, rising; -1: an expert that does not exist, left out
+    int* places;    // [T K] places of each token's pairs, rising; -1: an expert that is not here, left out
     Group* groups;  // rising by expert
     int* count;     // [1] groups
 };
