@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from dsv4.bench.context import fill_context
+from dsv4.bench.phases import Clock
 from dsv4.bench.record import distinct_experts, recording
 from dsv4.bench.report import Row, Run, speed
 from dsv4.bench.roofline import Stored, expected_distinct, predicted_bytes, step_bytes
@@ -60,8 +61,8 @@ def bench_decode(
 
     The sequences have no past: their cache is filled with random entries (context.py). The routed experts that count
     are those the last replay chose; where the step does not tell, the expected number. waterfall: also where one replay
-    went, as a table (`waterfall` in the row's `more`) and its picture; every tensor of the step is kept for that, which
-    spoils the memory.
+    went, as a table (`waterfall` in the row's `more`) and its picture. It is of a second graph, made when the first one
+    was timed: one whose every tensor is kept, and whose layers, where they are one launch, note the time.
     """
     steps = warmup + repeats + SPARE_TOKENS
     longest = model.config.max_position_embeddings - steps
@@ -79,7 +80,7 @@ def bench_decode(
             tokens = torch.randint(0, model.config.vocab_size, (batch,), generator=generator).tolist()
             step = make_step(model, cache, batch, context + steps)
             step.stage(slots, tokens)
-            with recording(timer.capturing, None if waterfall else {"ffn_inputs"}) as calls:
+            with recording(timer.capturing, {"ffn_inputs"}) as calls:
                 step.capture()
             step.stage(slots, tokens)
             times = timer.times(step.replay, repeats=repeats, warmup=warmup)
@@ -110,7 +111,12 @@ def bench_decode(
             }
             picture = None
             if waterfall:
-                step_bars = bars(timer.kernels_of(step.replay), work_of(calls, storages(cache), model.config))
+                clock = Clock()
+                with recording(timer.capturing, given={"decode_layers": clock}) as calls:
+                    step.capture()
+                step.stage(slots, tokens)
+                ran, held = timer.kernels_of(step.replay), storages(cache)
+                step_bars = clock.split(bars(ran, work_of(calls, held, model.config)), held, model.config)
                 more["waterfall"] = table(step_bars, layers, run.copy_gb_s)
                 picture = _picture(step_bars, model.config, run, batch, context)
             yield Row(run, values, more, picture)

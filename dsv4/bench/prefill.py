@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv4.bench.report import Row, Run, speed
+from dsv4.bench.flop import GEMMS, flop_of
+from dsv4.bench.record import Call, recording
+from dsv4.bench.report import Row, Run, rate, speed
 from dsv4.bench.roofline import Stored, expected_distinct, step_bytes
 from dsv4.bench.timing import Timer
 from dsv4.kvcache import KVCache
@@ -31,14 +33,17 @@ def bench_prefill(
     """A row per prompt length: the median of `repeats` prefills of random tokens into an empty cache, host included.
 
     bytes: weights once per chunk, with the experts that many rows are expected to touch; what attention reads is left
-    out. So gb_s and share say how far weights bound it; `tokens_per_s` in `more` is what it is for.
+    out. So gb_s and share say how far weights bound it; `tokens_per_s` in `more` is what it is for. Beside it: `flop`
+    of the linears and experts (2 x rows x weights) as one more prefill calls them, `tflop_s` of the whole time, and
+    `dense_share` of what a dense BF16 product reaches in the same run (`dense_tflop_s`). With several ranks, of one.
     """
-    config = model.config
+    config, dense = model.config, timer.dense_tflop_s()
     for length in contexts:
         timer.reset_peak()
         cache = model.new_cache(1, length)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, config.vocab_size, (length,), generator=generator)
+        flop = prefill_flop(model, cache, ids, chunk)
         times = timer.times(partial(read, model, cache, ids, chunk), repeats=repeats, warmup=warmup)
         us = statistics.median(times)
         nbytes = 0
@@ -56,6 +61,9 @@ def bench_prefill(
         }
         more = {
             "tokens_per_s": round(length / us * 1e6, 1),
+            "flop": flop,
+            **rate(flop, us, dense),
+            "dense_tflop_s": round(dense, 1),
             "us_per_layer": round(us / len(config.layers), 3),
             "chunk": min(chunk, length),
             "repeats": repeats,
@@ -64,6 +72,19 @@ def bench_prefill(
             "peak_bytes": timer.peak_bytes(),
         }
         yield Row(run, values, more)
+
+
+def prefill_flop(model: Model, cache: KVCache, ids: Tensor, chunk: int) -> int:
+    """What `read` multiplies and adds with weights."""
+    total = 0
+
+    def count(call: Call) -> None:
+        nonlocal total
+        total += flop_of(call)
+
+    with recording(lambda: True, GEMMS, keep=count):
+        read(model, cache, ids, chunk)
+    return total
 
 
 def read(model: Model, cache: KVCache, ids: Tensor, chunk: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +44,24 @@ def is_operand(value: Any) -> bool:
     return not isinstance(value, Tensor) and isinstance(getattr(value, "nbytes", None), int)
 
 
+Given = Callable[..., dict[str, Any]]  # of a call's arguments: what it is given besides, by name
+
+
 @contextmanager
-def recording(when: Callable[[], bool], ops: Collection[str] | None = None) -> Iterator[list[Call]]:
+def recording(
+    when: Callable[[], bool],
+    ops: Collection[str] | None = None,
+    *,
+    keep: Callable[[Call], object] | None = None,
+    given: Mapping[str, Given] | None = None,
+) -> Iterator[list[Call]]:
     """Every call that modules outside `dsv4.kernels` make of an op (of those in `ops`) while `when()` holds.
 
     Inside, names bound to ops are bound to recorders; what is kept keeps its memory. Not for use from several threads.
+    keep: gets each call instead of the list. given: by op, what all its calls get besides their arguments.
     """
     calls: list[Call] = []
+    noted, more = keep or calls.append, given or {}
     names = {id(function): name for name, function in REGISTRY.items() if ops is None or name in ops}
     changed: list[tuple[Any, str, Any]] = []
     for module_name, module in list(sys.modules.items()):
@@ -59,7 +70,8 @@ def recording(when: Callable[[], bool], ops: Collection[str] | None = None) -> I
         for attribute, value in list(vars(module).items()):
             if id(value) in names:
                 changed.append((module, attribute, value))
-                setattr(module, attribute, _recorder(names[id(value)], value, when, calls))
+                op = names[id(value)]
+                setattr(module, attribute, _recorder(op, value, when, noted, more.get(op)))
     try:
         yield calls
     finally:
@@ -67,12 +79,19 @@ def recording(when: Callable[[], bool], ops: Collection[str] | None = None) -> I
             setattr(module, attribute, value)
 
 
-def _recorder(op: str, function: Callable[..., Any], when: Callable[[], bool], calls: list[Call]) -> Callable[..., Any]:
+def _recorder(
+    op: str,
+    function: Callable[..., Any],
+    when: Callable[[], bool],
+    keep: Callable[[Call], object],
+    given: Given | None,
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
+        more = given(*args, **kwargs) if given is not None else {}
+        result = function(*args, **kwargs, **more)
         if when():
-            calls.append(Call(op, function, args, kwargs, result))
+            keep(Call(op, function, args, kwargs, result))
         return result
 
     return call

@@ -21,11 +21,13 @@ from rich.table import Table
 from dsv4.errors import RequestError
 
 COLUMNS = tuple("model layers tp batch context act us_per_step bytes gb_s share kernels gpu commit command".split())
-OP_COLUMNS = tuple("model layers batch context act op shape calls us bytes gb_s share gpu commit command".split())
-
+OP_COLUMNS = tuple(
+    "model layers batch context act op shape calls us bytes weight_bytes gb_s share gpu commit command".split()
+)
+GEMM_COLUMNS = tuple("model layers tp rows act op shape calls us flop tflop_s dense_share gpu commit command".split())
 WATERFALL_COLUMNS = tuple(
     "model layers tp batch context act op shape launches us_per_launch us_per_layer us gap_us bytes gb_s share own_us "
-    "gpu commit command".split()
+    "block_us gpu commit command".split()
 )
 
 
@@ -67,6 +69,12 @@ def speed(nbytes: float, us: float, copy_gb_s: float) -> dict[str, float]:
     """gb_s (10^9 bytes a second) and share (of the copy bandwidth) of `nbytes` moved in `us`."""
     gb_s = nbytes / us * 1e-3
     return {"gb_s": round(gb_s, 1), "share": round(gb_s / copy_gb_s, 4)}
+
+
+def rate(flop: float, us: float, dense_tflop_s: float) -> dict[str, float]:
+    """tflop_s (10^12 operations a second) and dense_share (of the dense product's rate) of `flop` done in `us`."""
+    tflop_s = flop / us * 1e-6
+    return {"tflop_s": round(tflop_s, 1), "dense_share": round(tflop_s / dense_tflop_s, 4)}
 
 
 def slug(gpu: str) -> str:
@@ -155,7 +163,7 @@ def text(name: str, value: Any) -> str:
     """A cell: shares in percent, bytes in MB, None as a dash."""
     if value is None or value == "":
         return "-"
-    if name == "share":
+    if name.endswith("share"):
         return f"{value:.1%}"
     if name.endswith("bytes"):
         return f"{value / 1e6:,.1f} MB"
@@ -165,7 +173,7 @@ def text(name: str, value: Any) -> str:
 def console() -> Console:
     """stdout, wide enough for a table when it is a pipe."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=170)
+    return found if found.is_terminal else Console(highlight=False, width=200)
 
 
 def json_line(what: str, rows: Sequence[Row], **more: Any) -> str:

@@ -17,6 +17,7 @@ from dsv4.errors import KernelError
 
 COPY_BYTES = 1 << 31  # read and written together
 PROFILED = 3  # launches, of which the last counts
+DENSE = 8192  # rows and columns of the matrices whose product is the dense rate
 Launch = Callable[[], object]
 
 
@@ -36,10 +37,13 @@ class Timer(Protocol):
         """Microseconds of each of `repeats` launches after `warmup` others; they are queued back to back."""
 
     def graph(self, launches: Sequence[Launch]) -> Launch:
-        """One launch that does all of these."""
+        """One launch that does all of these, each behind the one before."""
 
     def copy_gb_s(self) -> float:
         """Bytes read and written per nanosecond by a large copy on the device."""
+
+    def dense_tflop_s(self) -> float:
+        """10^12 multiplications and additions a second of a large dense BF16 product of random numbers."""
 
     def capturing(self) -> bool:
         """Whether launches made now are recorded into a graph."""
@@ -94,6 +98,12 @@ class CudaTimer:
         target = torch.empty_like(source)
         us = statistics.median(self.times(lambda: target.copy_(source), repeats=20, warmup=5))
         return COPY_BYTES / us * 1e-3
+
+    def dense_tflop_s(self) -> float:
+        a, b = (torch.randn(DENSE, DENSE, device="cuda").bfloat16() for _ in range(2))
+        out = torch.empty_like(a)
+        us = statistics.median(self.times(lambda: torch.mm(a, b, out=out), repeats=10, warmup=3))
+        return 2 * DENSE**3 / us * 1e-6
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -47,6 +47,12 @@ def moved_bytes(call: Call, cache: set[int], config: ModelConfig) -> int:
     return total
 
 
+def weight_bytes(call: Call, config: ModelConfig) -> int:
+    """Of what `moved_bytes` counts, the operands'."""
+    named = _named(call)
+    return sum(round(value.nbytes * _used(named, config)) for value in named.values() if is_operand(value))
+
+
 def work_of(calls: Sequence[Call], cache: set[int], config: ModelConfig) -> list[Work]:
     """Each call in words and bytes. Synchronises, as `moved_bytes`."""
     return [

@@ -1,4 +1,4 @@
-"""Where a decode step goes: what each launch adds to it, by op and by layer.
+"""Where a decode step goes: what each launch adds to it, and each phase of a launch of all layers, by op and by layer.
 
 Kernels start before the one in front has ended (programmatic dependent launch), so their own durations hold waiting and
 add up to more than the step. What a launch adds is `visible`: its end minus the latest end before it. That includes its
@@ -19,12 +19,14 @@ from dsv4.bench.traffic import Work
 
 _RUN_BY = {"grouped_linear": "linear"}  # ops without a kernel of their own -> whose they launch
 _SPEED = ("bytes", "gb_s", "share")
+PHASE, SEAM, EXPERTS = "phase: ", "seam", "experts"  # in front of a phase's name; the names between which layers lie
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One launch in a step. before: the latest end of those in front. shape: of the call that made it, where told.
-    nbytes: what the call moves, at its first launch.
+    """One launch in a step, or one phase of it (phases.py). before: the latest end of those in front. shape: of the
+    call that made it, where told. nbytes: what the call moves, at its first launch. block: of a phase, the median
+    block's own time.
     """
 
     op: str
@@ -33,6 +35,7 @@ class Bar:
     start: float
     end: float
     before: float
+    block: float | None = None
 
     @property
     def name(self) -> str:
@@ -88,20 +91,23 @@ def _calls(names: Sequence[str], work: Sequence[Work]) -> list[tuple[str, str, i
 
 
 def layers_of(step: Sequence[Bar]) -> list[list[Bar]]:
-    """The launches of each layer: from the mHC launch that leads into its attention to the last before the next one's
-    (of the last layer: before the one that leaves it). Empty where the step does not look like that.
+    """The launches (or phases) of each layer: from the mHC launch that leads into its attention to the last before the
+    next one's (of the last layer: before the one that leaves it). Empty where the step does not look like that.
     """
     starts, left = [], True
     for place, bar in enumerate(step):
-        if left and bar.op.startswith("mhc_"):
+        op = bar.op.removeprefix(PHASE)
+        if left and op.startswith(("mhc_", SEAM)):
             starts.append(place)
             left = False
-        left = left or bar.op == "moe"
+        left = left or op in ("moe", EXPERTS)
     return [list(step[a:b]) for a, b in pairwise(starts)]
 
 
 def table(step: Sequence[Bar], layers: int, copy_gb_s: float) -> list[dict[str, Any]]:
-    """A row per op and shape in the order of their first launches, then `step`, their sum. Microseconds: visible."""
+    """A row per op and shape in the order of their first launches, then `step`, their sum. Microseconds: visible;
+    gap_us of them with nothing running, for a phase: blocks meeting; block_us, of phases: the median block's, a phase.
+    """
     groups: dict[tuple[str, str], list[Bar]] = {}
     for bar in step:
         groups.setdefault((bar.op, bar.shape), []).append(bar)
@@ -111,6 +117,7 @@ def table(step: Sequence[Bar], layers: int, copy_gb_s: float) -> list[dict[str, 
 
 def _row(op: str, shape: str, group: Sequence[Bar], layers: int, copy_gb_s: float) -> dict[str, Any]:
     us, nbytes = sum(bar.visible for bar in group), sum(bar.nbytes for bar in group)
+    blocks = [bar.block for bar in group if bar.block is not None]
     known = {"bytes": nbytes, **speed(nbytes, us, copy_gb_s)} if nbytes and us else dict.fromkeys(_SPEED)
     return {
         "op": op,
@@ -122,4 +129,5 @@ def _row(op: str, shape: str, group: Sequence[Bar], layers: int, copy_gb_s: floa
         "gap_us": round(sum(bar.gap for bar in group), 2),
         **known,
         "own_us": round(sum(bar.own for bar in group), 2),
+        "block_us": round(sum(blocks) / len(blocks), 3) if len(blocks) == len(group) else None,
     }

@@ -1,4 +1,4 @@
-"""Layers of a decode step as a picture: a bar per launch on a time axis, SVG without any library."""
+"""Layers of a decode step as a picture: a bar per launch or phase on a time axis, SVG without any library."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from dsv4.bench.plot import label
 from dsv4.bench.waterfall import Bar
 
-WIDTH, LEFT, RIGHT, LINE, HEAD, AXIS = 1080, 270, 110, 18, 26, 34
-LIGHT, DARK, FLOOR, GRID = "#b6d4fb", "#1f6feb", "#d1242f", "#d0d7de"
+WIDTH, LEFT, RIGHT, LINE, HEAD, AXIS = 1100, 290, 110, 18, 26, 34
+LIGHT, DARK, FLOOR, GAP, GRID = "#b6d4fb", "#1f6feb", "#d1242f", "#f2cc60", "#d0d7de"
+LEGEND = {
+    LIGHT: "running or waiting",
+    DARK: "what it adds",
+    GAP: "gap, or blocks meeting",
+    FLOOR: "bytes at copy bandwidth",
+}
 STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000)  # microseconds between grid lines
 MOST_LINES = 12
 
 
 def svg(layers: Mapping[str, Sequence[Bar]], copy_gb_s: float, title: str) -> str:
     """A panel per layer, all on one scale. Light: from a kernel's start to its end. Dark: what it adds to the step.
-    Red: where that would end if its bytes moved at copy bandwidth.
+    Red: where that would end if its bytes moved at copy bandwidth. Yellow: nothing ran in front of it, or blocks met.
     """
     spans = [_span(step) for step in layers.values()]
     longest = max((last - first for first, last in spans), default=1.0)
@@ -55,6 +61,8 @@ def _panel(
         y = top + HEAD + LINE * place
         seen, floor = max(bar.start, bar.before), bar.nbytes / copy_gb_s * 1e-3
         parts.append(label(LEFT - 8, y + 13, bar.name, "end"))
+        if bar.gap:
+            parts.append(_bar(x(bar.before), x(bar.start), y, GAP))
         parts.append(_bar(x(bar.start), x(bar.end), y, LIGHT))
         if bar.end > seen:
             parts.append(_bar(x(seen), x(bar.end), y, DARK))
@@ -69,7 +77,7 @@ def _panel(
 
 def _legend(y: float) -> list[str]:
     parts, x = [], 12.0
-    for colour, words in ((LIGHT, "running or waiting"), (DARK, "what it adds"), (FLOOR, "bytes at copy bandwidth")):
+    for colour, words in LEGEND.items():
         parts.append(f'<rect x="{x}" y="{y - 9}" width="14" height="10" fill="{colour}"/>')
         parts.append(label(x + 20, y, words, "start"))
         x += 40 + 7 * len(words)

@@ -12,7 +12,8 @@ import typer
 
 from dsv4.bench import report
 from dsv4.bench.decode import MakeStep, bench_decode
-from dsv4.bench.kernels import bench_kernels
+from dsv4.bench.gemms import bench_gemms
+from dsv4.bench.kernels import bench_kernels, by_batch, verdict
 from dsv4.bench.plot import plot
 from dsv4.bench.prefill import bench_prefill
 from dsv4.bench.roofline import Stored, stored_bytes
@@ -82,6 +83,8 @@ def decode(
     Contexts are random cache entries, so none is read first. share is of the copy bandwidth measured in the same run.
     --waterfall profiles one replay. Kernels start while the one in front still runs, so us there is what a launch
     adds: its end minus the latest end before it, gap_us of that with nothing running. own_us counts waiting twice.
+    Where all layers are one launch, their phases stand in its place, by the kernel's own clock; gap_us is then the
+    meeting of blocks in front, block_us the median block's own time in one phase.
     """
     batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
     timer, loaded, stored, run = _open(model.resolve(), load)
@@ -111,11 +114,15 @@ def prefill(
     load: BenchLoad,
     output: Output,
 ) -> None:
-    """Time prompts of random tokens into an empty cache, the host's work included."""
+    """Time prompts of random tokens into an empty cache, the host's work included.
+
+    tflop_s counts the linears and experts alone; dense_share is of a dense BF16 product's rate in the same run.
+    """
     contexts = _numbers(context, "--context")
     timer, loaded, stored, run = _open(model.resolve(), load)
     rows = _collect(bench_prefill(loaded, stored, run, timer, contexts=contexts, chunk=chunk, repeats=repeats))
-    columns = ("context", "chunk", "us_per_step", "tokens_per_s", "bytes", "gb_s", "share", "peak_bytes")
+    columns = ("context", "chunk", "us_per_step", "tokens_per_s", "tflop_s", "dense_share", "bytes", "gb_s", "share",
+               "peak_bytes")  # fmt: skip
     _print(f"prefill, {_about(run)}", rows, columns)
     output.write("prefill", rows)
     put(report.json_line("prefill", rows), end="\n")
@@ -124,20 +131,41 @@ def prefill(
 @command
 def kernels(
     model: ModelArgument,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of the step.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that each of them has.")] = 4096,
+    batch: Numbers = "1",
+    context: Annotated[int, typer.Option(min=1, help="Tokens that each sequence has.")] = 4096,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, help="Instead, the products of a prompt of so many tokens.")
+    ] = None,
     repeats: Repeats = 20,
     *,
     load: BenchLoad,
     output: Output,
 ) -> None:
-    """Time every op of a decode step alone, at the model's shapes, on weights that are not in the cache."""
+    """Time every op of a decode step alone, at the model's shapes, on weights that are not in the cache.
+
+    For every batch; launches follow each other with early starts, as in a step. At the end all batches side by side.
+    --prefill times the linears and experts at so many rows, beside a dense BF16 product in the same run.
+    """
+    batches = _numbers(batch, "--batch")
     timer, loaded, _, run = _open(model.resolve(), load)
-    found = bench_kernels(loaded, run, timer, decode_step(chain=True), batch=batch, context=context, repeats=repeats)
-    rows = _collect(found)
-    columns = ("calls", "us", "us_per_step", "bytes", "gb_s", "share")
-    title = f"kernels, batch {batch}, context {context:,}, {_about(run)}"
-    _print(title, rows, columns, ("op", "shape"))
+    if prefill is not None:
+        rows = _collect(bench_gemms(loaded, run, timer, rows=prefill, repeats=repeats))
+        columns: tuple[str, ...] = ("calls", "us", "us_per_step", "tflop_s", "dense_share", "dense_tflop_s")
+        _print(f"products of {prefill:,} rows, {_about(run)}", rows, columns, ("op", "shape"))
+        output.write("gemms", rows, report.GEMM_COLUMNS)
+        put(report.json_line("gemms", rows), end="\n")
+        return
+    rows = _collect(
+        bench_kernels(loaded, run, timer, decode_step(chain=True), batches=batches, context=context, repeats=repeats)
+    )
+    if len(batches) == 1:
+        columns = ("calls", "us", "us_per_step", "bytes", "weight_bytes", "gb_s", "share")
+        _print(f"kernels, batch {batches[0]}, context {context:,}, {_about(run)}", rows, columns, ("op", "shape"))
+    else:
+        columns, lines = by_batch(rows)
+        title = f"us and share of copy bandwidth by batch, context {context:,}, {_about(run)}"
+        report.console().print(report.table(title, lines, ("weight_bytes", "over_5_MB", *columns), ("op", "shape")))
+    put(verdict(rows), end="\n")
     output.write("kernels", rows, report.OP_COLUMNS)
     put(report.json_line("kernels", rows), end="\n")
 

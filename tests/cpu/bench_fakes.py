@@ -31,6 +31,9 @@ class FakeTimer:
     def copy_gb_s(self) -> float:
         return 4000.0
 
+    def dense_tflop_s(self) -> float:
+        return 800.0
+
     def capturing(self) -> bool:
         return FakeTimer.capture
 

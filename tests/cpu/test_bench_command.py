@@ -75,7 +75,7 @@ def test_a_waterfall_says_where_the_step_goes(tiny: Model) -> None:
 
 
 def test_kernels_gives_a_row_per_op_and_shape(tiny: Model) -> None:
-    rows = list(bench_kernels(tiny, RUN, FakeTimer(), FakeStep, batch=2, context=40, repeats=5))
+    rows = list(bench_kernels(tiny, RUN, FakeTimer(), FakeStep, batches=[2], context=40, repeats=5))
     ops = [row.values["op"] for row in rows]
     assert {"linear", "moe", "ffn_inputs", "sparse_attention", "mhc_pre"} <= set(ops)
     assert all(row.values["us"] > 0 and row.values["bytes"] > 0 for row in rows)
@@ -156,11 +156,19 @@ def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: P
     assert "distinct experts" in done.out and "gap us" in done.out and "4 rows added" in done.err
     done = dsv4("bench", "prefill", *common, "--context", "40", "--chunk", 16, "--repeats", 3)
     assert done.code == 0 and json.loads(done.out.splitlines()[-1])["rows"][0]["chunk"] == 16, done.err
+    assert "dense share" in done.out and json.loads(done.out.splitlines()[-1])["rows"][0]["dense_tflop_s"] == 800
     done = dsv4("bench", "kernels", *common, "--context", "40", "--repeats", 3, "--no-csv")
     assert done.code == 0 and {row["op"] for row in json.loads(done.out.splitlines()[-1])["rows"]} >= {"moe"}, done.err
+    assert "batch 1: " in done.out.splitlines()[-2] and "weight bytes" in done.out
+    done = dsv4("bench", "kernels", *common, "--context", "40", "--repeats", 3, "--batch", "1,2")
+    assert done.code == 0 and "at 1" in done.out and "at 2" in done.out and "over 5 MB" in done.out, done.err
+    assert {row["batch"] for row in json.loads(done.out.splitlines()[-1])["rows"]} == {1, 2}
+    done = dsv4("bench", "kernels", *common, "--prefill", 40, "--repeats", 3)
+    document = json.loads(done.out.splitlines()[-1])
+    assert done.code == 0 and document["bench"] == "gemms" and "tflop s" in done.out, done.err
     files = sorted(path.name.split("-", 3)[3] for path in (tmp_path / "fake-80gb").iterdir())
     pictures = [f"waterfall-random-tiny-5-tp1-bf16-batch{b}-context{c}.svg" for b in (1, 2) for c in (30, 60)]
-    assert files == ["bench-decode.csv", "bench-prefill.csv", "bench-waterfall.csv", *pictures]
+    assert files == [f"bench-{what}.csv" for what in ("decode", "gemms", "kernels", "prefill", "waterfall")] + pictures
     [falls] = (tmp_path / "fake-80gb").glob("*bench-waterfall.csv")
     with falls.open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -178,6 +186,7 @@ def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: P
         (["decode", "--repeats", "3"], 2, "20"),
         (["prefill", "--chunk", "0"], 2, "chunk"),
         (["kernels", "--batch", "0"], 2, "batch"),
+        (["kernels", "--prefill", "0"], 2, "prefill"),
         (["plot", "nothing.csv"], 1, "error: nothing.csv: no such file"),
     ],
 )
