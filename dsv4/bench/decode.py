@@ -116,7 +116,7 @@ def bench_decode(
                     step.capture()
                 step.stage(slots, tokens)
                 ran, held = timer.kernels_of(step.replay), storages(cache)
-                step_bars = clock.split(bars(ran, work_of(calls, held, model.config)), held, model.config)
+                step_bars = clock.split(bars(ran, work_of(calls, held)), held, model.config)
                 more["waterfall"] = table(step_bars, layers, run.copy_gb_s)
                 picture = _picture(step_bars, model.config, run, batch, context)
             yield Row(run, values, more, picture)

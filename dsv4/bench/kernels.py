@@ -70,8 +70,8 @@ def _of_step(
     step.replay()  # gives every recorded tensor its contents
     held = storages(cache)
     for (op, shape), group in grouped(calls).items():
-        nbytes = [moved_bytes(call, held, model.config) for call in group]
-        weights = sum(weight_bytes(call, model.config) for call in group)
+        nbytes = [moved_bytes(call, held) for call in group]
+        weights = sum(weight_bytes(call) for call in group)
         turns = with_copies(group, sum(nbytes), timer.l2_bytes())
         turns *= -(-LAUNCHES // len(turns))
         with torch.inference_mode():

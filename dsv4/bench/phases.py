@@ -128,7 +128,7 @@ def _names(phases: Sequence[kinds.Phase]) -> Iterator[str]:
 
 def _work(phase: kinds.Phase, held: set[int], config: ModelConfig) -> Iterator[Work]:
     def moved(function: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], out: Any) -> int:
-        return moved_bytes(Call("", function, args, named, out), held, config)
+        return moved_bytes(Call("", function, args, named, out), held)
 
     if isinstance(phase, kinds.Linear):
         nbytes = 0

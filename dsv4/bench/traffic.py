@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dsv4.bench.record import Call, is_operand
-from dsv4.config import ModelConfig
+from dsv4.kernels.moe.operand import ExpertsOperand
 from dsv4.kvcache import KVCache
 
 _TABLES = {"tid2eid", "embed", "table", "weight_rows"}  # of which a row per token is read
@@ -33,7 +33,7 @@ def storages(cache: KVCache) -> set[int]:
     return {buffer.untyped_storage().data_ptr() for layer in cache.layers for buffer in vars(layer).values()}
 
 
-def moved_bytes(call: Call, cache: set[int], config: ModelConfig) -> int:
+def moved_bytes(call: Call, cache: set[int]) -> int:
     """Reads and writes of one call. Synchronises: row numbers are counted as they are now."""
     named = _named(call)
     total = sum(_size(tensor) for tensor in _tensors(call.result) if not _held(tensor, cache))
@@ -41,23 +41,22 @@ def moved_bytes(call: Call, cache: set[int], config: ModelConfig) -> int:
         if isinstance(value, Tensor):
             total += _argument(name, value, named, cache)
         elif is_operand(value):
-            total += round(value.nbytes * _used(named, config))
+            total += round(value.nbytes * _used(named, value))
         elif name != "out":
             total += sum(_size(tensor) for tensor in _tensors(value) if not _held(tensor, cache))
     return total
 
 
-def weight_bytes(call: Call, config: ModelConfig) -> int:
+def weight_bytes(call: Call) -> int:
     """Of what `moved_bytes` counts, the operands'."""
     named = _named(call)
-    return sum(round(value.nbytes * _used(named, config)) for value in named.values() if is_operand(value))
+    return sum(round(value.nbytes * _used(named, value)) for value in named.values() if is_operand(value))
 
 
-def work_of(calls: Sequence[Call], cache: set[int], config: ModelConfig) -> list[Work]:
+def work_of(calls: Sequence[Call], cache: set[int]) -> list[Work]:
     """Each call in words and bytes. Synchronises, as `moved_bytes`."""
     return [
-        Work(call.op, call.shape if any(map(is_operand, call.args)) else "", moved_bytes(call, cache, config))
-        for call in calls
+        Work(call.op, call.shape if any(map(is_operand, call.args)) else "", moved_bytes(call, cache)) for call in calls
     ]
 
 
@@ -83,12 +82,17 @@ def _argument(name: str, tensor: Tensor, named: dict[str, Any], cache: set[int])
     return 0  # what appends to the cache moves little beside its arguments
 
 
-def _used(named: dict[str, Any], config: ModelConfig) -> float:
-    """Share of an operand that is read: of experts those chosen, else all."""
+def _used(named: dict[str, Any], operand: Any) -> float:
+    """Share of an operand that is read: of the experts that it holds those chosen, else all."""
     ids = named.get("ids")
-    if not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or not isinstance(operand, ExpertsOperand):
         return 1.0
-    return len(ids[ids >= 0].unique()) / config.n_routed_experts
+    return len(chosen_of(operand, ids).unique()) / len(operand.held)
+
+
+def chosen_of(operand: ExpertsOperand, ids: Tensor) -> Tensor:
+    """Those of ids [...] i64 whose expert the operand holds, one by one."""
+    return ids[(ids >= operand.held.start) & (ids < operand.held.stop)]
 
 
 def _held(tensor: Tensor, cache: set[int]) -> bool:

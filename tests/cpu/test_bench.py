@@ -153,18 +153,18 @@ def test_bytes_of_a_call_are_its_tensors_its_share_of_experts_and_the_rows_it_na
     held, config = storages(cache), tiny.config
     [head] = [call for call in calls if call.op == "linear" and call.args[1] is tiny.lm_head]
     x = head.args[0]
-    assert moved_bytes(head, held, config) == x.numel() * 2 + tiny.lm_head.nbytes + config.vocab_size * 4
+    assert moved_bytes(head, held) == x.numel() * 2 + tiny.lm_head.nbytes + config.vocab_size * 4
     moe = next(call for call in calls if call.op == "moe")
     operand = moe.args[1].nbytes * config.num_experts_per_tok / config.n_routed_experts
     rest = sum(t.numel() * t.element_size() for t in (*moe.args, moe.result) if isinstance(t, Tensor))
-    assert moved_bytes(moe, held, config) == pytest.approx(operand + rest, abs=1)
+    assert moved_bytes(moe, held) == pytest.approx(operand + rest, abs=1)
     attention = next(call for call in calls if call.op == "sparse_attention")
     q, ring, rows = attention.args[:3]
     rest = [
         t for t in (q, rows, *attention.args[5:], attention.kwargs["turn"], attention.result) if isinstance(t, Tensor)
     ]
     size = sum(t.numel() * t.element_size() for t in rest)
-    assert moved_bytes(attention, held, config) == size + int((rows >= 0).sum()) * ring.shape[-1] * 2
+    assert moved_bytes(attention, held) == size + int((rows >= 0).sum()) * ring.shape[-1] * 2
 
 
 def test_operands_are_copied_until_they_pass_the_cache_and_no_further(tiny: Model) -> None:
