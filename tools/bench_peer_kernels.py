@@ -184,13 +184,13 @@ class Humming:
         from humming.kernel.humming import HummingKernel
         from humming.tune import get_heuristics_config
 
-        config, used = layer.humming_config, []
+        config, used = layer.humming_config, []  # (above, up to, choice): from nought on, else its launcher objects
         for row in sorted(rows):
             choice = get_heuristics_config(config, row, gemm_type=kind)
             if used and used[-1][2] == choice:
                 used[-1][1] = row
             else:
-                used.append([row - 1, row, choice])
+                used.append([used[-1][1] if used else 0, row, choice])
         how = {"compute_config": json.dumps({"gemm_type": kind}), "tuning_config": json.dumps(used)}
         return how, self.pool.submit(HummingKernel.prepare_kernels, config.to_str(), *how.values(), layer.weight.device)
 

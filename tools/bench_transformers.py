@@ -1,22 +1,25 @@
 """One decode step of transformers' deepseek_v4 at the sizes of random:flash (or random:pro), to set beside dsv4 bench.
 
     python tools/bench_transformers.py [random:flash] [--layers 4] [--context 4096] [--repeats 20]
+    python tools/bench_transformers.py --batch 1,2,4,8,16,32,64 --experts grouped_mm --mode graph --repeats 5
 
-The first N layers in BF16, random weights made on the device, a prompt of random tokens read in chunks, then one
-sequence decodes. Every way transformers has to run experts is tried, eager and as a CUDA graph of four steps (so that
-one of them completes a CSA entry); what fails is reported with its reason and the rest goes on. Positions and masks are
-made beforehand, which is kind to transformers: a graph could not hold its own. Layers that do not fit are left out. The
-last line is one JSON document. Needs transformers (requirements/dev.txt); --device cpu is for tests.
+The first N layers in BF16, random weights made on the device, a prompt of random tokens read in chunks, then sequences
+decode that share this prompt and differ from the next token on. Every way transformers has to run experts is tried, or
+those of --experts, eager and as a CUDA graph of four steps (so that one of them completes a CSA entry); what fails is
+reported with its reason and the rest goes on. Positions and masks are made beforehand, which is kind to transformers: a
+graph could not hold its own. Layers that do not fit are left out. The last line is one JSON document. Needs
+transformers (requirements/dev.txt); --device cpu is for tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,14 +143,27 @@ def read(model: DeepseekV4ForCausalLM, context: int, device: str) -> DynamicCach
     return cache
 
 
-def stepper(model: DeepseekV4ForCausalLM, cache: DynamicCache, context: int, device: str) -> Callable[[], Tensor]:
-    """A function that decodes one token more, on a cache of its own."""
+def widened(cache: DynamicCache, batch: int) -> DynamicCache:
+    """A copy for `batch` sequences with the same past; transformers itself forgets the compressors' states."""
     own = copy.deepcopy(cache)
-    token = torch.tensor([[7]], device=device)
-    positions = list(torch.arange(context, context + MOST_STEPS, device=device).view(-1, 1, 1))
+    own.batch_repeat_interleave(batch)
+    for layer in own.layers:
+        for states in [states for states in vars(layer).values() if isinstance(states, dict)]:
+            for name, state in states.items():
+                states[name] = state.repeat_interleave(batch, dim=0) if isinstance(state, Tensor) else state
+    return own
+
+
+def stepper(
+    model: DeepseekV4ForCausalLM, cache: DynamicCache, context: int, device: str, batch: int = 1
+) -> Callable[[], Tensor]:
+    """A function that decodes one token more of every sequence, on a cache of its own."""
+    own = widened(cache, batch)
+    token = (torch.arange(batch, device=device) * 911 + 7).remainder(model.config.vocab_size).unsqueeze(1)
+    positions = list(torch.arange(context, context + MOST_STEPS, device=device).view(-1, 1, 1).expand(-1, batch, 1))
     window, dtype = model.config.sliding_window, torch.bfloat16  # nothing in the window is hidden from a single token
     masks = [
-        torch.zeros(1, 1, 1, min(window, context + i + 1), dtype=dtype, device=device)
+        torch.zeros(batch, 1, 1, min(window, context + i + 1), dtype=dtype, device=device)
         for i in range(min(MOST_STEPS, max(window - context, 1)))
     ]
 
@@ -191,8 +207,16 @@ def graph_us(step: Callable[[], Tensor], repeats: int) -> float:
 
 
 @torch.inference_mode()
-def bench(config: ModelConfig, context: int, repeats: int, device: str) -> dict[str, Any]:
-    """Every implementation, eager and captured; `best` is the fastest that ran."""
+def bench(
+    config: ModelConfig,
+    context: int,
+    repeats: int,
+    device: str,
+    batches: Sequence[int] = (1,),
+    experts: Sequence[str] = (),
+    modes: Sequence[str] = ("eager", "graph"),
+) -> dict[str, Any]:
+    """Every implementation (of `experts`, if any), eager and captured; `best`: the fastest that ran at each batch."""
     config = fitting(config, device)
     model = build(config, device)
     layers, results = config.num_hidden_layers, []
@@ -204,42 +228,43 @@ def bench(config: ModelConfig, context: int, repeats: int, device: str) -> dict[
             break
         except Exception as failure:
             results.append({"experts": how, "mode": "prompt", "error": reason(failure)})
-    for how in implementations(model) if cache is not None else []:
-        for mode in ("eager", "graph") if device == "cuda" else ("eager",):
-            row: dict[str, Any] = {"experts": how, "mode": mode}
-            try:
-                choose(model, how)
-                step = stepper(model, cache, context, device)
-                us = eager_us(step, repeats, device) if mode == "eager" else graph_us(step, repeats)
-                row |= {"us_per_step": round(us, 2), "us_per_layer": round(us / layers, 2)}
-            except Exception as failure:
-                row["error"] = reason(failure)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            results.append(row)
-            print(json.dumps(row), flush=True)
+    runs = itertools.product(batches, experts or implementations(model), modes if device == "cuda" else ("eager",))
+    for batch, how, mode in runs if cache is not None else ():
+        row: dict[str, Any] = {"batch": batch, "experts": how, "mode": mode}
+        try:
+            choose(model, how)
+            step = stepper(model, cache, context, device, batch)
+            us = eager_us(step, repeats, device) if mode == "eager" else graph_us(step, repeats)
+            row |= {"us_per_step": round(us, 2), "us_per_layer": round(us / layers, 2)}
+        except Exception as failure:
+            row["error"] = reason(failure)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        results.append(row)
+        print(json.dumps(row), flush=True)
     ran = [row for row in results if "us_per_step" in row]
-    nbytes = weight_bytes(config, active=True)
+    best = [min((row for row in ran if row["batch"] == batch), key=fastest, default=None) for batch in batches]
     document: dict[str, Any] = {
         "tool": "bench_transformers",
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else device,
         "layers": layers,
-        "batch": 1,
         "context": context,
         "weights": "bf16",
-        "linear_bytes_per_step": nbytes,
+        "linear_bytes_per_token": weight_bytes(config, active=True),
         "results": results,
-        "best": min(ran, key=lambda row: row["us_per_step"]) if ran else None,
+        "best": [row for row in best if row is not None],
     }
-    if ran:
-        document["gb_s"] = round(nbytes / document["best"]["us_per_step"] * 1e-3, 1)
     if device == "cuda":
         del model, cache
         torch.cuda.empty_cache()
         document["copy_gb_s"] = round(CudaTimer().copy_gb_s(), 1)
     return document
+
+
+def fastest(row: dict[str, Any]) -> float:
+    return row["us_per_step"]
 
 
 def reason(failure: Exception) -> str:
@@ -253,12 +278,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--batch", default="1", help="numbers of sequences, with commas")
+    parser.add_argument("--experts", help="ways to run experts, with commas; all that need nothing but torch if absent")
+    parser.add_argument("--mode", default="eager,graph", help="eager, graph or both")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     given = parser.parse_args()
     if given.device == "cuda":
         CudaTimer()  # one clear error where there is no GPU
     config = shortened(ModelConfig.from_name(given.model), given.layers)
-    print(json.dumps({"model": given.model, **bench(config, given.context, given.repeats, given.device)}))
+    batches, experts = [int(batch) for batch in given.batch.split(",")], (given.experts or "").split(",")
+    how = (batches, [name for name in experts if name], given.mode.split(","))
+    print(json.dumps({"model": given.model, **bench(config, given.context, given.repeats, given.device, *how)}))
 
 
 if __name__ == "__main__":

@@ -44,9 +44,19 @@ def test_it_runs_decodes_and_reports(tool: Any, capsys: pytest.CaptureFixture[st
     result = tool.bench(TINY, context=40, repeats=2, device="cpu")
     assert json.loads(json.dumps(result))["layers"] == 5
     ran = {row["experts"]: row for row in result["results"] if "us_per_step" in row}
-    assert "eager" in ran and result["best"]["us_per_step"] == min(row["us_per_step"] for row in ran.values())
-    assert result["best"]["us_per_layer"] == pytest.approx(result["best"]["us_per_step"] / 5, abs=0.01)
+    (best,) = result["best"]
+    assert "eager" in ran and best["us_per_step"] == min(row["us_per_step"] for row in ran.values())
+    assert best["us_per_layer"] == pytest.approx(best["us_per_step"] / 5, abs=0.01)
     assert len(capsys.readouterr().out.splitlines()) == len(result["results"])
+
+
+def test_batches_are_measured_one_by_one(tool: Any) -> None:
+    result = tool.bench(TINY, 40, 1, "cpu", (1, 3), ("eager",))
+    assert [(row["batch"], row["experts"], row["mode"]) for row in result["results"]] == [
+        (1, "eager", "eager"),
+        (3, "eager", "eager"),
+    ]
+    assert result["best"] == result["results"]
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +70,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tool: Any, monkeypatch: pytest.
     monkeypatch.setattr(tool, "stepper", breaks)
     result = tool.bench(TINY, context=20, repeats=1, device="cpu")
     failed = [row for row in result["results"] if "error" in row]
-    assert {row["experts"] for row in failed} >= {"eager"} and result["best"] is not None
+    assert {row["experts"] for row in failed} >= {"eager"} and result["best"]
     assert failed[-1]["error"] == "RuntimeError: cannot"
 
 
@@ -73,3 +83,16 @@ def test_masks_and_positions_made_beforehand_give_its_own_logits(tool: Any) -> N
             for _ in range(20):
                 theirs = model(input_ids=torch.tensor([[7]]), past_key_values=own, use_cache=True).logits
                 assert torch.equal(step(), theirs), context
+
+
+def test_a_sequence_of_a_batch_decodes_as_it_would_alone(tool: Any) -> None:
+    model = tool.build(TINY, "cpu").float()
+    with torch.inference_mode():
+        cache = tool.read(model, 50, "cpu")
+        step, alone = tool.stepper(model, cache, 50, "cpu", batch=3), tool.copy.deepcopy(cache)
+        token = torch.tensor([[(911 * 2 + 7) % TINY.vocab_size]])
+        for _ in range(12):
+            theirs = model(input_ids=token, past_key_values=alone, use_cache=True).logits
+            logits = step()
+            torch.testing.assert_close(logits[2:], theirs, rtol=1e-3, atol=1e-3)
+            assert not torch.allclose(logits[0], logits[2], atol=0.1)
