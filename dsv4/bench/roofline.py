@@ -37,13 +37,13 @@ def stored_bytes(name: str, policy: Policy, layers: int | None = None, share: Sh
     """The trunk's tensors as a rank's `load(name, weights=policy, layers=layers)` holds them; reads headers at most."""
 
     def held(spec: TensorSpec, form: str) -> int:
-        cut = share.cut(spec.split, spec.shape)
+        cut = spec.cut(share)
         return format_bytes(spec.shape if cut is None else cut.shape(spec.shape), form)
 
     if name in SYNTHETIC:
         config = shortened(ModelConfig.from_name(name), layers)
         every = stacked(config).values()
-        return [(spec, held(spec, form_of(spec, policy)) * max(experts, 1)) for spec, experts in every]
+        return [(spec, held(spec, form_of(spec, policy)) * max(len(share.experts(n)), 1)) for spec, n in every]
     faults = Faults()
     source, config = open_source(name, faults)
     plan = make_plan(source, config, faults, mixed_experts=True, share=share)

@@ -51,7 +51,7 @@ def load_model_weights(
 ) -> LoadedModel:
     """The config, every weight by canonical key, and the folder they came from.
 
-    Linears are `Weight`s by module path (`layers.0.attn.wq_a`); routed experts are stacked [E, N, K] under
+    Linears are `Weight`s by module path (`layers.0.attn.wq_a`); the rank's routed experts are stacked [E, N, K] under
     `layers.L.ffn.experts.w1|w2|w3`; everything else is a tensor by its full name, F32 where DeepSeek stores F32.
 
     path: checkpoint folder, .safetensors file, open checkpoint, "nano" (the embedded model), "random:tiny" (written
@@ -90,7 +90,7 @@ def _synthetic(
 ) -> LoadedModel:
     config = shortened(ModelConfig.from_name(name), layers)
     faults = Faults()
-    for text in misfits(config, share.size):
+    for text in misfits(config, share):
         faults.add(text)
     faults.raise_if_any(name)
     check_capacity(name, config, policy, device, mtp, share)
@@ -203,8 +203,8 @@ class _Loader:
             if key == name:
                 self.weights[key] = place(weight, self.device)
             else:
-                stack = self._stacks.setdefault(key, Stack(self.plan.config.n_routed_experts, self.device))
-                stack.put(int(name.split(".")[-2]), weight)
+                stack = self._stacks.setdefault(key, Stack(len(self.plan.experts), self.device))
+                stack.put(self.plan.experts.index(int(name.split(".")[-2])), weight)
 
 
 def joint_groups(linears: list[LinearPlan]) -> Iterator[list[LinearPlan]]:

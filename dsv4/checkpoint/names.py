@@ -18,6 +18,7 @@ from math import prod
 from typing import Literal
 
 from dsv4.config import LayerSpec, ModelConfig
+from dsv4.parallel.shard import Cut, Share
 
 Role = Literal["linear", "expert", "param"]
 Stored = Literal["fp4", "fp8", "bf16", "f32", "i64"]
@@ -42,7 +43,8 @@ class Row:
     component: which line of the parameter table it counts in. nvfp4: policy `nvfp4` requantises it.
     aliases: the name below its owner in transformers' modules, then in files that transformers writes.
     split: what tensor parallelism divides evenly among ranks: heads (rows of wq_b, attn_sink, and by groups wo_a; their
-    counterpart are columns of wo_b), the inner width of every expert, the vocabulary of the head. The rest is held by
+    counterpart are columns of wo_b), the inner width of every expert (unless the experts are divided by number: see
+    TensorSpec.cut), the vocabulary of the head. The rest is held by
     every rank: the embedding (a row per token is read), whatever makes the one key and value, and the indexer, for
     adding up its scores over ranks would take longer than reading all of its weights.
     """
@@ -175,6 +177,15 @@ class TensorSpec:
     def numel(self) -> int:
         """Logical number of elements."""
         return prod(self.shape)
+
+    @property
+    def expert(self) -> int:
+        """The number of the routed expert whose linear this is."""
+        return int(self.name.split(".")[-2])
+
+    def cut(self, share: Share) -> Cut | None:
+        """What a rank holds of it; None for all. Of experts divided by number a rank holds those of share.experts."""
+        return None if self.role == "expert" and share.by_expert else share.cut(self.split, self.shape)
 
 
 def dimensions(config: ModelConfig, layer: LayerSpec | None = None) -> dict[str, int]:

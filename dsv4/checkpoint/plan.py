@@ -83,6 +83,12 @@ class LoadPlan:
     params: list[ParamPlan] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     found: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
+    share: Share = field(default_factory=Share)
+
+    @property
+    def experts(self) -> range:
+        """The routed experts of a block that are wanted."""
+        return self.share.experts(self.config.n_routed_experts)
 
     @property
     def nbytes(self) -> int:
@@ -111,13 +117,14 @@ def make_plan(
 
     mtp: the draft blocks are wanted; else their tensors are `unused`, whatever they are.
     mixed_experts: experts of one projection may differ in format (they will be converted to one).
-    share: the rank's part is wanted; a dimension that cannot be divided so is a fault.
+    share: the rank's part is wanted; a dimension that cannot be divided so is a fault. Experts divided by number are
+    all looked at, and those of other ranks left out of the plan.
     """
-    for text in misfits(config, share.size):
+    for text in misfits(config, share):
         faults.add(text)
     source = SplitExperts(source)
     expected = expected_tensors(config, mtp)
-    plan = LoadPlan(source, config)
+    plan = LoadPlan(source, config, share=share)
     _collect(plan, expected, mtp, faults)
     # Listed by the index, but in a shard whose header cannot be read: reported with that shard, not as missing.
     lost = {split_part(canonical_name(name))[0] for name in source.unreadable if name not in source.entries}
@@ -129,11 +136,13 @@ def make_plan(
             if not source.unknown:
                 faults.add(f"{spec.weight_name}: missing, expected shape {list(spec.shape)}")
         elif spec.role == "param":
-            _plan_param(plan, spec, parts[""], faults, share)
+            _plan_param(plan, spec, parts[""], faults)
         else:
-            _plan_linear(plan, spec, parts, faults, share)
+            _plan_linear(plan, spec, parts, faults)
     if not mixed_experts:
         _check_stacks(plan.linears, faults)
+    if share.by_expert:  # the headers of all have been looked at
+        plan.linears = [x for x in plan.linears if x.spec.role != "expert" or x.spec.expert in plan.experts]
     return plan
 
 
@@ -154,15 +163,15 @@ def _collect(plan: LoadPlan, expected: dict[str, TensorSpec], mtp: bool, faults:
             found[key][part] = entry
 
 
-def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults, share: Share) -> None:
+def _plan_param(plan: LoadPlan, spec: TensorSpec, entry: TensorEntry, faults: Faults) -> None:
     found = entry_faults(entry, _PARAM_DTYPES.get(spec.stored, ("BF16", "F32")), (spec.shape,))
     for fault in found:
         faults.add(fault)
     if not found:
-        plan.params.append(ParamPlan(spec, entry, share.cut(spec.split, spec.shape)))
+        plan.params.append(ParamPlan(spec, entry, spec.cut(plan.share)))
 
 
-def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults, share: Share) -> None:
+def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry], faults: Faults) -> None:
     layout = next((layout for layout in LAYOUTS if layout.owns(parts)), None)
     if layout is None:
         stored = ", ".join(f"{suffix} {entry.dtype}" for suffix, entry in parts.items())
@@ -176,7 +185,7 @@ def _plan_linear(plan: LoadPlan, spec: TensorSpec, parts: dict[str, TensorEntry]
         faults.add(fault)
     if found:
         return
-    cut = share.cut(spec.split, spec.shape)
+    cut = spec.cut(plan.share)
     trouble = None if cut is None else misfit(cut, layout.signature(parts).split()[0])
     if trouble is not None:
         below = spec.name.removeprefix(f"{spec.block}.")  # every block is alike

@@ -83,10 +83,10 @@ def synthetic_bytes(
     blocks: dict[str, int] = {}
     for spec, experts in stacked(config, mtp).values():
         form = form_of(spec, policy)
-        cut = share.cut(spec.split, spec.shape)
+        cut = spec.cut(share)
         shape = spec.shape if cut is None else cut.shape(spec.shape)
         one = format_bytes(shape, form) + (4 if form == "nvfp4" else 0)
-        blocks[spec.block] = blocks.get(spec.block, 0) + one * max(experts, 1)
+        blocks[spec.block] = blocks.get(spec.block, 0) + one * max(len(share.experts(experts)), 1)
     return blocks
 
 
@@ -137,8 +137,13 @@ def synthesize(
     A rank gets its share of the same values: each tensor is made whole, then cut.
     """
     for key, spec, whole in _synthesize(config, policy, device, seed, mtp):
-        cut = share.cut(spec.split, spec.shape)
-        if cut is None:
+        cut = spec.cut(share)
+        if spec.role == "expert" and share.by_expert:
+            assert isinstance(whole, Weight)
+            held = share.experts(config.n_routed_experts)
+            parts = {part: t[held.start : held.stop].clone() for part, t in whole.tensors().items()}
+            yield key, type(whole)(**parts)
+        elif cut is None:
             yield key, whole
         elif isinstance(whole, Tensor):
             yield key, cut.of(whole).clone()

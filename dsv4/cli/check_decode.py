@@ -24,7 +24,7 @@ from dsv4.engine.guard.findings import BatchReport, Report
 from dsv4.engine.guard.step import Subject
 from dsv4.errors import KernelError, RequestError
 from dsv4.model import load
-from dsv4.parallel.mesh import Mesh
+from dsv4.parallel.mesh import Experts, Mesh
 
 
 def decode(
@@ -36,6 +36,7 @@ def decode(
     act: Annotated[Literal["bf16", "fp8", "nvfp4"], typer.Option(help="Inputs of linears.")] = "bf16",
     weights: Annotated[Literal["native", "nvfp4"], typer.Option(help="As stored, or requantised at load.")] = "native",
     tp: Annotated[int, typer.Option(help="Share the model among so many processes, each on a GPU of its own.")] = 1,
+    experts: Annotated[Experts, typer.Option(help="With --tp: some of each routed expert, or some of them.")] = "tp",
     inventory: Annotated[bool, typer.Option("--inventory", help="Also list kernels and lines of the graphs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
@@ -46,12 +47,13 @@ def decode(
     step at several lengths, which must give the same graph; compares replay with eager bit for bit at the edges of the
     cache's layout, with padding rows and poisoned memory. Exits with 1 when anything is found that no allow() names.
     """
-    rows, mesh = parse_batches(batch), start(tp, "cuda")
+    rows, mesh = parse_batches(batch), start(tp, "cuda", experts)
     if not torch.cuda.is_available():
         raise KernelError("the certificate is of a GPU's step, and torch sees no CUDA GPU")
     settings = {"layers": layers, "act": act, "weights": weights}
     subject = open_subject(max(rows), model, mesh, **settings)
-    report = Report({"model": model, **settings, "tp": tp, **software(), "command": shown_command(sys.argv)})
+    about = {"model": model, **settings, "tp": tp, "experts": experts}
+    report = Report({**about, **software(), "command": shown_command(sys.argv)})
     for count in rows:
         report.batches.append(certify(subject, count, say=note))
     if as_json:

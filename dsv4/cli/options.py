@@ -15,7 +15,7 @@ from dsv4.engine.llm import LLM
 from dsv4.engine.params import SamplingParams
 from dsv4.errors import RequestError
 from dsv4.model import Model, load
-from dsv4.parallel.mesh import Mesh
+from dsv4.parallel.mesh import Experts, Mesh
 
 EMBEDDED = "nano"
 # Steps that read less than this are made of operations so short that handing them to a second thread costs more than it
@@ -62,6 +62,11 @@ class LoadOptions:
         int, _loading("Share the model among so many processes, each on a GPU of its own (or all on the CPU).",
                       env="DSV4_TP")
     ] = 1  # fmt: skip
+    experts: Annotated[
+        Experts,
+        _loading("With --tp, of routed experts a rank has some of each (tp), or some of them (ep), to which rows of "
+                 "prompts are sent (ep-a2a).", env="DSV4_EXPERTS"),
+    ] = "tp"  # fmt: skip
     seed: Annotated[int, _loading("What sampling draws from.", env="DSV4_SEED")] = 0
 
     threads: Annotated[
@@ -76,7 +81,7 @@ class LoadOptions:
         """The ranks that share the model, None for one. To be called first, with the same result when called again:
         the process that starts them does not come back (see ranks.py).
         """
-        return _ranks(self.tp, self.device)
+        return _ranks(self.tp, self.device, self.experts)
 
     def load(self, model: str) -> Model:
         """The model, and torch set to the threads asked for."""
@@ -106,8 +111,8 @@ class LoadOptions:
 
 
 @cache
-def _ranks(size: int, device: str) -> Mesh | None:
-    return start(size, device)
+def _ranks(size: int, device: str, experts: Experts) -> Mesh | None:
+    return start(size, device, experts)
 
 
 @dataclass(frozen=True)

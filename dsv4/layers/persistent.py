@@ -127,6 +127,8 @@ def _unfit(layer: Layer, rows: int, settings: Settings, device: str) -> str | No
         return f"{rows} rows; a program takes 1 to {ROWS}"
     if settings.dtype != torch.bfloat16 or settings.act != "bf16":
         return f"dtype {settings.dtype} and act '{settings.act}'; a program multiplies bfloat16 as it is"
+    if settings.tp is not None and settings.tp.experts != "tp":
+        return f"a rank has some of the experts ({settings.tp.experts}); a program takes some of each (tp)"
     if settings.tp is not None and layer.attn_site.peers is None:
         return "these ranks cannot write each other's memory"
     if others and device != "cpu":

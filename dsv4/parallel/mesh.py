@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,22 +22,30 @@ _TIMEOUT = timedelta(minutes=30)  # one rank may read a cold checkpoint while an
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+Experts = Literal["tp", "ep", "ep-a2a"]
+
+
 @dataclass(frozen=True)
 class Mesh:
     """One process of those that run a model together, each on a device of its own.
 
     Every rank runs the same steps on the same requests: what is not divided is computed by all of them, bit for bit
     alike, so tokens need no exchange.
+
+    experts: how routed experts are divided. `tp`: each by its inner width, as the shared expert. `ep`: by their number,
+    so that a rank computes with those it has for all rows. `ep-a2a`: likewise, but rows that the host plans (prompts)
+    are sent to the ranks that have their experts (exchange.py).
     """
 
     rank: int
     size: int
     device: str
     comm: Comm
+    experts: Experts = "tp"
 
     @property
     def share(self) -> Share:
-        return Share(self.rank, self.size)
+        return Share(self.rank, self.size, by_expert=self.experts != "tp")
 
     def all_reduce(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The ranks' partial sums x [T, D] f32 -> their sum, rounded once to `dtype`; see Comm.all_reduce."""
@@ -56,9 +65,9 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(size: int, device: str = "cpu") -> Mesh:
+def join(size: int, device: str = "cpu", experts: Experts = "tp") -> Mesh:
     """Meet the other ranks, of whom the environment tells (torchrun's variables). device: `cpu` (gloo), or `cuda`, of
-    which each rank takes the one with its local number (NCCL and symmetric memory).
+    which each rank takes the one with its local number (NCCL and symmetric memory). experts: as Mesh says.
 
     ConfigError when this process is none of `size` ranks or has no device. Waits until all have come.
     """
@@ -87,7 +96,8 @@ def join(size: int, device: str = "cpu") -> Mesh:
         device = f"cuda:{local}"
     if not dist.is_initialized():
         _meet(rank, size, device)
-    return Mesh(rank, size, device, CpuComm(size) if kind == "cpu" else GpuComm(size, torch.device(device)))
+    comm = CpuComm(size) if kind == "cpu" else GpuComm(size, torch.device(device))
+    return Mesh(rank, size, device, comm, experts)
 
 
 def _meet(rank: int, size: int, device: str) -> None:

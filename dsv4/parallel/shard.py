@@ -16,10 +16,15 @@ _COLUMN_GROUPS = {"nvfp4": nvfp4.GROUP, "fp4": mxfp4.GROUP, "mxfp4": mxfp4.GROUP
 
 @dataclass(frozen=True)
 class Share:
-    """Rank `rank` of `size` takes the part of that number when a dimension is divided evenly. The default is all."""
+    """Rank `rank` of `size` takes the part of that number when a dimension is divided evenly. The default is all.
+
+    by_expert: routed experts are divided by their number, so that a rank has a part of them whole; else each is divided
+    by its inner width.
+    """
 
     rank: int = 0
     size: int = 1
+    by_expert: bool = False
 
     def cut(self, split: str, shape: tuple[int, ...]) -> Cut | None:
         """What this rank holds of a matrix or vector of `shape`; None for all of it (`split` is then empty)."""
@@ -28,6 +33,11 @@ class Share:
         dim = -1 if split == "columns" else -len(shape)
         part = shape[dim] // self.size
         return Cut(dim, self.rank * part, (self.rank + 1) * part, shape[dim])
+
+    def experts(self, count: int) -> range:
+        """Which of `count` routed experts this rank holds, whole or a part of each."""
+        part = count // self.size
+        return range(self.rank * part, (self.rank + 1) * part) if self.by_expert else range(count)
 
 
 @dataclass(frozen=True)
@@ -64,15 +74,17 @@ class Cut:
         return whole.columns(self.start, self.stop) if self.dim == -1 else whole.rows(self.start, self.stop)
 
 
-def misfits(config: ModelConfig, size: int) -> list[str]:
-    """The divided dimensions of the model that `size` does not divide, each in words."""
+def misfits(config: ModelConfig, share: Share) -> list[str]:
+    """The divided dimensions of the model that so many ranks do not divide, each in words."""
     divided = {
         "num_attention_heads": config.num_attention_heads,
         "o_groups": config.o_groups,
         "moe_intermediate_size": config.moe_intermediate_size,
         "vocab_size": config.vocab_size,
     }
-    return [f"{name} = {n} does not divide by {size} ranks" for name, n in divided.items() if n % size]
+    if share.by_expert:
+        divided["n_routed_experts"] = config.n_routed_experts
+    return [f"{name} = {n} does not divide by {share.size} ranks" for name, n in divided.items() if n % share.size]
 
 
 def misfit(cut: Cut, format: str) -> str | None:

@@ -1,16 +1,20 @@
-"""What the tests of tensor parallelism compute, in one process or, run as a script, as one of several."""
+"""What the tests of several ranks compute, in one process or, run as a script, as one of several."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 
 import dsv4
 from dsv4.engine.step import DecodeStep
-from dsv4.parallel.mesh import Mesh, join
+from dsv4.kernels.decode_layers.program import Unfit
+from dsv4.parallel.mesh import Experts, Mesh, join
+
+EXPERTS: tuple[Experts, ...] = get_args(Experts)
 
 PROMPTS = [[5, 9, 2, 7, 30, 11], list(range(40, 75))]
 EXACT: dict[str, Any] = {"dtype": "float32", "kv_quant": False, "index_quant": False}
@@ -61,13 +65,33 @@ def measure(path: str, tp: Mesh | None = None) -> tuple[dict[str, torch.Tensor],
     return logits, facts
 
 
+def all_layers_at_once(model: dsv4.model.Model) -> str:
+    """What is said against it."""
+    try:
+        DecodeStep(model, model.new_cache(1, 16), 1, persistent=True)
+    except Unfit as error:
+        return str(error)
+    return ""
+
+
+def sums(mesh: Mesh) -> bool:
+    """Whether sums that are added up apart have the bits of the others."""
+    x = torch.randn(6, 36, generator=torch.Generator().manual_seed(mesh.rank))
+    dtypes = torch.float32, torch.bfloat16
+    return all(torch.equal(mesh.comm.add_apart(x.clone(), t), mesh.all_reduce(x.clone(), t)) for t in dtypes)
+
+
 def main(size: int, path: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    mesh = join(size)
-    logits, facts = measure(path, mesh)
-    said = mesh.comm.tell("what the first says, \u00fc" if mesh.rank == 0 else "and no other")
+    mesh, logits, facts = join(size), {}, dict[str, Any]()
+    for experts in EXPERTS:
+        found, facts[experts] = measure(path, replace(mesh, experts=experts))
+        logits |= {f"{experts} {name}": x for name, x in found.items()}
+    facts["unfit"] = all_layers_at_once(dsv4.load(path, tp=replace(mesh, experts="ep")))
+    facts["said"] = mesh.comm.tell("what the first says, \u00fc" if mesh.rank == 0 else "and no other")
+    facts["sums"] = sums(mesh)
     save_file(logits, folder / f"{mesh.rank}.safetensors")
-    (folder / f"{mesh.rank}.json").write_text(json.dumps(facts | {"said": said}))
+    (folder / f"{mesh.rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

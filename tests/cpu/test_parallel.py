@@ -1,4 +1,6 @@
-"""Tensor parallelism: ranks over gloo against one process; the parts of the weights; what cannot be divided."""
+"""Several ranks, however experts are divided: over gloo against one process; the parts of the weights; what cannot be
+divided.
+"""
 
 import json
 import subprocess
@@ -30,13 +32,14 @@ from dsv4.testing.checkpoints import FORMATS, write_random_checkpoint
 FOUR = SMALL | {
     "vocab_size": 332, "hidden_size": 128, "num_attention_heads": 8, "head_dim": 128, "qk_rope_head_dim": 64,
     "q_lora_rank": 64, "o_groups": 4, "o_lora_rank": 32, "moe_intermediate_size": 128, "index_head_dim": 64,
+    "n_routed_experts": 4,
 }  # fmt: skip
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def run(request, tmp_path_factory):
-    """(path, per rank: logits by setting, facts), of the embedded model by 2 ranks and a random one by 4."""
+    """(path, per rank: logits by mapping and setting, facts), of the embedded model by 2 ranks, a random one by 4."""
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
     path = "nano" if size == 2 else str(write_random_checkpoint(folder / "model", FOUR, format="modelopt", mtp=False))
     assert run_ranks(size, [str(HERE / "parallel_ranks.py"), str(size), path, str(folder)]) == 0
@@ -50,43 +53,56 @@ def alone(run):
     return parallel_ranks.measure(run[0])
 
 
-def test_ranks_give_the_logits_and_tokens_of_one_process(run, alone):
+@pytest.mark.parametrize("experts", parallel_ranks.EXPERTS)
+def test_ranks_give_the_logits_and_tokens_of_one_process(run, alone, experts):
     _, logits, facts = run
     expected, told = alone
     for name in ("exact", "nvfp4"):
-        difference = (logits[0][name] - expected[name]).norm() / expected[name].norm()
+        difference = (logits[0][f"{experts} {name}"] - expected[name]).norm() / expected[name].norm()
         assert difference < 1e-5, name
-    assert facts[0]["tokens"] == told["tokens"] and facts[0]["stepped"] == told["stepped"]
+    assert facts[0][experts] == told
 
 
 def test_ranks_agree_bit_for_bit(run):
     _, logits, facts = run
     for rank in range(1, len(logits)):
-        assert all(torch.equal(logits[0][name], logits[rank][name]) for name in parallel_ranks.SETTINGS)
+        assert len(logits[0]) == 9 and all(torch.equal(logits[0][name], logits[rank][name]) for name in logits[0])
         assert facts[rank] == facts[0]
-    assert facts[0]["said"] == "what the first says, \u00fc"
+    assert facts[0]["said"] == "what the first says, \u00fc" and facts[0]["sums"]
+    assert "some of the experts (ep); a program takes some of each (tp)" in facts[0]["unfit"]
 
 
-def test_bfloat16_is_as_near_to_float32_as_in_one_process(run, alone):
+@pytest.mark.parametrize("experts", parallel_ranks.EXPERTS)
+def test_bfloat16_is_as_near_to_float32_as_in_one_process(run, alone, experts):
     """Where a sum is rounded differs, so single roundings do; the error against float32 must not grow, chance apart."""
     _, logits, _ = run
     true, here = alone[0]["exact"], alone[0]["bfloat16"]
-    assert (logits[0]["bfloat16"] - true).norm() < 1.3 * (here - true).norm()
+    assert (logits[0][f"{experts} bfloat16"] - true).norm() < 1.3 * (here - true).norm()
 
 
 def joined(parts, split):
     """What the ranks hold together, as float64 values."""
     values = [part.dequantize(torch.float64) if isinstance(part, Weight) else part for part in parts]
+    if split == "experts":
+        return torch.cat(values)
     return torch.cat(values, -1 if split == "columns" else values[0].dim() - (2 if values[0].dim() > 1 else 1))
 
 
+def splits_of(config, by_expert):
+    """By name: along what the ranks' parts are joined."""
+    specs = expected_tensors(config).values()
+    return {stack_name(s.name): "experts" if by_expert and s.role == "expert" else s.split for s in specs}
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
 @pytest.mark.parametrize("policy", ["native", "nvfp4"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_shares_make_up_the_whole(tmp_path, format, policy):
+def test_shares_make_up_the_whole(tmp_path, format, policy, by_expert):
     write_random_checkpoint(tmp_path, FOUR, format=format, mtp=False)
     whole = load_model_weights(tmp_path, policy=policy)
-    shares = [load_model_weights(tmp_path, policy=policy, share=Share(rank, 4)).weights for rank in range(4)]
-    splits = {stack_name(spec.name): spec.split for spec in expected_tensors(whole.config).values()}
+    every = [Share(rank, 4, by_expert) for rank in range(4)]
+    shares = [load_model_weights(tmp_path, policy=policy, share=share).weights for share in every]
+    splits = splits_of(whole.config, by_expert)
     divided = 0
     for name, weight in whole.weights.items():
         parts = [share[name] for share in shares]
@@ -105,12 +121,13 @@ def held_bytes(weights):
     return sum(weight.nbytes for weight in weights.values())
 
 
+@pytest.mark.parametrize("by_expert", [False, True])
 @pytest.mark.parametrize("format", ["official", "modelopt-all"])
-def test_a_rank_reads_and_holds_its_bytes_alone(tmp_path, format):
+def test_a_rank_reads_and_holds_its_bytes_alone(tmp_path, format, by_expert):
     write_random_checkpoint(tmp_path, FOUR, format=format, mtp=False)
     source, config = open_source(tmp_path, Faults())
     counts = []
-    for share in (Share(), Share(1, 2), Share(3, 4)):
+    for share in (Share(), Share(1, 2, by_expert), Share(3, 4, by_expert)):
         planned = make_plan(source, config, faults := Faults(), share=share).nbytes
         assert not len(faults)
         assert planned == sum(nbytes for _, nbytes in stored_bytes(str(tmp_path), "native", share=share))
@@ -120,19 +137,21 @@ def test_a_rank_reads_and_holds_its_bytes_alone(tmp_path, format):
     assert counts[0] > counts[1] > counts[2]
 
 
-def test_synthetic_shares_are_parts_of_the_same_values():
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_synthetic_shares_are_parts_of_the_same_values(by_expert):
     config = ModelConfig.from_dict(FOUR | {"moe_intermediate_size": 256, "o_lora_rank": 64})
     for policy in ("native", "nvfp4"):
         whole = dict(synthesize(config, policy))
-        shares = [dict(synthesize(config, policy, share=Share(rank, 2))) for rank in range(2)]
-        splits = {stack_name(spec.name): spec.split for spec in expected_tensors(config).values()}
+        shares = [dict(synthesize(config, policy, share=Share(rank, 2, by_expert))) for rank in range(2)]
+        splits = splits_of(config, by_expert)
         for name, weight in whole.items():
             if splits[name]:
                 both = joined([share[name] for share in shares], splits[name])
                 assert torch.equal(both, joined([weight], splits[name])), name
-        assert held_bytes(shares[0]) == sum(synthetic_bytes(config, policy, share=Share(0, 2)).values())
+        assert held_bytes(shares[0]) == sum(synthetic_bytes(config, policy, share=Share(0, 2, by_expert)).values())
     for name in ("random:flash", "random:pro"):
-        per_rank = [sum(n for _, n in stored_bytes(name, "nvfp4", share=Share(0, size))) for size in (1, 2, 8)]
+        shares = [Share(0, size, by_expert) for size in (1, 2, 8)]
+        per_rank = [sum(nbytes for _, nbytes in stored_bytes(name, "nvfp4", share=share)) for share in shares]
         assert per_rank[1] < 0.52 * per_rank[0] and per_rank[2] < 0.15 * per_rank[0]
 
 
@@ -145,6 +164,8 @@ def test_everything_that_does_not_divide_is_said_at_once():
     assert "ffn.experts.*.w2: 160 columns give shares of 40" in text and text.count("shared_experts.w2") == 1
     with pytest.raises(CheckpointError, match="o_groups = 8 does not divide by 3"):
         load_model_weights("random:flash", share=Share(0, 3))
+    with pytest.raises(CheckpointError, match="n_routed_experts = 256 does not divide by 3"):
+        load_model_weights("random:flash", share=Share(0, 3, by_expert=True))
 
 
 def test_a_process_that_is_no_rank_is_told_how_to_become_one(monkeypatch):

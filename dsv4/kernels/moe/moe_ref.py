@@ -1,6 +1,5 @@
 """Twin of moe."""
 
-import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ class Order(NamedTuple):
     groups: list[tuple[int, int]]
 
 
-def order_of(ids: Tensor, held: range = range(sys.maxsize)) -> Order:
+def order_of(ids: Tensor, held: range = range(2**63 - 1)) -> Order:
     expert, pairs = ids.flatten().sort(stable=True)
     here = (expert >= held.start) & (expert < held.stop)
     pairs = pairs[here]
