@@ -4,9 +4,9 @@ The ops are recorded while a step is captured. Calls of one op with equal shapes
 one graph; where all their weights together would stay in L2, copies of the operands join until they do not.
 
 A graph holds 64 launches or more that follow each other as in a step: each may start while the one in front still runs
-(programmatic dependent launch; all kernels of a decode step are launched so), so that what it does before its turn,
-reading weights too, lies beside that one. us is what one launch adds; a launch by itself takes longer by its ramp-up,
-which a step does not pay either. In a step the kernel in front is another one.
+(programmatic dependent launch; so are all kernels of a decode step but those that quantise its activations), so that
+what it does before its turn, reading weights too, lies beside that one. us is what one launch adds; a launch by itself
+takes longer by its ramp-up, which a step does not pay either. In a step the kernel in front is another one.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -12,13 +13,17 @@ from bench_fakes import RUN, FakeStep, FakeTimer
 
 from dsv4 import load
 from dsv4.bench import report
+from dsv4.bench.flop import flop_of
 from dsv4.bench.gemms import bench_gemms
 from dsv4.bench.kernels import bench_kernels, by_batch, copied, verdict
 from dsv4.bench.prefill import bench_prefill
+from dsv4.bench.record import Call
 from dsv4.bench.roofline import stored_bytes
+from dsv4.bench.traffic import weight_bytes
 from dsv4.kernels.linear.launch import Launcher
 from dsv4.kernels.linear.operand import Joined, LinearOperand, Projection
 from dsv4.kernels.linear.tiled import TiledRows, tiled
+from dsv4.kernels.moe.moe import moe
 from dsv4.model import Model
 from dsv4.quant.weights import PlainWeight
 
@@ -68,6 +73,18 @@ def test_products_of_a_prompt_have_a_row_per_shape(tiny: Model) -> None:
     assert set(report.GEMM_COLUMNS) <= rows[0].columns.keys()
     [moe] = [row for row in rows if row.values["op"] == "moe"]
     assert moe.values["us"] == 25.25 and moe.values["tflop_s"] == round(moe.values["flop"] / 25.25e6, 1)
+
+
+def test_experts_count_where_they_are_held(tiny: Model) -> None:
+    config, whole = tiny.config, tiny.blocks[0].ffn.experts
+    ids = torch.tensor([[0, 1, 5], [6, 5, -1]])
+    args = torch.zeros(2, config.hidden_size), whole, ids, torch.ones(2, 3), torch.zeros(2, config.hidden_size)
+    call = Call("moe", moe, args, {"limit": 10.0}, None)
+    pair = 2 * 3 * config.hidden_size * config.moe_intermediate_size
+    assert flop_of(call) == 5 * pair and weight_bytes(call) == round(whole.nbytes * 4 / 7)
+    half = replace(whole, down=replace(whole.down, values=whole.down.values[:3]), first=4, nbytes=700)
+    share = Call("moe", moe, (args[0], half, *args[2:]), {"limit": 10.0}, None)
+    assert half.held == range(4, 7) and flop_of(share) == 3 * pair and weight_bytes(share) == round(700 * 2 / 3)
 
 
 # ------------------------------------------------------------------------------------------- batches side by side
