@@ -130,6 +130,6 @@ def _picture(step: Sequence[Bar], config: ModelConfig, run: Run, batch: int, con
         return None
     last = {spec.kind: place for place, spec in enumerate(config.layers)}
     shown = {f"layer {place}, {kind}": found[place] for kind, place in sorted(last.items(), key=lambda item: item[1])}
-    ranks = f", one of {run.tp} ranks" if run.tp > 1 else ""
+    ranks = f", one of {run.ranks} ranks" if run.tp > 1 else ""
     title = f"{run.model}, {run.layers} layers{ranks}, batch {batch}, context {context:,}, act={run.act}; {run.gpu}"
     return svg(shown, run.copy_gb_s, title)

@@ -33,8 +33,8 @@ WATERFALL_COLUMNS = tuple(
 
 @dataclass(frozen=True)
 class Run:
-    """What all rows of one run share. tp: ranks; bytes and speeds are those of one of them. copy_gb_s: the copy
-    bandwidth measured in this run.
+    """What all rows of one run share. tp: ranks; bytes and speeds are those of one of them, of experts the mean one.
+    copy_gb_s: the copy bandwidth measured in this run. experts: how ranks divide them.
     """
 
     model: str
@@ -45,6 +45,12 @@ class Run:
     copy_gb_s: float
     commit: str
     command: str
+    experts: str = "tp"
+
+    @property
+    def ranks(self) -> str:
+        """`2`, or `2 ep` where experts are divided otherwise: the CSV's `tp`."""
+        return f"{self.tp}" if self.experts == "tp" else f"{self.tp} {self.experts}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Row:
     @property
     def columns(self) -> dict[str, Any]:
         about = {key: value for key, value in vars(self.run).items() if key != "copy_gb_s"}
-        return about | self.values
+        return about | {"tp": self.run.ranks} | self.values
 
 
 def speed(nbytes: float, us: float, copy_gb_s: float) -> dict[str, float]:
@@ -129,7 +135,7 @@ def write_picture(folder: Path, row: Row) -> Path | None:
     if row.picture is None:
         return None
     run, values = row.run, row.values
-    subject = f"{run.model}-{run.layers}-tp{run.tp}-{run.act}-batch{values['batch']}-context{values['context']}"
+    subject = f"{run.model}-{run.layers}-tp{run.ranks}-{run.act}-batch{values['batch']}-context{values['context']}"
     path = results_file(folder, run, f"waterfall-{slug(subject)}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(row.picture, encoding="utf-8")

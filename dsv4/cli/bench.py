@@ -226,12 +226,12 @@ def _open(name: str, load: LoadOptions) -> tuple[Timer, Model, Stored, report.Ru
     model = load.load(name)
     layers = len(model.config.layers)
     commit, typed = report.this_commit(), report.this_command()
-    run = report.Run(name, layers, load.tp, load.act, timer.name(), copied, commit, typed)
+    run = report.Run(name, layers, load.tp, load.act, timer.name(), copied, commit, typed, load.experts)
     return timer, model, stored, run
 
 
 def _about(run: report.Run) -> str:
-    ranks = f", {run.tp} ranks" if run.tp > 1 else ""
+    ranks = f", {run.ranks} ranks" if run.tp > 1 else ""
     return f"{run.model}, {run.layers} layers{ranks}, act={run.act}; {run.gpu}, copy {run.copy_gb_s:,.0f} GB/s"
 
 

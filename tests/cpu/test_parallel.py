@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 
 import dsv4
 import dsv4.parallel.mesh as mesh_module
+from dsv4.bench.report import Row, Run
 from dsv4.bench.roofline import stored_bytes
 from dsv4.checkpoint.faults import Faults
 from dsv4.checkpoint.load import load_model_weights, open_source
 from dsv4.checkpoint.names import expected_tensors
 from dsv4.checkpoint.plan import make_plan, stack_name
 from dsv4.checkpoint.synthetic import synthesize, synthetic_bytes
+from dsv4.cli.ranks import start
 from dsv4.config import ModelConfig
-from dsv4.errors import CheckpointError, ConfigError
+from dsv4.errors import CheckpointError, ConfigError, RequestError
 from dsv4.parallel.launch import run_ranks
 from dsv4.parallel.shard import Share
 from dsv4.quant.weights import Weight
@@ -194,7 +196,7 @@ def test_ranks_that_wait_for_ever_are_ended():
 def test_the_command_line_starts_the_ranks_and_one_of_them_speaks():
     prompt = "def read(self):\n"
     options = ["-p", "-", "--dtype", "float32", "--max-tokens", "6", "--temperature", "0", "--ignore-eos", "--json"]
-    command = [sys.executable, "-m", "dsv4.cli", "generate", "nano", *options, "--tp", "2"]
+    command = [sys.executable, "-m", "dsv4.cli", "generate", "nano", *options, "--tp", "2", "--experts", "ep"]
     done = subprocess.run(command, input=prompt, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)
@@ -202,4 +204,15 @@ def test_the_command_line_starts_the_ranks_and_one_of_them_speaks():
         params = dsv4.SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
         assert llm.generate(prompt, params)[0].outputs[0].token_ids == two["token_ids"]
         assert two["metrics"]["weight_bytes_per_token"] < 0.8 * llm.weight_bytes_per_token
-    assert two["settings"]["tp"] == 2 and done.stderr.count("tok/s") == 2, "one line with both speeds"
+    assert two["settings"]["tp"] == 2 and two["settings"]["experts"] == "ep"
+    assert done.stderr.count("tok/s") == 2, "one line with both speeds"
+
+
+def test_a_bench_names_how_experts_are_divided():
+    runs = [Run("nano", 5, 2, "bf16", "A GPU", 1.0, "abc", "dsv4", experts) for experts in parallel_ranks.EXPERTS]
+    assert [Row(run, {}).columns["tp"] for run in runs] == ["2", "2 ep", "2 ep-a2a"]
+
+
+def test_experts_are_divided_among_ranks_only():
+    with pytest.raises(RequestError, match="--experts ep divides experts among processes; give --tp with 2 or more"):
+        start(1, "cpu", "ep")

@@ -1,9 +1,10 @@
-"""What a rank of the GPU tests of tensor parallelism does: `python tp_ranks.py N FOLDER`, started by run_ranks."""
+"""What a rank of the tests of several GPUs does: `python tp_ranks.py N FOLDER`, started by run_ranks."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 import dsv4
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.layers.mhc import peers_of
-from dsv4.parallel.mesh import Mesh, join
+from dsv4.parallel.mesh import Experts, Mesh, join
 
+EXPERTS: tuple[Experts, ...] = get_args(Experts)
 PROMPTS = ["def read(self, path):\n", "import os\n\n\nclass Cache:\n", "try:\n    import json\nexcept"]
 WIDTH, LAYERS, VOCAB = 4096, 43, 129280
 
@@ -107,17 +109,27 @@ def captured_gather(mesh: Mesh, rows: int) -> bool:
     return right
 
 
+def sums_apart(mesh: Mesh, rows: int) -> bool:
+    """Whether what is added up apart has the bits of what every rank adds up by itself."""
+    x = partial(mesh, rows, 0, mesh.rank)
+    dtypes = torch.float32, torch.bfloat16
+    return all(torch.equal(mesh.comm.add_apart(x.clone(), t), mesh.comm.add(x.clone()).to(t)) for t in dtypes)
+
+
 def main(size: int, folder: Path) -> None:
     mesh = join(size, "cuda")
     facts: dict[str, Any] = {
         "sums": {rows: captured_sums(mesh, rows) for rows in (1, 3, 64, 300)},
         "seams": {rows: captured_seams(mesh, rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)},
+        "apart": [sums_apart(mesh, rows) for rows in (1, 3, 64, 256)],
         "gathers": [captured_gather(mesh, rows) for rows in (1, 64, 300)],
     }
-    model = dsv4.load("nano", tp=mesh)
-    text = load_file(folder / "text.safetensors")
-    logits = {name: model.logits(ids, prefill=48).cpu() for name, ids in text.items()}
-    facts["tokens"] = greedy(model)
+    text, logits = load_file(folder / "text.safetensors"), {}
+    facts["tokens"] = {}
+    for experts in EXPERTS:
+        model = dsv4.load("nano", tp=replace(mesh, experts=experts))
+        logits |= {f"{experts} {name}": model.logits(ids, prefill=48).cpu() for name, ids in text.items()}
+        facts["tokens"][experts] = greedy(model)
     save_file(logits, folder / f"{mesh.rank}.safetensors")
     (folder / f"{mesh.rank}.json").write_text(json.dumps(facts))
 
