@@ -18,20 +18,18 @@ many times ours its time is. What fails, or computes something else, gets a row 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import math
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from peer_humming import Humming
 from torch import Tensor
 
 from dsv4.bench.kernels import COLD, LAUNCHES, MAX_COPIES
@@ -78,10 +76,6 @@ class Size:
     topk: int = 6
 
 
-class PeerMissing(Dsv4Error):
-    """A peer is not installed."""
-
-
 class Peer(Protocol):
     """A library of kernels. What it makes of weights is bound to its input: each result is a call for a graph."""
 
@@ -92,107 +86,10 @@ class Peer(Protocol):
         """weight [N, K] -> x [B, K] -> a call that gives x @ weight^T [B, N]. It may compile for `batches`."""
 
     def experts(
-        self, w13: NVFP4Weight, w2: NVFP4Weight, topk: int, batches: Sequence[int]
+        self, w13: NVFP4Weight, w2: NVFP4Weight, topk: int, limit: float, batches: Sequence[int]
     ) -> Callable[[Tensor, Tensor], Call]:
         """w13 [E, 2F, D], gate before up, and w2 [E, D, F] -> x [B, D], ids [B, K] -> a call that gives what each
-        expert makes of its token [B * K, D], without weights."""
-
-
-class Humming:
-    """humming-kernels: a layer per weight (its README), compiled at run time for the batches asked for only."""
-
-    name = "humming"
-    package = "humming-kernels"
-
-    def __init__(self) -> None:
-        try:
-            import humming.layer
-            import humming.ops.utils
-
-            humming.ops.utils.init_humming_launcher()
-        except ImportError as missing:
-            raise PeerMissing(
-                f"humming-kernels cannot be imported ({missing}); nothing was measured. Install what is missing, e.g. "
-                "pip install humming-kernels==0.1.19 (its needs: torch, triton, jinja2, cuda-bindings, filelock, "
-                "tabulate, tqdm; and a CUDA toolkit with nvcc or NVRTC at run time)"
-            ) from missing
-        self.version = importlib.metadata.version(self.package)
-        self.pool = ThreadPoolExecutor()
-
-    def linear(self, weight: NVFP4Weight, batches: Sequence[int]) -> Callable[[Tensor], Call]:
-        layer = self._layer(weight)
-        how, compiled = self._compile(layer, "dense", batches)
-
-        def bind(x: Tensor) -> Call:
-            compiled.result()
-            return lambda: layer(x, **how)
-
-        return bind
-
-    def experts(
-        self, w13: NVFP4Weight, w2: NVFP4Weight, topk: int, batches: Sequence[int]
-    ) -> Callable[[Tensor, Tensor], Call]:
-        from humming.forward import may_process_input
-        from humming.testing.data import generate_moe_tensors
-
-        first, second = self._layer(w13), self._layer(w2)
-        pairs = [batch * topk for batch in batches]  # by these it chooses
-        compiled = [self._compile(layer, "indexed", pairs) for layer in (first, second)]
-        gate, up = f"fminf(a, {LIMIT}f)", f"fmaxf(fminf(b, {LIMIT}f), -{LIMIT}f)"
-        swiglu = {"activation_type": "binary_split", "activation_impl": f"{gate} / (1.0f + __expf(-{gate})) * {up}"}
-
-        def aligned(ids: Tensor, how: dict[str, str]) -> dict[str, Any]:
-            """How to call a layer for this routing: its blocks of pairs that share an expert."""
-            choices = json.loads(how["tuning_config"])
-            rows = next(choice["block_shape"][0] for low, high, choice in choices if low < ids.numel() <= high)
-            blocks = generate_moe_tensors(ids.int().cpu(), w13.shape[0], "indexed", rows)[2:]
-            names = ("sorted_ids", "expert_ids", "num_tokens_padded")
-            return how | {name: block.to(ids.device) for name, block in zip(names, blocks, strict=True)}
-
-        def bind(x: Tensor, ids: Tensor) -> Call:
-            for _, job in compiled:
-                job.result()
-            up, down = (aligned(ids, how) for how, _ in compiled)
-
-            def call() -> Tensor:
-                middle = may_process_input(second.humming_config, first(x, top_k=topk, **up), **swiglu)[0]
-                return second(middle, top_k=1, **down)
-
-            return call
-
-        return bind
-
-    def _layer(self, weight: NVFP4Weight) -> Any:
-        from humming.layer import HummingLayer
-
-        *experts, rows, columns = weight.shape
-        with torch.device(weight.device):
-            layer = HummingLayer(
-                shape_n=rows,
-                shape_k=columns,
-                weight_config={"quant_method": "modelopt", "quant_algo": "nvfp4"},
-                num_experts=experts[0] if experts else None,
-                torch_dtype=torch.bfloat16,
-            )
-        scales = {"weight_scale": weight.scale, "weight_scale_2": weight.global_scale.reshape(-1)}
-        layer.load_from_tensors({"weight": weight.codes, **scales})
-        layer.transform()
-        return layer
-
-    def _compile(self, layer: Any, kind: str, rows: Sequence[int]) -> tuple[dict[str, str], Future[Any]]:
-        """How to call a layer, with its own choice for each of these numbers of rows and no other; the compiling."""
-        from humming.kernel.humming import HummingKernel
-        from humming.tune import get_heuristics_config
-
-        config, used = layer.humming_config, []  # (above, up to, choice): from nought on, else its launcher objects
-        for row in sorted(rows):
-            choice = get_heuristics_config(config, row, gemm_type=kind)
-            if used and used[-1][2] == choice:
-                used[-1][1] = row
-            else:
-                used.append([used[-1][1] if used else 0, row, choice])
-        how = {"compute_config": json.dumps({"gemm_type": kind}), "tuning_config": json.dumps(used)}
-        return how, self.pool.submit(HummingKernel.prepare_kernels, config.to_str(), *how.values(), layer.weight.device)
+        expert makes of its token [B * K, D], without weights; `limit` is SwiGLU's."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +163,7 @@ def experts(make: Maker, peers: Sequence[Peer], size: Size, batches: Sequence[in
     w3 = nvfp4(make, size.experts, size.inner, size.width, scale=w1.global_scale)
     w2 = nvfp4(make, size.experts, size.width, size.inner)
     w13 = NVFP4Weight(torch.cat([w1.codes, w3.codes], 1), torch.cat([w1.scale, w3.scale], 1), w1.global_scale)
-    theirs = {peer.name: attempt(peer.experts, w13, w2, size.topk, batches) for peer in peers}
+    theirs = {peer.name: attempt(peer.experts, w13, w2, size.topk, LIMIT, batches) for peer in peers}
     mine = experts_operand(w1, w2, w3, act="bf16")
 
     def subjects() -> Iterator[Subject]:
@@ -418,21 +315,25 @@ def bench(
 ) -> Path | None:
     """Measure and print everything; -> the CSV, written op by op."""
     make = Maker(torch.device(device))
-    versions = {"dsv4": importlib.metadata.version("dsv4")} | {peer.name: peer.version for peer in peers}
     run = Run("V4-Flash", 1, 1, "bf16", timer.name(), timer.copy_gb_s(), this_commit(), command)
+    versions = {"dsv4": run.commit} | {peer.name: peer.version for peer in peers}
     print(f"{run.gpu}, copy {run.copy_gb_s:.0f} GB/s, torch {torch.__version__}, {versions}", flush=True)
     path = None
     with torch.inference_mode():
-        ready = [dense(make, peers, shape, batches, timer.l2_bytes()) for shape in shapes]
+        l2 = timer.l2_bytes()
+        ready = {shape[0]: attempt(dense, make, peers, shape, batches, l2) for shape in shapes}
         if size is not None:
-            ready.append(experts(make, peers, size, batches))
-        while ready:
+            ready["experts"] = attempt(experts, make, peers, size, batches)
+        for op in list(ready):
             rows: list[Row] = []
-            for subject in ready.pop(0)():
-                more, line = rows_of(subject, measure(subject, timer, rounds), versions, run)
-                rows += more
-                print(line, flush=True)
-            path = write_csv(out, "peers", rows, COLUMNS)
+            try:
+                for subject in given(ready.pop(op))():
+                    more, line = rows_of(subject, measure(subject, timer, rounds), versions, run)
+                    rows += more
+                    print(line, flush=True)
+            except Exception as failure:
+                print(f"{op:14s}stopped: {reason(failure)}", flush=True)
+            path = write_csv(out, "peers", rows, COLUMNS) or path
     return path
 
 

@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,7 +31,11 @@ def tool() -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclasses
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(TOOL.parent))  # as when it is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOL.parent))
     return module
 
 
@@ -54,8 +59,9 @@ class Fake:
 
         return bind
 
-    def experts(self, w13: NVFP4Weight, w2: NVFP4Weight, topk: int, batches: Any) -> Any:
-        first, second, limit = w13.dequantize(), w2.dequantize(), 1e9 if self.fault == "wrong" else 10.0
+    def experts(self, w13: NVFP4Weight, w2: NVFP4Weight, topk: int, limit: float, batches: Any) -> Any:
+        first, second = w13.dequantize(), w2.dequantize()
+        limit = 1e9 if self.fault == "wrong" else limit
 
         def bind(x: Tensor, ids: Tensor) -> Any:
             def call() -> Tensor:
@@ -107,6 +113,18 @@ def test_faults_are_told_and_the_rest_goes_on(tool: Any, tmp_path: Path) -> None
     assert all(r["us"] for r in rows if r["who"] == "dsv4")
 
 
+def test_an_op_that_cannot_be_made_does_not_end_the_run(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(tool, "exact_experts", full)
+    rows = run(tool, tmp_path, Fake())
+    assert {r["op"] for r in rows} == {"one", "two"} and not any(r["error"] for r in rows)
+    assert "experts       stopped: OutOfMemoryError: no room" in capsys.readouterr().out
+
+
 def test_weights_that_take_turns_do_not_fit_the_cache(tool: Any) -> None:
     for columns, rows in ((4096, 1536), (1024, 32768), (4096, 32768)):
         nbytes = rows * columns * 9 // 16
@@ -138,8 +156,11 @@ def test_what_is_missing_is_named(tool: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_humming_gets_our_values_in_its_words(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a stand-in for its modules that does arithmetic on what it is given."""
     stand_in(monkeypatch)
+    monkeypatch.setenv("HUMMING_COMPILER", "")  # for monkeypatch to put back what was there
+    del os.environ["HUMMING_COMPILER"]
     rows = run(tool, tmp_path, tool.Humming())
     assert [r["error"] for r in rows] == [""] * len(rows)
+    assert os.environ["HUMMING_COMPILER"] == "nvcc"  # since the other one failed
     assert {r["version"] for r in rows if r["who"] == "humming"} == {"9.9"}
 
 
@@ -195,6 +216,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         gate, up = x.float().chunk(2, -1)
         return (torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10)).bfloat16(), None, None
 
+    def repack(weight_bits: int, activation_bits: int, is_weight_packed: bool) -> None:
+        raise RuntimeError("Could not locate the NVRTC library in CUDA path")
+
     kernel = SimpleNamespace(prepare_kernels=lambda *given: [json.loads(text) for text in given[1:3]])
     parts = {
         "humming": {},
@@ -206,6 +230,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         "humming.testing.data": {"generate_moe_tensors": blocks},
         "humming.kernel": {},
         "humming.kernel.humming": {"HummingKernel": kernel},
+        "humming.kernel.repack_weight": {"RepackWeightKernel": repack},
         "humming.tune": {"get_heuristics_config": choice},
     }
     for name, content in parts.items():
