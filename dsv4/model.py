@@ -190,9 +190,9 @@ def load(
 
     dtype: `bfloat16` | `float32`, of everything between ops. act: `bf16` (W4A16), `fp8` (DeepSeek's script), `nvfp4`
     (W4A4). kv_quant, index_quant: the roundings the model was trained with. weights: `native` (as stored) | `nvfp4`
-    (every large linear requantised at load). tp: the ranks to share the model with (dsv4/parallel), and how: this process loads
-    its part onto the mesh's device, whatever `device` says, and takes part in every step. Raises ConfigError or
-    CheckpointError, each listing everything found.
+    (every large linear requantised at load). tp: the ranks to share the model with (dsv4/parallel), and how: this
+    process loads its part onto the mesh's device, whatever `device` says, and takes part in every step. Raises
+    ConfigError or CheckpointError, each listing everything found.
     """
     device, share = (device, Share()) if tp is None else (tp.device, tp.share)
     check_device(device)
