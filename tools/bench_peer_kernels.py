@@ -82,6 +82,9 @@ class Peer(Protocol):
     name: str
     version: str
 
+    def ready(self) -> None:
+        """Wait for what was begun: nothing else is to run while graphs are captured and timed."""
+
     def linear(self, weight: NVFP4Weight, batches: Sequence[int]) -> Callable[[Tensor], Call]:
         """weight [N, K] -> x [B, K] -> a call that gives x @ weight^T [B, N]. It may compile for `batches`."""
 
@@ -324,6 +327,8 @@ def bench(
         ready = {shape[0]: attempt(dense, make, peers, shape, batches, l2) for shape in shapes}
         if size is not None:
             ready["experts"] = attempt(experts, make, peers, size, batches)
+        for peer in peers:
+            peer.ready()
         for op in list(ready):
             rows: list[Row] = []
             try:

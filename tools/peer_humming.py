@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -30,18 +30,22 @@ class Humming:
             import humming.ops.utils
 
             humming.ops.utils.init_humming_launcher()
-        except ImportError as missing:
+        except (ImportError, OSError, RuntimeError) as missing:
             raise KernelError(
-                f"humming-kernels cannot be imported ({missing}); nothing was measured. Install what is missing, e.g. "
-                "pip install humming-kernels==0.1.19 (its needs: torch, triton, jinja2, cuda-bindings, filelock, "
-                "tabulate, tqdm; and a CUDA toolkit with nvcc or NVRTC at run time)"
+                f"humming-kernels cannot be imported ({type(missing).__name__}: {missing}); nothing was measured. "
+                "Install what is missing, e.g. pip install humming-kernels==0.1.19 (its needs: torch, triton, jinja2, "
+                "cuda-bindings, filelock, tabulate, tqdm; and a CUDA toolkit with nvcc or NVRTC at run time)"
             ) from missing
         self.version = importlib.metadata.version(self.package)
         self.pool = ThreadPoolExecutor()
+        self.jobs: list[Future[Any]] = []
         try:
             self._repack()
         except Exception:  # NVRTC, its own choice, is not there or lacks its headers
             os.environ.setdefault("HUMMING_COMPILER", "nvcc")
+
+    def ready(self) -> None:
+        wait(self.jobs)
 
     def linear(self, weight: NVFP4Weight, batches: Sequence[int]) -> Callable[[Tensor], Call]:
         layer = self._layer(weight)
@@ -76,11 +80,11 @@ class Humming:
         def bind(x: Tensor, ids: Tensor) -> Call:
             for _, job in compiled:
                 job.result()
-            up, down = (aligned(ids, how) for how, _ in compiled)
+            one, two = (aligned(ids, how) for how, _ in compiled)
 
             def call() -> Tensor:
-                middle = may_process_input(second.humming_config, first(x, top_k=topk, **up), **swiglu)[0]
-                return second(middle, top_k=1, **down)
+                middle = may_process_input(second.humming_config, first(x, top_k=topk, **one), **swiglu)[0]
+                return second(middle, top_k=1, **two)
 
             return call
 
@@ -122,4 +126,6 @@ class Humming:
             else:
                 used.append([used[-1][1] if used else 0, row, choice])
         how = {"compute_config": json.dumps({"gemm_type": kind}), "tuning_config": json.dumps(used)}
-        return how, self.pool.submit(HummingKernel.prepare_kernels, config.to_str(), *how.values(), layer.weight.device)
+        given = config.to_str(), *how.values(), layer.weight.device
+        self.jobs.append(self.pool.submit(HummingKernel.prepare_kernels, *given))
+        return how, self.jobs[-1]

@@ -47,6 +47,9 @@ class Fake:
     def __init__(self, name: str = "fake", fault: str = "") -> None:
         self.name, self.fault = name, fault
 
+    def ready(self) -> None:
+        pass
+
     def linear(self, weight: NVFP4Weight, batches: Any) -> Any:
         if self.fault == "unmade" and weight.shape[0] == 48:
             raise RuntimeError("no such shape\nand more")
@@ -148,6 +151,14 @@ def test_what_is_missing_is_named(tool: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", ["bench_peer_kernels.py"])
     with pytest.raises(SystemExit, match=r"humming-kernels cannot be imported .* pip install humming-kernels"):
         tool.main()
+    stand_in(monkeypatch)
+
+    def old() -> None:
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(sys.modules["humming.ops.utils"], "init_humming_launcher", old)
+    with pytest.raises(SystemExit, match=r"cannot be imported .OSError: undefined symbol"):
+        tool.main()
     monkeypatch.setattr(sys, "argv", ["bench_peer_kernels.py", "--only", "wq_b,nothing"])
     with pytest.raises(SystemExit, match="2"):
         tool.main()
@@ -165,14 +176,17 @@ def test_humming_gets_our_values_in_its_words(tool: Any, tmp_path: Path, monkeyp
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`humming`, as far as the tool uses it: block sizes of 2 up to four rows (or pairs), 4 above."""
+    """`humming`, as far as the tool uses it. Blocks of 2 rows (or pairs) for up to four, else 4; and one if K is 32."""
+
+    def block(columns: int, rows: int) -> int:
+        return (2 if rows <= 4 else 4) + (columns == 32)
 
     class Layer:
         def __init__(self, shape_n: int, shape_k: int, weight_config: Any, num_experts: Any, torch_dtype: Any):
             assert weight_config == {"quant_method": "modelopt", "quant_algo": "nvfp4"}
             assert torch_dtype is torch.bfloat16
             self.shape = ([num_experts] if num_experts else []) + [shape_n, shape_k]
-            self.humming_config = SimpleNamespace(to_str=lambda: str(self.shape))
+            self.humming_config = SimpleNamespace(to_str=lambda: str(self.shape), shape_k=shape_k)
 
         def load_from_tensors(self, tensors: dict[str, Tensor]) -> None:
             self.weight = tensors["weight"]
@@ -190,7 +204,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert how["compute_config"] == '{"gemm_type": "dense"}'
                 return (x.float() @ self.values.T).bfloat16()
             topk, pairs = how["top_k"], len(x) * how["top_k"]
-            rows = 2 if pairs <= 4 else 4
+            rows = block(self.shape[-1], pairs)
             result = torch.full((pairs, self.shape[1]), torch.nan)
             assert how["num_tokens_padded"] == len(how["sorted_ids"]) == rows * len(how["expert_ids"])
             for place, pair in enumerate(how["sorted_ids"].tolist()):
@@ -200,7 +214,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def choice(config: Any, rows: int, gemm_type: str) -> dict[str, Any]:
         assert gemm_type in ("dense", "indexed")
-        return {"block_shape": (2 if rows <= 4 else 4, 128, 64)}
+        return {"block_shape": (block(config.shape_k, rows), 128, 64)}
 
     def blocks(ids: Tensor, experts: int, gemm_type: str, rows: int) -> Any:
         sorted_ids, of = [], []
