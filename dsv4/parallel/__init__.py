@@ -9,6 +9,6 @@ float32 as one process is. With act=nvfp4 each rank gives its columns of the inp
 their own; with act=fp8 groups of 128 are the same where a share is a multiple. Logits are gathered. Everything else is
 computed by every rank, bit for bit alike, also the choice of tokens.
 
-Routed experts may be divided by number instead of by width (Mesh.experts): a rank's part of the sum after the experts is
-then that of its own ones, and none of their outputs is rounded in parts.
+Routed experts may be divided by number instead of by width (Mesh.experts): a rank's part of the sum after the experts
+is then that of its own ones, and none of their outputs is rounded in parts.
 """
