@@ -67,7 +67,7 @@ def aligned(ids, experts, group, threads=1024):
     return by_place, places, groups
 
 
-@pytest.mark.parametrize("group", [8, 64])
+@pytest.mark.parametrize("group", [8, 128])
 @pytest.mark.parametrize(("tokens", "experts", "topk"), [(1, 8, 2), (9, 5, 3), (70, 12, 6), (40, 300, 6)])
 def test_pairs_are_sorted_by_expert_and_grouped(tokens, experts, topk, group):
     ids = torch.rand(tokens, experts, generator=generator(tokens)).topk(topk).indices
@@ -218,11 +218,34 @@ def test_experts_in_other_formats_are_refused_by_name():
         tiled_experts(w2=MXFP4Weight.quantize(wide))
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "group"), [(1, 128, 8), (128, 128, 8), (129, 128, 64), (1, 8256, 64)])
+@pytest.mark.parametrize(("tokens", "hidden", "group"), [(1, 128, 8), (128, 128, 8), (129, 128, 128), (1, 8256, 128)])
 def test_few_tokens_stream_and_many_are_tiled(tokens, hidden, group):
     operand = tiled_operand(*weights_of(2, hidden, 16))
     ids = torch.zeros(tokens, 2, dtype=torch.int64)
     assert launch.work_of(operand, ids, torch.ones(tokens, 2), 10.0).group == group
+
+
+def step_of(block):
+    """wide_product.cuh: a row's 64 columns in the order in which `to_half` writes them."""
+    at = torch.arange(32)
+    pairs = at % 4 * 8 + at // 8 * 2 + at // 4 % 2
+    return torch.stack([block[2 * pairs], block[2 * pairs + 1]], dim=-1).flatten()
+
+
+def test_a_step_of_many_tokens_meets_the_columns_of_the_weights():
+    """Half s of product j is slot s of mma.cuh, which carries the column that the weights have there."""
+    step = step_of(torch.arange(64))
+    for j in range(4):
+        for t in range(4):
+            for p in range(2):
+                for h in range(2):
+                    assert step[16 * j + 8 * p + 2 * t + h] == 16 * t + 4 * j + 2 * p + h
+
+
+def test_a_result_that_does_not_start_at_16_bytes_is_refused():
+    w, to = tiled_operand(*weights_of(2, 64, 16)).w13, torch.empty(33, dtype=torch.bfloat16)
+    with pytest.raises(KernelError, match="'out' must start at a multiple of 16 bytes; it starts 2 beyond one"):
+        launch._projection(w, torch.zeros(2, 64, dtype=torch.bfloat16), None, to[1:].view(2, 16))
 
 
 WRITTEN_ON_THE_DEVICE = r"\b(plan\.|places\[|group_at\(|source<|job\.x\b|job\.weights|shared\[|ids\[)"

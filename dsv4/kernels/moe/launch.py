@@ -20,7 +20,7 @@ from dsv4.quant.activations import Treatment
 ALIGN, GATE_UP, DOWN = 1, 2, 4  # Phase in moe.cu
 STREAM_ROWS = 128  #: up to so many tokens, weights stream past at most eight tokens of an expert at a time
 STREAM_BLOCKS = 128  #: of 64 columns: what the warps of a block hold
-STREAM_GROUP, WIDE_GROUP = 8, 64
+STREAM_GROUP, WIDE_GROUP = 8, 128
 MAX_EXPERTS = 1024
 
 _KERNEL = Kernel("moe", "ppqiiiiqpppfpppqpipi")
@@ -149,6 +149,8 @@ def _projection(
         row = row_stride("moe", "x", x)
         if x.data_ptr() % 16 or row % 8:
             raise KernelError(f"moe: rows of 'x' must start at multiples of 16 bytes; strides {list(x.stride())}")
+    if to is not None and to.data_ptr() % 16:
+        raise KernelError(f"moe: 'out' must start at a multiple of 16 bytes; it starts {to.data_ptr() % 16} beyond one")
     pointers = (None if y is None else y.data_ptr() for y in (weight.tiles, weight.alpha, x, row_scale, to))
     return _Projection(*pointers, row, weight.tiles.shape[1], weight.columns)
 

@@ -98,13 +98,19 @@ cudaError_t run_few(const Device& device, const Few& f, size_t bytes, cudaStream
 }
 
 template <bool FIRST>
-cudaError_t run_tiles(const Job& job, int64_t rows, int64_t groups, uint16_t* half, float* scale,
-                             cudaStream_t stream_) {
-    const int across = (job.rows + BLOCK_TILES - 1) / BLOCK_TILES;
+cudaError_t run_tiles(const Device& device, const Job& job, int64_t rows, int64_t groups, uint16_t* half, float* scale,
+                      cudaStream_t stream_) {
+    const int room = device.shared_per_block - static_cast<int>(2 * WIDE_TOKENS * sizeof(float));
+    const int steps = tiles_bytes(MOST_STEPS) <= room ? MOST_STEPS : LEAST_STEPS, bytes = tiles_bytes(steps);
+    if (auto e = cudaFuncSetAttribute(tiles<FIRST>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
     auto e = launch(to_half, rows, 1, 256, 0, 1, stream_, job.x, job.x_row, job.row_scale, job.columns, job.blocks,
                     half, scale);
     if (e != cudaSuccess) return e;
-    return launch(tiles<FIRST>, groups * across, 1, TILE_WARPS * 32, 0, 1, stream_, job, half, scale);
+    const int sections = (job.rows + BLOCK_TILES - 1) / BLOCK_TILES;
+    int chain = max(128 / job.blocks, 1);  // its first steps wait for memory, so it is long; but not at the end's cost
+    while (chain > 1 && groups * sections < static_cast<int64_t>(8) * chain * device.processors) chain /= 2;
+    const int64_t blocks = groups * ((sections + chain - 1) / chain);
+    return launch(tiles<FIRST>, blocks, 1, TILE_THREADS, bytes, 1, stream_, job, half, scale, chain, steps);
 }
 
 }  // namespace
@@ -163,10 +169,10 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
                                  experts, group, plan);
     }
     if (e == cudaSuccess && phases & GATE_UP)
-        e = wide ? run_tiles<true>(gate_up, tokens, groups, half, scale, stream_)
+        e = wide ? run_tiles<true>(device, gate_up, tokens, groups, half, scale, stream_)
                  : choose_stream<true>(device, gate_up, pairs, stream_);
     if (e == cudaSuccess && phases & DOWN) {
-        e = wide ? run_tiles<false>(down, pairs, groups, half, scale, stream_)
+        e = wide ? run_tiles<false>(device, down, pairs, groups, half, scale, stream_)
                  : choose_stream<false>(device, down, pairs, stream_);
         const int width = 16 * down.rows;
         const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
