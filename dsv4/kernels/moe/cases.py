@@ -39,7 +39,7 @@ QUICK = (
     Size("ragged", 5, 80, 48, 3, (2, 20, 131)),
     Size("few tiles", 4, 640, 64, 3, (1, 20)),
 )
-FLASH = Size("Flash", 256, 4096, 2048, 6, (1, 2, 7, 8, 9, 64, 200, 1024, 4096))
+FLASH = Size("Flash", 256, 4096, 2048, 6, (1, 2, 7, 8, 9, 64, 128, 200, 512, 1024, 4096))
 FULL = (
     Size("Flash of two GPUs, 32 experts", 32, 4096, 1024, 6, (1, 2, 8, 20)),
     Size("Flash of four GPUs, 32 experts", 32, 4096, 512, 6, (1, 3)),
@@ -73,6 +73,12 @@ def operand_of(make: Maker, size: Size, *, every_scale: bool = False) -> Experts
 
 def routed(make: Maker, size: Size, tokens: int) -> Tensor:
     return torch.rand(tokens, size.experts, generator=make.generator, device=make.device).topk(size.topk).indices
+
+
+def stepped(make: Maker, size: Size) -> Tensor:
+    """One expert a token, and 16 e + 9 tokens for expert e: every width of the products of many tokens."""
+    experts = torch.arange(size.experts, device=make.device)
+    return experts.repeat_interleave(16 * experts + 9).unsqueeze(-1)
 
 
 def run_first(x: Tensor, operand: ExpertsOperand, ids: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -220,6 +226,10 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
             same = routed(make, size, 1).expand(tokens, -1).contiguous()
             yield from three(make, f"{size.name} same experts", operand, x, same)
             yield from three(make, f"{size.name} one expert", operand, x, torch.full_like(same[:, :1], 3))
+        if 5 <= size.experts <= 8:
+            ids = stepped(make, size)
+            x = make.normal(len(ids), size.width, dtype="bf16")
+            yield from three(make, f"{size.name} ever more tokens", operand, x, ids)
         x, ids = make.normal(8, size.width, dtype="bf16"), torch.full((8, 6), 3, device=make.device)
         yield from three(make, f"{size.name} one expert six times", operand, x, ids)
     for size in QUICK if quick else (*QUICK, replace(FLASH, experts=8)):
