@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         } else {
             if (kind == SEAM) seam_ahead(turn);
             if (kind == ATTENTION) attention_ahead(turn, before);
+            if (kind == INDEX) index_ahead(turn, before);
             if (!joined) meetings.wait_for_all();
             begin(program, index);
             if (kind == SEAM) {
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             } else if (kind == INPUTS) {
                 inputs_phase(turn);
             } else if (kind == INDEX) {
-                index_phase(turn, meetings);
+                index_phase(turn);
             } else {
                 attention_phase(turn, before);
             }
@@ -192,7 +193,7 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
     for (const int other : {seam_work_bytes(D, grid), static_cast<int>(sizeof(IndexWork)), INPUTS_BYTES,
                             experts_work_bytes(rows, experts, topk, D, F, grid)})
         work = work < other ? other : work;
-    const int found[] = {static_cast<int>(sizeof(mhc::Words<mhc::SEAM>)), static_cast<int>(rows * sizeof(IndexScores)),
+    const int found[] = {static_cast<int>(sizeof(mhc::Words<mhc::SEAM>)), static_cast<int>(rows * sizeof(IndexWords)),
                          static_cast<int>(attention_scratch(grid)), static_cast<int>(sizeof(State)), work, WORK_AT};
     for (int i = 0; i < 6; ++i) sizes[i] = found[i];
     return cudaSuccess;

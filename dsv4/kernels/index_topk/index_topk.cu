@@ -36,8 +36,7 @@ struct Decode : index::Heads<MT> {};
 template <int MT>
 struct Decode<MT, true> : index::Heads<MT> {
     index::Selection<THREADS> selection;
-    uint64_t scores[TOGETHER / 4];           // keys by fours
-    uint64_t spans[index::CLUSTER * WARPS];  // of each warp of the cluster: its largest key << 32 | its smallest
+    uint64_t scores[TOGETHER / 4];  // keys by fours
 };
 
 template <int MT, bool CLUSTER>
@@ -53,7 +52,14 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
         cluster_barrier();  // all blocks run: their memory may be written
     }
     wait_for_previous();
-    const index::Row r = index::score_row<MT, WARPS>(a, s, row, rank, warp, [&](int at, uint64_t four) {
+    index::start_turns<MT>(a, s, row);
+    index::start_heads<MT>(a, s, row);
+    const index::Tiles tiles = index::find_tiles<WARPS>(a, row, rank, warp);
+    if (tiles.n == 0) {
+        if constexpr (CLUSTER) index::take_all(a, row, rank * THREADS + threadIdx.x, a.blocks * THREADS);
+        return;
+    }
+    index::score_row<MT, WARPS>(a, s, row, rank, warp, tiles, [&](int at, uint64_t four) {
         if constexpr (CLUSTER) {
             if (g < a.blocks) put_peer_value(&s.scores[at], g, four);  // lanes of a column, a block each
         } else if (g == 0) {
@@ -61,16 +67,9 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
         }
     });
     if constexpr (CLUSTER) {
-        if (r.n == 0) {
-            index::take_all(a, row, rank * THREADS + threadIdx.x, a.blocks * THREADS);
-            return;
-        }
-        const uint64_t span = index::span_of(r.low, r.high);
-        if (lane < a.blocks) put_peer_value(&s.spans[rank * WARPS + warp], lane, span);
-        index::Share<THREADS> share(index::pages_of(a, row), r.n, rank, a.blocks);
+        const index::Share<THREADS> share(index::pages_of(a, row), tiles.n, rank, a.blocks, s.scores);
         cluster_barrier();
-        share.take(s.scores, r.n);
-        index::select(s.selection, share, index::whole_span(s.spans, a.blocks * WARPS), a.out + row * a.width, a.topk);
+        index::select(s.selection, share, a.out + row * a.width, a.topk);
     }
 }
 

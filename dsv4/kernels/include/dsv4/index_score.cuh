@@ -148,10 +148,10 @@ struct Heads {
     float2 turns[MT * 2][WIDTH / 2];  // of each warp that treats heads
 };
 
-// What a row has to choose from, and the smallest and the largest key of those that a warp scored.
-struct Row {
-    int n;  // 0: it takes all it sees
-    uint32_t low, high;
+// What a warp scores of a decode row. Sixteens of entries go to the blocks in turn, and in each block to its warps.
+struct Tiles {
+    int n;           // what the row has to choose from; 0: it takes all it sees
+    int page, next;  // of the warp's first sixteen and its second, -1 for none
 };
 
 // Heads that are not there.
@@ -161,59 +161,76 @@ __device__ __forceinline__ void clear_heads(const Arguments& a, Heads<MT>& s) {
         *reinterpret_cast<uint4*>(s.heads + i) = make_uint4(0, 0, 0, 0);
 }
 
-// Block `rank` of a.blocks scores its part of a decode row; of its WARPS warps this one is the `place`-th to get entries.
-// put(at, four): in every lane of a column, the keys of entries 4 at .. 4 at + 3, 0 for those that are not there.
-template <int MT, int WARPS, typename Put>
-__device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64_t row, int rank, int place, Put put) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // All that no other load must precede; a row of a decode step is the sequence of the same number.
-    const bool treats = warp * WARP_HEADS < a.heads;
-    const auto place_of = [&](int head, int chunk) {  // of the warp's heads
-        return reinterpret_cast<uint4*>(s.heads + chunk_at(warp * WARP_HEADS + head, chunk));
-    };
-    if (treats) {
-        const uint8_t* head = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) copy_async16(place_of(g, 4 * t + i), head + 16 * (4 * t + i));
+// By each warp that treats heads: its rotations, and its heads as they come, are on their way.
+template <int MT>
+__device__ __forceinline__ void start_turns(const Arguments& a, Heads<MT>& s, int64_t row) {
+    const int warp = threadIdx.x / 32;
+    if (warp * WARP_HEADS >= a.heads) return;
 #pragma unroll 1
-        for (int i = lane; i < a.dims / 2; i += 32) copy_async8(&s.turns[warp][i], a.cis + row * a.cis_stride + i);
-    }
-    const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
-    const int first = place * a.blocks + rank, stride = WARPS * a.blocks;  // in sixteens of entries
+    for (int i = threadIdx.x % 32; i < a.dims / 2; i += 32) copy_async8(&s.turns[warp][i], a.cis + row * a.cis_stride + i);
+}
+template <int MT>
+__device__ __forceinline__ void start_heads(const Arguments& a, Heads<MT>& s, int64_t row) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (warp * WARP_HEADS >= a.heads) return;
+    const uint8_t* head = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        copy_async16(s.heads + chunk_at(warp * WARP_HEADS + g, 4 * t + i), head + 16 * (4 * t + i));
+}
+
+// Block `rank` of a.blocks has a part of the row; of its WARPS warps this one is the `place`-th to get entries.
+template <int WARPS>
+__device__ __forceinline__ Tiles find_tiles(const Arguments& a, int64_t row, int rank, int place) {
+    // No load waits for another where, as in most decode steps, a row is the sequence of the same number.
+    const int first = place * a.blocks + rank, second = first + WARPS * a.blocks;  // in sixteens of entries
     const bool guess = row < a.sequences && first < a.n_pages * (PAGE / ENTRIES);
     int page = guess ? static_cast<int>(a.pages[row * a.n_pages + first / (PAGE / ENTRIES)]) : -1;
     const int64_t sequence = a.sequence[row], visible = a.visible[row];
-
     const int n = to_score(a, sequence, visible);
-    Row r = {n, 0xFFFF, 0};
-    if (rank * ENTRIES >= n) return r;
     const int64_t* pages = a.pages + sequence * a.n_pages;
     const auto page_of = [&](int i) {
         return i * ENTRIES < n ? static_cast<int>(pages[i / (PAGE / ENTRIES)]) : -1;
     };
     if (sequence != row || first * ENTRIES >= n) page = page_of(first);
-    int next_page = page_of(first + stride);
+    return {n, page, page_of(second)};
+}
+
+// The keys of sixteen `i`, the warp's first, come to the L2 cache.
+__device__ __forceinline__ void prefetch(const Arguments& a, const Tiles& tiles, int i) {
+    const int bytes = a.packed ? PACKED_BYTES : PLAIN_BYTES, at = threadIdx.x % 32 * 128;
+    if (tiles.page < 0 || at >= ENTRIES * bytes) return;
+    const uint8_t* from = a.keys + (static_cast<int64_t>(tiles.page) * PAGE + i * ENTRIES % PAGE) * bytes;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+}
+
+// The block's part of a row whose rotations and heads have been started and that does not take all it sees.
+// put(at, four): in every lane of a column, the keys of entries 4 at .. 4 at + 3, 0 for those that are not there.
+template <int MT, int WARPS, typename Put>
+__device__ __forceinline__ void score_row(const Arguments& a, Heads<MT>& s, int64_t row, int rank, int place,
+                                          const Tiles& tiles, Put put) {
+    const int n = tiles.n;
+    if (rank * ENTRIES >= n) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const auto place_of = [&](int head, int chunk) {  // of the warp's heads
+        return reinterpret_cast<uint4*>(s.heads + chunk_at(warp * WARP_HEADS + head, chunk));
+    };
+    const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
+    const int first = place * a.blocks + rank, stride = WARPS * a.blocks;
+    const int64_t* pages = pages_of(a, row);
+    int page = tiles.page, next_page = tiles.next;
     // column c of tile m is entry 4 (c / 2) + 2 m + c % 2 of the sixteen: a lane's four scores are neighbours
     const auto key_at = [&](int i, int m, int bytes) {
         const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
         return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;
     };
     PackedShare keys[2];
-    uint32_t b[2][16];
     const auto fetch = [&](int i) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) keys[m] = a.packed && page >= 0 ? fetch_packed(key_at(i, m, PACKED_BYTES), t) : NO_KEY;
     };
-    const auto decode = [&](int i) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-            if (a.packed || page < 0)
-                unpack(b[m], keys[m]);
-            else
-                load_plain(b[m], key_at(i, m, PLAIN_BYTES), t);
-    };
     fetch(first);
-    if (treats) {
+    if (warp * WARP_HEADS < a.heads) {
         copies_wait();
         __syncwarp();
 #pragma unroll 1
@@ -232,13 +249,25 @@ __device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64
         });
     }
     if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
-    decode(first);
-    __syncthreads();
 
-    for (int i = first; i * ENTRIES < n; i += stride) {
+    uint32_t b[2][16] = {};
+#pragma unroll 1
+    for (int i = first;; i += stride) {
+        const bool there = i * ENTRIES < n;
+        if (there) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+                if (a.packed || page < 0)
+                    unpack(b[m], keys[m]);
+                else
+                    load_plain(b[m], key_at(i, m, PLAIN_BYTES), t);
+        }
+        if (i == first) __syncthreads();  // all heads are treated
+        if (!there) return;
         page = next_page;
         fetch(i + stride);
-        next_page = page_of(i + 2 * stride);
+        const int after = i + 2 * stride;
+        next_page = after * ENTRIES < n ? static_cast<int>(pages[after / (PAGE / ENTRIES)]) : -1;
         float sum[2][2];
         score_tiles<MT>(sum, s.heads, s.weights, b, g, t);
         add_heads(sum);
@@ -246,14 +275,10 @@ __device__ __forceinline__ Row score_row(const Arguments& a, Heads<MT>& s, int64
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const uint32_t key = sortable(sum[k / 2][k % 2]);
-            if (i * ENTRIES + 4 * t + k >= n) continue;
-            four |= static_cast<uint64_t>(key) << 16 * k;
-            r.low = min(r.low, key), r.high = max(r.high, key);
+            if (i * ENTRIES + 4 * t + k < n) four |= static_cast<uint64_t>(key) << 16 * k;
         }
         put(i * (ENTRIES / 4) + t, four);
-        if ((i + stride) * ENTRIES < n) decode(i + stride);
     }
-    return r;
 }
 
 }  // namespace dsv4::index

@@ -1,64 +1,121 @@
-// INDEX: index_topk of a decode step's rows, each by a group of blocks: every block scores a part of the entries, then finds
-// the threshold of all of them and writes its part of the selection.
+// INDEX: index_topk of a decode step's rows, each by a group of blocks: every block scores a part of the entries and tells
+// the others their keys through the L2 cache in one trip (exchange.cuh), then finds the threshold of all of them and writes
+// its part of the selection.
 #pragma once
+#include <dsv4/exchange.cuh>
 #include <dsv4/index_score.cuh>
 #include <dsv4/index_select.cuh>
-#include <dsv4/persistent/meeting.cuh>
 #include <dsv4/persistent/memory.cuh>
 
 namespace dsv4::persistent {
 
-// What the blocks of a group show each other of a row.
-struct IndexScores {
-    uint64_t fours[index::TOGETHER / 4];  // keys
-    uint64_t spans[GROUP * WARPS];        // of each warp's keys
+// What the blocks of a group tell each other of a row.
+struct IndexWords {
+    exchange::Word fours[index::TOGETHER / 4];  // of keys, in two values
+    uint32_t turns[GROUP];                      // the last turn, as each block counts it
 };
 
 struct Index {
     index::Arguments of;
-    IndexScores* scores;  // [rows]
+    IndexWords* words;  // [rows]; zeros before its first use, then left alone
+    int first;          // the group of row 0; the other rows' follow
 };
 
 struct IndexWork {
     index::Heads<4> heads;
     index::Selection<THREADS> selection;
+    uint64_t fours[index::TOGETHER / 4];
+    index::Tiles tiles[WARPS];
+    uint32_t turn;
 };
 
-static __device__ __forceinline__ void index_phase(int turn, Meetings& meetings) {
-    const index::Arguments& a = payload<Index>(turn).of;
-    const int groups = gridDim.x / GROUP, group = blockIdx.x / GROUP, rank = blockIdx.x % GROUP;
-    if (group >= groups) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    IndexWork& s = work<IndexWork>();
-    for (int row = group; row < a.rows; row += groups) {
-        IndexScores& shown = payload<Index>(turn).scores[row];
-        index::clear_heads(a, s.heads);
-        index::clear(s.selection);
-        // Warps that have no heads to treat are the first to get entries.
-        const index::Row r = index::score_row<4, WARPS>(a, s.heads, row, rank, warp ^ WARPS / 2, [&](int at, uint64_t four) {
-            if (lane < 4) shown.fours[at] = four;
-        });
-        if (r.n == 0) {
-            index::take_all(a, row, rank * THREADS + threadIdx.x, GROUP * THREADS);
-            continue;
-        }
-        const uint64_t span = index::span_of(r.low, r.high);
-        if (lane == 0) shown.spans[rank * WARPS + warp] = span;
-        index::Share<THREADS> share(index::pages_of(a, row), r.n, rank, GROUP);
-        meetings.of_group();
-        share.take(shown.fours, r.n);
-        index::select(s.selection, share, index::whole_span(shown.spans, GROUP * WARPS), a.out + row * a.width, a.topk);
-    }
+// Away from the blocks that have most to do in other phases, which are the first and the last.
+constexpr int INDEX_GROUP = 12;
+
+// The row of this block's group, -1 for none.
+static __device__ __forceinline__ int index_row(const Index& phase) {
+    const int groups = gridDim.x / GROUP, group = blockIdx.x / GROUP;
+    const int row = group - phase.first + (group < phase.first ? groups : 0);
+    return group < groups && row < phase.of.rows ? row : -1;
 }
 
-// scores: IndexScores for each row; 16-byte aligned.
+// Warps that have no heads to treat are the first to get entries.
+static __device__ __forceinline__ int index_place() { return threadIdx.x / 32 ^ WARPS / 2; }
+
+// After come() behind the phase in front, of kind `before`: all that does not need it. Entries that it completes are not
+// read here.
+static __device__ __forceinline__ void index_ahead(int turn, int before) {
+    const Index& phase = payload<Index>(turn);
+    const index::Arguments& a = phase.of;
+    const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row < 0) return;
+    if (before == SEAM) __syncthreads();  // seam_rest has read
+    IndexWork& s = work<IndexWork>();
+    const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&phase.words[row].turns[rank]) : 0;
+    index::start_turns(a, s.heads, row);
+    const index::Tiles tiles = index::find_tiles<WARPS>(a, row, rank, index_place());
+    index::clear_heads(a, s.heads);
+    index::clear(s.selection);
+    if (lane == 0) s.tiles[warp] = tiles;
+    if (threadIdx.x == 0) s.turn = turns + 1;
+    index::prefetch(a, tiles, index_place() * GROUP + rank);
+}
+
+// This thread's keys, once they have been told.
+static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& share, const exchange::Word* words,
+                                                 uint32_t turn, uint64_t* fours) {
+    exchange::Word heard[index::Share<THREADS>::MOST] = {};
+    bool here;
+    do {
+        here = true;
+#pragma unroll
+        for (int i = 0; i < index::Share<THREADS>::MOST; ++i)
+            if (i < share.count) {
+                heard[i] = exchange::look(words + share.first + i);
+                here &= heard[i].turn == turn;
+            }
+    } while (!here);
+#pragma unroll
+    for (int i = 0; i < index::Share<THREADS>::MOST; ++i)
+        if (i < share.count)
+            fours[share.first + i] = static_cast<uint64_t>(__float_as_uint(heard[i].values[1])) << 32 |
+                                     __float_as_uint(heard[i].values[0]);
+}
+
+static __device__ __forceinline__ void index_phase(int turn) {
+    const Index& phase = payload<Index>(turn);
+    const index::Arguments& a = phase.of;
+    const int row = index_row(phase), rank = blockIdx.x % GROUP, lane = threadIdx.x % 32;
+    if (row < 0) return;
+    IndexWork& s = work<IndexWork>();
+    const index::Tiles tiles = s.tiles[threadIdx.x / 32];
+    if (tiles.n == 0) {
+        index::take_all(a, row, rank * THREADS + threadIdx.x, GROUP * THREADS);
+        return;
+    }
+    index::start_heads(a, s.heads, row);
+    IndexWords& words = phase.words[row];
+    const uint32_t number = s.turn;
+    index::score_row<4, WARPS>(a, s.heads, row, rank, index_place(), tiles, [&](int at, uint64_t four) {
+        const float values[exchange::PER_WORD] = {__uint_as_float(static_cast<uint32_t>(four)),
+                                                  __uint_as_float(static_cast<uint32_t>(four >> 32)), 0.0f};
+        if (lane < 4) exchange::tell(&words.fours[at], values, number);
+    });
+    const index::Share<THREADS> share(index::pages_of(a, row), tiles.n, rank, GROUP, s.fours);
+    hear_keys(share, words.fours, number, s.fours);
+    index::select(s.selection, share, a.out + row * a.width, a.topk);
+    if (threadIdx.x == 0) words.turns[rank] = number;
+}
+
+// scratch: IndexWords for each row, zeros at first; 16-byte aligned. A row has a group of its own.
 static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid) {
-    if (rows < 1 || rows > TOKENS || width < 1 || cis == nullptr || heads > 64 || n_pages * index::PAGE > index::TOGETHER ||
-        grid < GROUP)
+    const int groups = grid / GROUP;
+    if (rows < 1 || rows > TOKENS || rows > groups || width < 1 || cis == nullptr || heads > 64 ||
+        n_pages * index::PAGE > index::TOGETHER)
         return cudaErrorInvalidValue;
     Index a = {};
     if (const cudaError_t error = index::arguments(a.of, INDEX_VALUES)) return error;
-    a.of.blocks = GROUP, a.scores = static_cast<IndexScores*>(scratch);
+    a.of.blocks = GROUP, a.words = static_cast<IndexWords*>(scratch), a.first = INDEX_GROUP % groups;
     return fill_phase(phase, INDEX, a);
 }
 
