@@ -57,46 +57,56 @@ static cudaError_t arguments(Arguments& a, int& threads, size_t& shared, ATTN_IN
     return cudaSuccess;
 }
 
-// Rows are whole pieces of 16 bytes, and all tokens have their places: what a model's decode step is like.
+// Rows are whole pieces of 16 bytes, entries have whole eights of items, and all tokens have their places: what a model's
+// decode step is like.
 static bool whole(const Arguments& a) {
     const auto turned = [](int dims) { return dims > 0 && dims % 8 == 0; };
     bool yes = a.q_wide && a.append.wide && turned(a.append.dims) && a.append.written == a.append.rows;
     for (const compress::Arguments& c : a.compressions)
-        yes = yes && (c.width == 0 || (c.vectors && c.wide && turned(c.dims)));
+        yes = yes && (c.width == 0 || (c.vectors && c.wide && turned(c.dims) && c.n % compress::AT_ONCE == 0));
     return yes;
-}
-
-template <int W, bool WHOLE>
-__device__ __forceinline__ void make_entry(const Arguments& a, bool index, int64_t row, float* shared) {
-    const compress::Arguments& c = a.compressions[index];
-    const int64_t to = compress::pool_entry<W, bf16, WHOLE>(c, row, a.groups[index], shared);
-    if (to < 0 || threadIdx.x >= 32) return;
-    if (index) {
-        if (c.bytes > 0) compress::finish<bf16, 1, true, true, WHOLE>(c, shared, to);
-        else compress::finish<bf16, 1, true, false, WHOLE>(c, shared, to);
-    } else {
-        if (c.bytes > 0) compress::finish<bf16, ITER, false, true, WHOLE>(c, shared, to);
-        else compress::finish<bf16, ITER, false, false, WHOLE>(c, shared, to);
-    }
 }
 
 // Every thread of the block calls; shared is aligned to 16 bytes. W: channels that a thread pools.
 // WHOLE: as whole() has it, known when the code is compiled.
 template <int W, bool WHOLE>
 __device__ __forceinline__ void take(const Arguments& a, int part, int64_t row, float* shared) {
-    if (part == ENTRIES || part == KEYS) {
-        make_entry<W, WHOLE>(a, part == KEYS, row, shared);
-    } else if (part == STATE || part == KEY_STATE) {
+    if (part == STATE || part == KEY_STATE) {
         compress::keep_token<WHOLE>(a.compressions[part == KEY_STATE], row);
-    } else if (part == NORM) {
+        return;
+    }
+    if (part == NORM) {
         norm_row(a.qr + row * a.q_stride, a.q_weight, a.normed + row * a.q_width, a.q_width, a.eps,
                  WHOLE || a.q_wide, a.q_threads);
-    } else if (threadIdx.x < 32) {
-        if (a.append.bytes > 0)
-            kv_append::append<bf16, ITER, true, WHOLE>(a.append, row);
-        else
-            kv_append::append<bf16, ITER, false, WHOLE>(a.append, row);
+        return;
     }
+    // A row that the first warp makes: into the ring and the result, or into a pool.
+    kv_store::Row<ITER> made = {};
+    kv_store::Form form;
+    void *rows, *more = nullptr;
+    int64_t to, also = -1;
+    if (part == APPEND) {
+        if (threadIdx.x >= 32) return;
+        form = kv_append::form(a.append, row, a.append.bytes > 0);
+        rows = a.append.out, to = row, more = a.append.ring;
+        also = WHOLE ? a.append.write_to[row] : kv_append::place(a.append, row);
+        const bf16* from = static_cast<const bf16*>(a.append.kv) + row * a.append.kv_stride;
+#pragma unroll
+        for (int it = 0; it < ITER; ++it)
+            kv_store::load_channels<WHOLE>(from, made.v[it], kv_store::channel(it), form.n, form.wide);
+    } else {
+        const compress::Arguments& c = a.compressions[part == KEYS];
+        to = compress::pool_entry<W, bf16, WHOLE>(c, row, a.groups[part == KEYS], shared);
+        if (to < 0 || threadIdx.x >= 32) return;
+        form = compress::form(c, shared, part == KEYS, c.bytes > 0);
+        rows = c.pool;
+#pragma unroll
+        for (int it = 0; it < ITER; ++it)
+            kv_store::load_channels<WHOLE>(shared, made.v[it], kv_store::channel(it), form.n, form.wide);
+    }
+    kv_store::make<bf16, WHOLE>(made, form);
+#pragma unroll 1
+    for (; to >= 0; to = also, rows = more, also = -1) kv_store::put<bf16, WHOLE>(made, form, rows, to);
 }
 
 }  // namespace dsv4::attn_inputs

@@ -50,7 +50,7 @@ __device__ __forceinline__ void copy_async4(void* to, const void* from) {
 // What is above is asked for before anything below is waited for.
 __device__ __forceinline__ void ask_first() { asm volatile("" ::: "memory"); }
 
-// Below, WHOLE: of a decode step, and vectors and wide, known when the code is compiled.
+// Below, WHOLE: of a decode step, vectors and wide, n a multiple of AT_ONCE, known when the code is compiled.
 // Token `token` to row `to` of the state, -1: nowhere.
 template <bool WHOLE = false>
 __device__ inline void write_state(const Arguments& a, int64_t token, int64_t to) {
@@ -132,29 +132,33 @@ __device__ __forceinline__ Pooled<W> pool_items(const Arguments& a, const int64_
         for (int j = 0; j < AT_ONCE; ++j) {  // rows of the state; ~token: of this step; of an absent item any to be read
             if (rows[j] < 0) {
                 absent |= 1u << j;
-                rows[j] = ~newest.token;
-            } else if (WHOLE || a.from_state) {
+                rows[j] = WHOLE ? 0 : ~newest.token;
+            } else if (WHOLE) {
+                continue;
+            } else if (a.from_state) {
                 if (first + j == a.n - 1) rows[j] = ~newest.token;
             } else {
                 rows[j] = static_cast<int>(rows[j] < a.held ? a.history[rows[j]] : ~(rows[j] - a.held));
             }
         }
+        const bool last = first + AT_ONCE >= a.n;  // WHOLE: the newest token's item is the last of these
+        const auto fresh = [&](int j) { return WHOLE ? last && j == AT_ONCE - 1 : rows[j] < 0; };
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {  // no branch: all loads are in flight together
-            const bool fresh = rows[j] < 0;
+            const int token = WHOLE ? newest.token : ~rows[j];
             const int at = channel_of(a, first + j, c);
             const float* state = a.state + static_cast<int64_t>(rows[j]) * 2 * a.channels;
-            load<W>((fresh ? a.u + ~rows[j] * a.u_stride : state) + at, u[j], left, WHOLE || a.vectors);
-            load<W>((fresh ? a.g + ~rows[j] * a.g_stride : state + a.channels) + at, g[j], left, WHOLE || a.vectors);
+            load<W>((fresh(j) ? a.u + token * a.u_stride : state) + at, u[j], left, WHOLE || a.vectors);
+            load<W>((fresh(j) ? a.g + token * a.g_stride : state + a.channels) + at, g[j], left, WHOLE || a.vectors);
         }
-        if ((WHOLE || a.from_state) && first + AT_ONCE >= a.n)
+        if ((WHOLE || a.from_state) && last)
             load<W>(a.ape + newest.phase * a.channels + channel_of(a, a.n - 1, c), own, left, WHOLE || a.vectors);
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             if (absent >> j & 1) {
 #pragma unroll
                 for (int k = 0; k < W; ++k) u[j][k] = 0.0f, g[j][k] = -INFINITY;
-            } else if (rows[j] < 0) {
+            } else if (fresh(j)) {
                 float bias[W];
                 if (WHOLE || a.from_state) {
 #pragma unroll
@@ -254,28 +258,22 @@ __device__ __forceinline__ int64_t pool_entry(const Arguments& a, int64_t i, int
     return to;
 }
 
+// The norm's weight and the rotations are where pool_entry has left them.
+__device__ __forceinline__ kv_store::Form form(const Arguments& a, const float* shared, bool index, bool packed) {
+    const float2* turn = reinterpret_cast<const float2*>(shared + 2 * a.width);
+    return {shared + a.width, turn, a.width, a.dims, a.bytes, a.eps, a.factor, a.wide, packed || a.quantize, packed, index};
+}
+
 // Makes and stores the pooled entry, by the first warp.
-template <typename T, int ITER, bool INDEX, bool PACKED, bool WHOLE = false>
+template <typename T, int ITER, bool INDEX, bool PACKED>
 __device__ void finish(const Arguments& a, const float* shared, int64_t to) {
     kv_store::Row<ITER> row = {};
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
-        kv_store::load_channels<WHOLE>(shared, row.v[it], kv_store::channel(it), a.width, a.wide);
-    const float2* turn = reinterpret_cast<const float2*>(shared + 2 * a.width);
-    kv_store::norm_rope<T, WHOLE>(row.v, shared + a.width, turn, a.width, a.dims, a.eps, a.wide);
-    if (PACKED || a.quantize) {
-        if constexpr (INDEX)
-            kv_store::round_index_key<T>(row, a.width, a.factor);
-        else
-            kv_store::round_entry<!PACKED>(row, a.width - a.dims);
-    }
-    uint8_t* bytes = static_cast<uint8_t*>(a.pool) + to * a.bytes;
-    if constexpr (!PACKED)
-        kv_store::store_values<T, WHOLE>(row, static_cast<T*>(a.pool) + to * a.width, a.width, a.wide);
-    else if constexpr (INDEX)
-        kv_store::store_index_key(row, bytes, a.width);
-    else
-        kv_store::store_entry<WHOLE>(row, bytes, a.width, a.dims, a.bytes);
+        kv_store::load_channels<false>(shared, row.v[it], kv_store::channel(it), a.width, a.wide);
+    const kv_store::Form made = form(a, shared, INDEX, PACKED);
+    kv_store::make<T, false>(row, made);
+    kv_store::put<T, false>(row, made, a.pool, to);
 }
 
 }  // namespace dsv4::compress

@@ -47,26 +47,25 @@ __device__ inline int64_t place(const Arguments& a, int64_t row) {
     return low < a.written && a.write_rows[low] == row ? a.write_to[low] : -1;
 }
 
-// WHOLE: as in kv_store.cuh, and every row has its place.
-template <typename T, int ITER, bool PACKED, bool WHOLE = false>
+__device__ __forceinline__ kv_store::Form form(const Arguments& a, int64_t row, bool packed) {
+    return {a.weight, a.cis + row * a.cis_stride, a.n,    a.dims,                a.bytes, a.eps,
+            0.0f,     a.wide,                     packed || a.quantize, packed, false};
+}
+
+template <typename T, int ITER, bool PACKED>
 __device__ void append(const Arguments& a, int64_t row) {
-    const int64_t to = WHOLE ? a.write_to[row] : place(a, row);
+    const int64_t to = place(a, row);
     const T* from = static_cast<const T*>(a.kv) + row * a.kv_stride;
     kv_store::Row<ITER> entry = {};
 #pragma unroll
     for (int it = 0; it < ITER; ++it)
-        kv_store::load_channels<WHOLE>(from, entry.v[it], kv_store::channel(it), a.n, a.wide);
-    kv_store::norm_rope<T, WHOLE>(entry.v, a.weight, a.cis + row * a.cis_stride, a.n, a.dims, a.eps, a.wide);
-    if (PACKED || a.quantize) kv_store::round_entry<!PACKED>(entry, a.n - a.dims);
+        kv_store::load_channels<false>(from, entry.v[it], kv_store::channel(it), a.n, a.wide);
+    const kv_store::Form made = form(a, row, PACKED);
+    kv_store::make<T, false>(entry, made);
 #pragma unroll 1
     for (int target = 0; target < 2; ++target) {
         if (target == 1 && to < 0) return;
-        const int64_t at = target == 0 ? row : to;
-        void* const rows = target == 0 ? a.out : a.ring;
-        if constexpr (PACKED)
-            kv_store::store_entry<WHOLE>(entry, static_cast<uint8_t*>(rows) + at * a.bytes, a.n, a.dims, a.bytes);
-        else
-            kv_store::store_values<T, WHOLE>(entry, static_cast<T*>(rows) + at * a.n, a.n, a.wide);
+        kv_store::put<T, false>(entry, made, target == 0 ? a.out : a.ring, target == 0 ? row : to);
     }
 }
 

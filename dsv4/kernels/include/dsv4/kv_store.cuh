@@ -12,6 +12,15 @@ namespace dsv4::kv_store {
 
 constexpr unsigned ALL = 0xffffffffu;
 
+// What a row of n channels becomes: an entry or an index key, as codes or as values.
+struct Form {
+    const float* weight;  // of the norm
+    const float2* turn;
+    int n, dims, bytes;  // dims: rotated channels; bytes: of a packed row
+    float eps, factor;   // factor: n^-0.5 of an index key's Hadamard transform
+    bool wide, rounds, packed, index;
+};
+
 template <int ITER>
 struct Row {
     float v[ITER][8];      // values, after the last rounding
@@ -91,10 +100,10 @@ __device__ void norm_rope(float (&v)[ITER][8], const float* weight, const float2
     }
 }
 
-// E4M3 in groups of 64 of the channels before the rotated ones, whose number is a multiple of 64: codes, scales and,
-// with VALUES, values.
-template <bool VALUES = true, int ITER>
-__device__ void round_entry(Row<ITER>& row, int plain) {
+// E4M3 in groups of 64 of the channels before the rotated ones, whose number is a multiple of 64: codes, scales and, if
+// asked for, values.
+template <int ITER>
+__device__ void round_entry(Row<ITER>& row, int plain, bool values) {
 #pragma unroll
     for (int it = 0; it < ITER; ++it) {
         const uint32_t amax = group_amax_bits<8>(row.v[it]);
@@ -105,15 +114,18 @@ __device__ void round_entry(Row<ITER>& row, int plain) {
         for (int k = 0; k < 8; ++k) {
             const uint32_t code = e4m3_encode(row.v[it][k] * inverse(byte));
             words[k / 4] |= code << 8 * (k % 4);
-            if (VALUES) row.v[it][k] = e4m3_value(code) * scale_value(byte);
         }
         row.codes[it] = make_uint2(words[0], words[1]);
+        if (!values) continue;
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+            row.v[it][k] = e4m3_value(static_cast<uint8_t>(words[k / 4] >> 8 * (k % 4))) * scale_value(byte);
     }
 }
 
 // Hadamard over n = 2^k channels, 32 <= n <= 256, then E2M1 in groups of 32. factor = n^-0.5.
-template <typename T>
-__device__ void round_index_key(Row<1>& row, int n, float factor) {
+template <typename T, int ITER>
+__device__ void round_index_key(Row<ITER>& row, int n, float factor) {
     float(&v)[8] = row.v[0];
 #pragma unroll
     for (int step = 1; step < 8; step *= 2)
@@ -183,7 +195,8 @@ __device__ void store_entry(const Row<ITER>& row, uint8_t* to, int n, int dims, 
 }
 
 // The bytes of an index key at `to`: codes | scales. Keys of 32 or 64 channels are 17 or 34 bytes: no words in them.
-__device__ __forceinline__ void store_index_key(const Row<1>& row, uint8_t* to, int n) {
+template <int ITER>
+__device__ __forceinline__ void store_index_key(const Row<ITER>& row, uint8_t* to, int n) {
     const int i = channel(0);
     if (i >= n) return;
     if (n % 128 == 0) {
@@ -193,6 +206,28 @@ __device__ __forceinline__ void store_index_key(const Row<1>& row, uint8_t* to, 
         for (int k = 0; k < 4; ++k) to[i / 2 + k] = static_cast<uint8_t>(row.codes[0].x >> 8 * k);
     }
     if (threadIdx.x % 4 == 0) to[n / 2 + i / 32] = static_cast<uint8_t>(row.scale[0]);
+}
+
+template <typename T, bool WHOLE, int ITER>
+__device__ __forceinline__ void make(Row<ITER>& row, const Form& form) {
+    norm_rope<T, WHOLE>(row.v, form.weight, form.turn, form.n, form.dims, form.eps, form.wide);
+    if (!form.rounds) return;
+    if (form.index)
+        round_index_key<T>(row, form.n, form.factor);
+    else
+        round_entry(row, form.n - form.dims, !form.packed);
+}
+
+// Row `at` of `rows`.
+template <typename T, bool WHOLE, int ITER>
+__device__ __forceinline__ void put(const Row<ITER>& row, const Form& form, void* rows, int64_t at) {
+    uint8_t* bytes = static_cast<uint8_t*>(rows) + at * form.bytes;
+    if (!form.packed)
+        store_values<T, WHOLE>(row, static_cast<T*>(rows) + at * form.n, form.n, form.wide);
+    else if (form.index)
+        store_index_key(row, bytes, form.n);
+    else
+        store_entry<WHOLE>(row, bytes, form.n, form.dims, form.bytes);
 }
 
 }  // namespace dsv4::kv_store
