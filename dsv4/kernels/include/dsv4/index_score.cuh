@@ -90,7 +90,8 @@ __device__ __forceinline__ uint32_t sortable(float score) {
 
 // Where chunk c (of 16 bytes) of a head's row lies. Lane (g, t) reads chunks 4 t .. 4 t + 3 of row g and writes, treated,
 // chunks 2 g and 2 g + 1 of rows 2 t and 2 t + 1: lanes that are served together meet different banks in both. Rows that
-// lie 8 apart have their chunks in the same places.
+// lie 8 apart have their chunks in the same places. Of four neighbours, from a multiple of four on, chunk c + i is at
+// chunk_at(row, c) ^ 16 i.
 __device__ __forceinline__ int chunk_at(int row, int c) {
     return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
 }
@@ -106,7 +107,7 @@ __device__ __forceinline__ void score_tiles(float (&sum)[NT][2], const uint8_t* 
         float dot[NT][4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint8_t* at = heads + chunk_at(g, 4 * t + i) + mt * (16 * ROW_BYTES);
+            const uint8_t* at = heads + (chunk_at(g, 4 * t) ^ 16 * i) + mt * (16 * ROW_BYTES);
             const uint4 x = *reinterpret_cast<const uint4*>(at);
             const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * ROW_BYTES);
             const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
@@ -173,10 +174,10 @@ template <int MT>
 __device__ __forceinline__ void start_heads(const Arguments& a, Heads<MT>& s, int64_t row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if (warp * WARP_HEADS >= a.heads) return;
-    const uint8_t* head = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES;
+    const uint8_t* from = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES + 64 * t;
+    const int at = chunk_at(warp * WARP_HEADS + g, 4 * t);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        copy_async16(s.heads + chunk_at(warp * WARP_HEADS + g, 4 * t + i), head + 16 * (4 * t + i));
+    for (int i = 0; i < 4; ++i) copy_async16(s.heads + (at ^ 16 * i), from + 16 * i);
 }
 
 // Block `rank` of a.blocks has a part of the row; of its WARPS warps this one is the `place`-th to get entries.
@@ -242,7 +243,10 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT>& s, int6
                 turn_pair(reinterpret_cast<uint32_t*>(place_of(head, pair / 4))[pair % 4], by);
         }
         __syncwarp();
-        HeadShare share = load_head(a.dims, t, [&](int chunk) { return *place_of(g, chunk); });
+        const int own = chunk_at(warp * WARP_HEADS + g, 4 * t);
+        HeadShare share = load_head(a.dims, t, [&](int chunk) {
+            return *reinterpret_cast<const uint4*>(s.heads + (own ^ 16 * (chunk % 4)));
+        });
         __syncwarp();  // treated heads go where they came
         treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
             *place_of(head, chunk) = channels;
