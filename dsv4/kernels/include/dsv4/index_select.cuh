@@ -27,28 +27,31 @@ __device__ __forceinline__ int power_above(int x) { return 1 << (32 - __clz(x));
 template <int THREADS>
 struct Share {
     static constexpr int MOST = TOGETHER / 4 / THREADS;
-    int first, count;  // fours; they lie in one page
-    bool writes;       // of the warps, each `blocks`-th does
+    int each;          // fours that are a thread's, a power of two; they lie in one page
+    int first, count;  // of them all, and how many are there
+    const uint64_t* fours;
+    bool writes;  // of the warps, each `blocks`-th does
     int64_t page;
-    const uint64_t* fours;  // this thread's
 
     // all: every thread's fours.
     __device__ __forceinline__ Share(const int64_t* pages, int n, int rank, int blocks, const uint64_t* all)
-        : count(power_above((n - 1) / (4 * THREADS))) {
-        first = count * threadIdx.x, fours = all + first;
+        : each(power_above((n - 1) / (4 * THREADS))), first(each * threadIdx.x), fours(all + first) {
         writes = static_cast<int>(threadIdx.x) / 32 % blocks == rank && 4 * first < n;
         page = writes ? pages[4 * first / PAGE] : 0;
-        count = min(count, (n + 3) / 4 - first);
+        count = min(each, (n + 3) / 4 - first);
     }
-    // each(key, entry) of every key that is there.
-    template <typename Each>
-    __device__ __forceinline__ void visit(Each each) const {
+    // see(key, entry) of every key that is there. `begin`: 0, and they come in order; the lane, and those that are
+    // served together meet different banks.
+    template <typename See>
+    __device__ __forceinline__ void visit(int begin, See see) const {
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-            const uint64_t four = fours[i];
+        for (int i = 0; i < each; ++i) {
+            const int at = (begin + i) & (each - 1);
+            if (at >= count) continue;
+            const uint64_t four = fours[at];
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                if (const uint32_t key = four >> 16 * k & 0xFFFF) each(key, 4 * (first + i) + k);
+                if (const uint32_t key = four >> 16 * k & 0xFFFF) see(key, 4 * (first + at) + k);
         }
     }
 };
@@ -74,7 +77,7 @@ __device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share
     for (int digit = 1; digit >= 0; --digit) {
         const int shift = digit * DIGIT_BITS;
         uint32_t* bins = s.bins + digit * BINS;
-        share.visit([&](uint32_t key, int) {
+        share.visit(lane, [&](uint32_t key, int) {
             if (key >> shift >> DIGIT_BITS == edge) atomicAdd(&bins[key >> shift & (BINS - 1)], 1u);
         });
         __syncthreads();
@@ -105,11 +108,11 @@ template <int THREADS>
 __device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
     uint32_t equals, count = 0;  // count: above the edge | equal to it << 16
     const uint32_t edge = threshold(s, share, topk, equals);
-    share.visit([&](uint32_t key, int) { count += key > edge ? 1u : key == edge ? 0x10000u : 0u; });
+    share.visit(threadIdx.x % 32, [&](uint32_t key, int) { count += key > edge ? 1u : key == edge ? 0x10000u : 0u; });
     const uint32_t before = sum_before(count, s.warps);
     if (!share.writes) return;
     uint32_t higher = before & 0xFFFF, same = before >> 16;
-    share.visit([&](uint32_t key, int entry) {
+    share.visit(0, [&](uint32_t key, int entry) {
         const int64_t row = share.page * PAGE + entry % PAGE;
         if (key > edge)
             out[higher++ + min(same, equals)] = row;
