@@ -30,30 +30,30 @@ using namespace dsv4::persistent;
 
 namespace {
 
-// Brings phase `index` of the program to place `turn`; it is there for all after a wait for copies and a barrier.
-__device__ __forceinline__ void fetch_phase(const Program& program, int index, int turn) {
-    const int at = threadIdx.x * 16;
-    if (at < PHASE_BYTES && index < program.count)
-        start_copy16(shared_address(memory()) + PHASES_AT + turn * PHASE_BYTES + at,
-                     reinterpret_cast<const uint8_t*>(program.phases + index) + at);
-}
-
 __device__ __forceinline__ const Phase& phase_at(int turn) {
     return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn];
 }
 
+// Brings phase `number` of the program to place `turn`; it is there for all after a wait for copies and a barrier.
+__device__ __forceinline__ void fetch_phase(const Program& program, int number, int turn) {
+    const int at = threadIdx.x * 16;
+    if (at < PHASE_BYTES && number < program.count)
+        start_copy16(shared_address(memory()) + PHASES_AT + turn * PHASE_BYTES + at,
+                     reinterpret_cast<const uint8_t*>(program.phases + number) + at);
+}
+
 // end: 0 for the beginning of a phase, 1 for its end.
-__device__ __forceinline__ void note_time(const Program& program, int index, int end) {
+__device__ __forceinline__ void note_time(const Program& program, int turn, int end) {
     if (program.times == nullptr || threadIdx.x > 0) return;
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    program.times[(static_cast<int64_t>(index) * gridDim.x + blockIdx.x) * 2 + end] = now;
+    program.times[(static_cast<int64_t>(phase_at(turn).number) * gridDim.x + blockIdx.x) * 2 + end] = now;
 }
 
 // The phase at hand begins, and the next one is asked for.
-__device__ __forceinline__ void begin(const Program& program, int index) {
-    fetch_phase(program, index + 1, index % 2 ^ 1);
-    note_time(program, index, 0);
+__device__ __forceinline__ void begin(const Program& program, int turn) {
+    fetch_phase(program, phase_at(turn).number + 1, turn ^ 1);
+    note_time(program, turn, 0);
 }
 
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
@@ -66,36 +66,40 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     wait_for_copies();
     __syncthreads();
     wait_for_previous();
-    Meetings meetings = {program.state, program.state->before};
-    int before = KINDS;
-    bool joined = false;
+    Meetings meetings(program.state);
+    set_turn(0);
 #pragma unroll 1
-    for (int index = 0; index < program.count; ++index) {
-        const int turn = index % 2, kind = phase_at(turn).kind;
-        if (before == SEAM) seam_rest(turn ^ 1);
+    while (true) {
+        int turn = current_turn();
+        const int kind = phase_at(turn).kind;
+        const bool meets = !(phase_at(turn).joined & LAST);
+        if (phase_at(turn).before == SEAM) seam_rest(turn ^ 1);
+        bool multiplies = kind == LINEAR;
         if (kind == ROUTE) {
             meetings.wait_for_all();
-            begin(program, index);
-            route_phase(turn);
+            begin(program, turn);
+            multiplies = route_phase(turn);
         }
-        if (kind == LINEAR || kind == ROUTE) {
+        if (multiplies) {
             Stream stream(program);
             Ahead ahead = {};
+            if (kind == LINEAR) linear_ahead(turn);
             const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
 #pragma unroll 1
             for (int late = 0; late < 2 && kind == LINEAR; ++late) {
                 if (speaks == (late == 1)) prepare_linear(turn, stream, ahead);
-                if (late == 0 && !joined) meetings.wait_for_all();
+                if (late == 0 && meets) meetings.wait_for_all();
             }
-            if (kind == LINEAR) begin(program, index);
+            if (kind == LINEAR) begin(program, turn);
             linear_phase(turn, stream, ahead);
             stream.park();
-        } else {
+        } else if (kind != ROUTE) {
             if (kind == SEAM) seam_ahead(turn);
-            if (kind == ATTENTION) attention_ahead(turn, before);
-            if (kind == INDEX) index_ahead(turn, before);
-            if (!joined) meetings.wait_for_all();
-            begin(program, index);
+            if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
+            if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
+            if (kind == EXPERTS) experts_ahead(turn);
+            if (meets) meetings.wait_for_all();
+            begin(program, turn);
             if (kind == SEAM) {
                 seam_phase(turn);
             } else if (kind == EXPERTS) {
@@ -107,19 +111,19 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             } else if (kind == INDEX) {
                 index_phase(turn);
             } else {
-                attention_phase(turn, before);
+                attention_phase(turn, phase_at(turn).before);
             }
         }
-        note_time(program, index, 1);
+        turn = current_turn();
+        note_time(program, turn, 1);
         wait_for_copies();
-        before = kind, joined = phase_at(turn).joined;
-        if (joined) __syncthreads();
+        if (phase_at(turn).joined & NEXT) __syncthreads();
         else meetings.come();
+        if (phase_at(turn).number + 1 == program.count) break;
+        set_turn(turn ^ 1);
     }
     meetings.wait_for_all();
-    if (blockIdx.x > 0) return;
-    if (threadIdx.x == 0) program.state->before = meetings.target;
-    if (threadIdx.x < MAX_BLOCKS / persistent::GROUP) program.state->groups[threadIdx.x] = 0;
+    meetings.end();
 }
 
 // What route_phase and experts_phase need at least.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
+_HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
 _ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
@@ -81,7 +83,8 @@ class Joined:
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
         slices = -(-self.run.blocks // SLICE_BLOCKS)
-        return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64
+        norm = 0 if self.beside is None else slices * 2048
+        return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64 + norm
 
     def phase(self, device: torch.device, rows: int) -> bytes:
         table = (_Part * len(self.parts))(*self.parts)
@@ -227,6 +230,17 @@ def _like(name: str, letters: str, given: Sequence[Any], *scratch: Tensor | int)
 @functools.cache
 def _kernel(name: str, letters: str) -> Kernel:
     return Kernel("decode_layers", "p" + letters, name)
+
+
+def in_order(phases: Sequence[bytes]) -> list[bytes]:
+    """The phases of a program, each with its place in it: number, kind of the last one, whether they meet."""
+    kind, joined, found = -1, 0, []
+    for number, phase in enumerate(phases):
+        last, beside = kind, joined
+        kind, joined = _HEADER.unpack_from(phase)[:2]
+        header = _HEADER.pack(kind, joined | (_LAST if beside & _NEXT else 0), number, last)
+        found.append(header + phase[_HEADER.size :])
+    return found
 
 
 def _filled(kernel: Kernel, device: torch.device, *given: Any) -> bytes:

@@ -106,6 +106,6 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
             case _:
                 made.append(describe.FILL[type(phase)](phase, room))
     segments, starts = segments_on(device, tuple(runs))
-    table = torch.frombuffer(bytearray(b"".join(made)), dtype=torch.uint8).to(device)
+    table = torch.frombuffer(bytearray(b"".join(describe.in_order(made))), dtype=torch.uint8).to(device)
     state = torch.zeros(room.state_bytes, dtype=torch.uint8, device=device)
     return Tables(table, segments, starts, state, len(made), grid, stages, work, (room, phases))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ class Spread:
 def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
     """parts: (tiles, bytes of a block, number of the input) of each; all have the same K.
 
-    A block's tiles have one input, staged in one way. The busiest block gets as few bytes as that allows.
+    A block's tiles have one input, staged in one way. The busiest block gets as few bytes as that allows, and then the
+    busiest of each input.
     """
 
     def kind(place: int) -> tuple[int, bool]:
@@ -49,27 +51,37 @@ def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
     if len(groups) > grid:
         raise KernelError(f"decode_layers: {len(groups)} inputs of one phase for {grid} blocks")
     before = [[0, *accumulate(tiles)] for tiles in groups.values()]
-
-    def cuts(most: int) -> list[int]:
-        found, first = [0], 0
-        for sums in before:
-            at = 0
-            while at < len(sums) - 1:
-                at = bisect_right(sums, sums[at] + most) - 1
-                found.append(first + at)
-            first += len(sums) - 1
-        return found
-
-    low, high = max(block for _, block, _ in parts), max(sums[-1] for sums in before)
-    while low < high:
-        middle = (low + high) // 2
-        if len(cuts(middle)) <= grid + 1:
-            high = middle
-        else:
-            low = middle + 1
-    found = cuts(low)
+    most = bisect_left(range(max(sums[-1] for sums in before) + 1), True, key=functools.partial(_fits, before, grid))
+    spare = grid - _blocks(before, most)
+    found, first = [0], 0
+    for sums in before:
+        room = _blocks([sums], most) + spare
+        own = bisect_left(range(most + 1), True, key=functools.partial(_fits, [sums], room))
+        cuts = _cut(sums, own)
+        found += [first + cut for cut in cuts]
+        first, spare = first + len(sums) - 1, room - len(cuts)
     found += found[-1:] * (grid + 1 - len(found))
     return Spread(tuple(order), tuple(found), max(b - a for a, b in pairwise(found)))
+
+
+def _fits(groups: Sequence[Sequence[int]], blocks: float, most: int) -> bool:
+    return _blocks(groups, most) <= blocks
+
+
+def _cut(sums: Sequence[int], most: int) -> list[int]:
+    """Tiles whose bytes add up to `sums`, cut into blocks of at most `most` bytes: their ends; empty if none fits."""
+    found: list[int] = []
+    while (at := found[-1] if found else 0) < len(sums) - 1:
+        end = bisect_right(sums, sums[at] + most) - 1
+        if end == at:
+            return []
+        found.append(end)
+    return found
+
+
+def _blocks(groups: Sequence[Sequence[int]], most: int) -> float:
+    """How many blocks groups of tiles take, of at most so many bytes each."""
+    return sum(len(_cut(sums, most)) or inf for sums in groups)
 
 
 def even_cuts(tiles: int, grid: int) -> tuple[int, ...]:

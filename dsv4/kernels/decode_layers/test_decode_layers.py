@@ -1,6 +1,7 @@
 """decode_layers: its twin against the ops, and what a program tells the kernel: who reads which weights, and when."""
 
 import ctypes
+import struct
 from itertools import pairwise
 
 import numpy as np
@@ -49,6 +50,11 @@ def test_a_block_has_tiles_of_one_input_and_no_more_bytes_than_it_must(name, gri
     groups = len({(given, block == 2048) for _, block, given in parts})
     largest = max(block for _, block, _ in tiles)
     assert busiest <= sum(block for _, block, _ in tiles) / (grid - groups + 1) + largest
+
+
+def test_blocks_that_the_busiest_leave_over_share_what_others_have():
+    how = spread(((64, 576, 0), (192, 576, 0), (4, 2048, 0)), 132)  # one BF16 tile is as much as 3.5 others
+    assert how.most == 2 and how.cuts[128] == 256 and how.cuts[132] == 260
 
 
 def test_more_inputs_than_blocks_are_refused():
@@ -143,7 +149,13 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     phases, beside = describe.overlapped(small.phases)
     assert {phases[place + 1] is inputs for place, inputs in beside.items()} == {True} and len(beside) == 2
     assert tables.count == len(small.phases) + 2 == len(names) - 1 and tables.grid == 24
-    assert tables.phases.view(-1, describe.PHASE_BYTES)[:, 0].tolist() == list(range(1, len(names)))
+    headers = [
+        struct.unpack_from("<4i", bytes(phase)) for phase in tables.phases.view(-1, describe.PHASE_BYTES).tolist()
+    ]
+    kinds = [kind for kind, *_ in headers]
+    assert [kind & 255 for kind in kinds] == list(range(1, len(names)))
+    assert [number for _, _, number, _ in headers] == list(range(len(kinds)))
+    assert [before for *_, before in headers] == [-1, *kinds[:-1]]
     assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
     assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
     calls = iter(filled.calls[1:])

@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(Form<NT>::THREADS) linear_kernel(const __grid_
     // sum of one slice, which is at `place` of the window, of up to TILES tiles; its scaling undone
     const auto multiply = [&](const Part& part, int tile, int tiles, int slice, int place) {
         const int count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
+        clear(sum);
         slice_product(sum, part, part.format, tile, tiles, slice, count, shared.x + place * 1024, rows, ring, refill);
         const float* undo = shared.undo + place * 8 * NT + 2 * t;
         const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;

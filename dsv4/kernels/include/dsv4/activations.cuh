@@ -9,12 +9,18 @@ namespace dsv4 {
 
 constexpr int SLICE = 512;  // columns scaled together: 16 a lane
 
-// 16 columns of a row as eight pairs; zeros from `left` columns on. wide: p is aligned to 16 bytes and rows are whole.
+// 16 columns of a row, aligned to 16 bytes, as eight pairs; zeros if they do not exist.
+__device__ __forceinline__ void load_columns(uint32_t (&pairs)[8], const bf16* p, bool exist) {
+    uint4 x = {}, y = {};
+    if (exist) x = reinterpret_cast<const uint4*>(p)[0], y = reinterpret_cast<const uint4*>(p)[1];
+    pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
+    pairs[4] = y.x, pairs[5] = y.y, pairs[6] = y.z, pairs[7] = y.w;
+}
+
+// The same with zeros from `left` columns on. wide: p is aligned to 16 bytes and rows are whole.
 __device__ __forceinline__ void load_columns(uint32_t (&pairs)[8], const bf16* p, int left, bool wide) {
     if (wide && left >= 16) {
-        const uint4 x = reinterpret_cast<const uint4*>(p)[0], y = reinterpret_cast<const uint4*>(p)[1];
-        pairs[0] = x.x, pairs[1] = x.y, pairs[2] = x.z, pairs[3] = x.w;
-        pairs[4] = y.x, pairs[5] = y.y, pairs[6] = y.z, pairs[7] = y.w;
+        load_columns(pairs, p, true);
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

@@ -46,6 +46,11 @@ __device__ __forceinline__ void bulk_load(uint32_t target, const void* source, u
     bulk_copy(target, source, bytes, barrier);
 }
 
+// `bytes` (a multiple of 16) from `source` on (aligned to 16) into the L2 cache.
+__device__ __forceinline__ void bulk_prefetch(const void* source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(source)), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"

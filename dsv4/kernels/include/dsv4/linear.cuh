@@ -171,29 +171,35 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][NT][4], const uint
     }
 }
 
-// sum = a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
-// staged window. The caller refills the ring, a Ring or what is like it, after each chunk through `next`. Where fewer tiles are left than a warp
-// multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes.
-template <int TILES, int NT, typename Ring, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int format, int tile, int tiles,
-                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows, Ring& ring,
-                                              Next&& next) {
+template <int TILES, int NT>
+__device__ __forceinline__ void clear(float (&sum)[TILES][NT][4]) {
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[t][n][i] = 0.0f;
+}
+
+// sum += a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
+// staged window. The caller refills the ring, a Ring or what is like it, after each chunk through `next`. Where fewer tiles are left than a warp
+// multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes. begun: so many
+// blocks of the first chunk (of NVFP4) have been multiplied already.
+template <int TILES, int NT, typename Ring, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int format, int tile, int tiles,
+                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows, Ring& ring,
+                                              Next&& next, int begun = 0) {
     if (format == NVFP4) {
         for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
             const uint8_t* chunk = ring.wait();
-            if (NT == 1 && blocks - done >= 4) {
+            if (NT == 1 && blocks - done >= 4 && begun == 0) {
 #pragma unroll(TILES == 1 ? 4 : 2)
                 for (int k = 0; k < 4; ++k) unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
             } else {
 #pragma unroll 1
-                for (int k = 0; k < min(blocks - done, 4); ++k)
+                for (int k = begun; k < min(blocks - done, 4); ++k)
                     unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+                begun = 0;
             }
             next(ring);
         }
@@ -239,13 +245,15 @@ __device__ __forceinline__ void undo_scaling(float (&sum)[TILES][1][4], int form
 }
 
 // Up to eight tokens: `count` slices of a part's columns from slice `first` on to shared memory, by WARPS warps:
-// x [tokens][count] slices, rows `stride` bytes apart; undo [count][8].
-template <int WARPS, int AT_ONCE = 2>
-__device__ __forceinline__ void stage_slices(const Part& part, int tokens, int columns, int first, int count, uint8_t* x,
-                                             int stride, float* undo) {
+// x [tokens][count] slices, rows `stride` bytes apart; undo [count][8]. per: 2^16 / count and one. WIDE: it is known that x
+// may be read 16 bytes at a time, and that columns are a multiple of 16.
+template <int WARPS, bool WIDE>
+__device__ __forceinline__ void stage_slices(const Part& part, int tokens, int columns, int first, int count, int per,
+                                             uint8_t* x, int stride, float* undo) {
+    constexpr int AT_ONCE = 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int token = warp / count, which = warp - token * count;
-    const int step = WARPS / count, rest = WARPS - step * count;
+    int token = warp * per >> 16, which = warp - token * count;
+    const int step = WARPS * per >> 16, rest = WARPS - step * count;
     while (token < tokens) {
         uint32_t pairs[AT_ONCE][8];
         int tokens_of[AT_ONCE], slices_of[AT_ONCE];
@@ -253,7 +261,9 @@ __device__ __forceinline__ void stage_slices(const Part& part, int tokens, int c
         for (int i = 0; i < AT_ONCE; ++i) {
             tokens_of[i] = token, slices_of[i] = which;
             const int column = (first + which) * SLICE + lane * 16;
-            load_columns(pairs[i], part.x + min(token, tokens - 1) * part.x_stride + column, columns - column, part.x_wide);
+            const bf16* from = part.x + min(token, tokens - 1) * part.x_stride + column;
+            if constexpr (WIDE) load_columns(pairs[i], from, column < columns);
+            else load_columns(pairs[i], from, columns - column, part.x_wide);
             token += step, which += rest;
             if (which >= count) which -= count, ++token;
         }

@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
     const auto multiply = [&](const Part& part, int group, int tiles, int place) {
         const int slice = OWN ? place : slices.first + place, format = ONE ? NVFP4 : part.format;
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
+        clear(sum);
         slice_product(sum, part, format, run.tile + group * TILES, tiles, slice, count, x + place * 1024, rows, ring, refill);
         undo_scaling(sum, format, undo + place * FEW_TOKENS);
     };
@@ -180,7 +181,8 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
             if (real && (part.x != seen || (part.format == PLAIN) != plain)) {
                 if (seen != nullptr) __syncthreads();  // nobody reads the tokens before these any more
                 seen = part.x, plain = part.format == PLAIN;
-                stage_slices<FEW_WARPS>(part, task.tokens, task.columns, slices.first, staged, x, stride, undo);
+                stage_slices<FEW_WARPS, false>(part, task.tokens, task.columns, slices.first, staged, (1 << 16) / staged + 1, x,
+                                               stride, undo);
                 __syncthreads();
             }
             Unit unit(slices, warp);

@@ -3,6 +3,7 @@
 // pieces, which the warps take in turn; sums of slices wait in shared memory to be added up in their order. The arithmetic
 // is that of moe_few.cuh, and so are the bits.
 #pragma once
+#include <dsv4/fragments.cuh>
 #include <dsv4/persistent/experts_plan.cuh>
 #include <dsv4/persistent/meeting.cuh>
 
@@ -155,38 +156,48 @@ static __device__ __forceinline__ void add_up(const Experts& a, const Units& uni
     }
 }
 
-static __device__ __forceinline__ void experts_phase(int turn, Meetings& meetings, Stream& stream) {
+// Every thread calls, after come() behind the phase in front, which does not write x: stages it.
+static __device__ __forceinline__ void experts_ahead(int turn) {
+    const Experts& a = payload<Experts>(turn);
+    const int warp = moe::uniform(threadIdx.x / 32);
+    moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
+    rows.load(warp);
+    rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+}
+
+static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
     ExpertsWork& w = work<ExpertsWork>();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
     if (thread < static_cast<int>(sizeof(RoutePlan)) / 16)
         start_copy16(shared_address(&w.plan) + thread * 16, reinterpret_cast<const uint8_t*>(a.plan) + thread * 16);
+    copies_commit();
     const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, most, each, more
     const uint32_t low = a.plan->group[lane], high = a.plan->group[lane + 32];
-    moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
-    rows.load(warp);
     stream.pass();  // what the list says of these weights
     const Units units(a, head.x, head.z, head.w);
     list_units(a, units, low, high, 0, PIECES);
-    Feed feed = {stream, w.list[warp], units.all};
-    feed.fill();
-    if (thread < head.x) {
+    if (thread < head.x) {  // nobody waits for them until sums are collected: weights are on their way in front of them
         const int expert = (warp == 0 ? low : high) & 0xFFFF;
-        w.alpha[thread][0] = a.first.alpha[2 * expert], w.alpha[thread][1] = a.first.alpha[2 * expert + 1];
-        w.alpha[thread][2] = a.second.alpha[expert];
+        copy_async8(w.alpha[thread], a.first.alpha + 2 * expert);
+        copy_async4(w.alpha[thread] + 2, a.second.alpha + expert);
     }
+    copies_commit();
+    Feed feed = {stream, w.list[warp], units.all};
+    feed.fill(1);  // and no more at first: whatever else the phase begins with would wait behind full rings
     int done = 0;
     uint32_t added = 0;
     Pass pass = {false, 0, 0, 0, 0};
+    copies_wait_but<1>();
 #pragma unroll 1
     while (true) {
-        rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
-        wait_for_copies();
 #pragma unroll 1
         do {
             __syncthreads();
             if (!pass.down) pass.from = pass.to, pass.to = min(units.count, pass.from + w.plan.fit);
+            if (done == 0) feed.fill(stream.stages);
             multiply(a, units, pass, done, feed);
+            wait_for_copies();
             __syncthreads();
             collect(a, units, pass);
         } while (!pass.down && pass.to < units.count);
@@ -207,8 +218,9 @@ static __device__ __forceinline__ void experts_phase(int turn, Meetings& meeting
         const uint32_t last = w.plan.group[next - 1];
         const int places = (last >> 16 & 63) + (last >> 22) - pass.place;
         pass.down = true, pass.from = pass.group * units.tiles, pass.to = next * units.tiles, pass.group = next;
-        rows = moe::Staging<1>(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
+        moe::Staging<1> rows(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
         rows.load(warp);
+        rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
     }
     add_up(a, units, added);
 }

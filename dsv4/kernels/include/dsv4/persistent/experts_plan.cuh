@@ -49,7 +49,7 @@ constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at
 // scaling, results of down [tile][place][16], and sums of slices [tile][pair of its group][slice][16].
 struct alignas(128) ExpertsWork {
     RoutePlan plan;
-    float alpha[moe::FEW_PAIRS][3];  // by group: of gate, up and down
+    float alpha[moe::FEW_PAIRS][4];  // by group: of gate, up and down
     Routed list[WARPS][PIECES];
 };
 constexpr int STAGED_AT = sizeof(ExpertsWork);
@@ -125,8 +125,8 @@ struct Feed {
     const Routed* list;
     int all, next = 0;
 
-    __device__ __forceinline__ void fill() {
-        stream.fill([&] {
+    __device__ __forceinline__ void fill(int most) {
+        stream.fill(most, [&] {
             if (next == all) return stream.open_next();
             const Routed piece = list[next++ & (PIECES - 1)];
             stream.open(piece.from, piece.bytes, CHUNK);
@@ -135,7 +135,7 @@ struct Feed {
     }
     __device__ __forceinline__ void refill() {
         stream.release();
-        fill();
+        fill(stream.stages);
     }
 };
 

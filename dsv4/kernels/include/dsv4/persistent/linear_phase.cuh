@@ -8,8 +8,8 @@
 
 namespace dsv4::persistent {
 
-constexpr int MOST_PARTS = 16, CHUNK_BLOCKS = 4;  // the latter: of NVFP4
-constexpr int EARLY_BLOCKS = 3;                   // are unpacked early: as many as there are registers for
+constexpr int MOST_PARTS = 16;
+constexpr int EARLY_BLOCKS = 3;  // are unpacked early, of a chunk's four: as many as there are registers for
 
 static_assert(CHUNK == linear::CHUNK, "slice_product takes a ring's stages");
 
@@ -19,6 +19,7 @@ struct Linear {
     float eps;
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
     int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
+    int norm_at;                                 // of the work area: where the norm's weights wait
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
 };
 
@@ -26,7 +27,7 @@ struct Linear {
 struct LinearUnit {
     int tile, slice, part;
 
-    __device__ __forceinline__ explicit LinearUnit(const Linear& a) : part(0) {
+    __device__ __forceinline__ LinearUnit(const Linear& a, int part) : part(part) {
         const int warp = threadIdx.x / 32;
         tile = warp * a.per_slice >> 16, slice = warp - tile * a.slices;
     }
@@ -43,32 +44,41 @@ struct LinearUnit {
     }
 };
 
-// The first blocks of a warp's first unit, unpacked, if that is a whole slice of NVFP4.
+// What is known before the tokens are: the part of the block's first tile, and the first blocks of the warp's first unit,
+// unpacked, if that is a whole slice of NVFP4.
 struct Ahead {
     bool ready;
+    int own;
     uint32_t a[EARLY_BLOCKS][4][4];
 };
+
+// Every thread calls, after come() behind the phase in front: the norm's weights are on their way.
+__device__ __forceinline__ void linear_ahead(int turn) {
+    const Linear& a = payload<Linear>(turn);
+    const int at = threadIdx.x * 16;
+    if (a.norm == nullptr) return;
+    for (int i = at; i < a.columns * 4; i += THREADS * 16)
+        start_copy16(shared_address(memory()) + WORK_AT + a.norm_at + i, reinterpret_cast<const uint8_t*>(a.norm) + i);
+}
 
 __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
-    LinearUnit unit(a);
-    ahead.ready = false;
+    ahead.ready = false, ahead.own = 0;
+    while (ahead.own + 1 < a.count && first >= a.parts[ahead.own + 1].first_tile) ++ahead.own;
+    LinearUnit unit(a, ahead.own);
     if (unit.tile >= tiles) return;
     unit.find_part(a, first);
     ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(a) == linear::SLICE_BLOCKS;
     if (!ahead.ready) return;
     const uint8_t* chunk = stream.wait();
-    stream.wait_second();
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) linear::nvfp4_operands(ahead.a[k], chunk + k * w4::BLOCK_BYTES);
 }
 
-// sum = the unit that `ahead` has begun.
-__device__ __forceinline__ void begun_unit(float (&sum)[1][1][4], const Ahead& ahead, const uint8_t* x,
-                                           const linear::Rows<1>& rows, Stream& stream) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[0][0][i] = 0.0f;
+// sum += the first blocks of the unit that `ahead` has begun.
+__device__ __forceinline__ void begin_unit(float (&sum)[1][1][4], const Ahead& ahead, const uint8_t* x,
+                                           const linear::Rows<1>& rows) {
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) {
         uint32_t b[8];
@@ -76,17 +86,6 @@ __device__ __forceinline__ void begun_unit(float (&sum)[1][1][4], const Ahead& a
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma_f16(sum[0][0], ahead.a[k][j], b[2 * j], b[2 * j + 1]);
     }
-    const uint8_t* chunk = stream.chunk_at_head();
-#pragma unroll
-    for (int k = EARLY_BLOCKS; k < CHUNK_BLOCKS; ++k)
-        linear::unscaled_block<linear::NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
-    stream.release();
-    chunk = stream.chunk_at_head();
-#pragma unroll
-    for (int k = 0; k < CHUNK_BLOCKS; ++k)
-        linear::unscaled_block<linear::NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + (CHUNK_BLOCKS + k) * 128, rows);
-    stream.release();
-    stream.fill();
 }
 
 // A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
@@ -95,29 +94,31 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const linear::Part
                                              float* shares) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int token = warp * a.per_slice >> 16, slice = warp - token * a.slices;
-    const int column = slice * SLICE + lane * 16, left = a.columns - column;
+    const int column = slice * SLICE + lane * 16;
     const bool mine = token < a.tokens;
     uint32_t pairs[8] = {};
-    float4 w[4] = {};
-    if (mine) {
-        load_columns(pairs, part.x + token * part.x_stride + column, left, part.x_wide);
+    if (mine) load_columns(pairs, part.x + token * part.x_stride + column, column < a.columns);
+    const auto values = [&](float (&v)[16]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (left > 0) w[i] = reinterpret_cast<const float4*>(a.norm + column)[i];
-    }
+        for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+    };
     float v[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
+    values(v);
     const float share = norm_share(v);
     shares += token * 2 * a.slices;
     if (mine && lane % 16 == 0) shares[2 * slice + lane / 16] = share;
+    wait_for_copies();
     __syncthreads();
     if (!mine) return;
     const float scale = norm_scale(shares, 2 * a.slices, a.columns, a.eps);
+    for (uint32_t& pair : pairs) asm volatile("" : "+r"(pair));  // else the sixteen values would be kept until here
+    values(v);
+    const float4* weights = reinterpret_cast<const float4*>(memory() + WORK_AT + a.norm_at + column * 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w[i].x), normed(v[4 * i + 1], scale, w[i].y));
-        pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w[i].z), normed(v[4 * i + 3], scale, w[i].w));
+        const float4 w = column < a.columns ? weights[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w.x), normed(v[4 * i + 1], scale, w.y));
+        pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w.z), normed(v[4 * i + 3], scale, w.w));
     }
     const float back = part.format == linear::PLAIN ? 1.0f : scale_to_f16(pairs);
     uint4* to = reinterpret_cast<uint4*>(x + token * stride + slice * 1024 + lane * 32);
@@ -126,7 +127,7 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const linear::Part
     if (lane == 0) undo[slice * TOKENS + token] = back;
 }
 
-// Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16].
+// Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | the norm's weights.
 __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
@@ -136,28 +137,28 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
     float* const slots = undo + a.slices * TOKENS;
-    int own = 0;  // the part of the block's first tile
-    while (own + 1 < a.count && first >= a.parts[own + 1].first_tile) ++own;
+    int own = ahead.own;
     if (a.norm != nullptr)
         stage_normed(a, a.parts[own], x, stride, undo, slots);
     else
-        linear::stage_slices<WARPS, 2>(a.parts[own], tokens, a.columns, 0, a.slices, x, stride, undo);
+        linear::stage_slices<WARPS, true>(a.parts[own], tokens, a.columns, 0, a.slices, a.per_slice, x, stride, undo);
     const linear::Rows<1> rows(tokens, stride);
     __syncthreads();
 
     bool begun = ahead.ready;
-    for (LinearUnit unit(a); unit.tile < tiles; unit.advance(a)) {
+    for (LinearUnit unit(a, own); unit.tile < tiles; unit.advance(a)) {
         unit.find_part(a, first);
         const linear::Part& part = a.parts[unit.part];
-        float sum[1][1][4];
-        if (begun)
-            begun_unit(sum, ahead, x + unit.slice * 1024, rows, stream);
-        else
-            linear::slice_product(sum, part, part.format, first + unit.tile - part.first_tile, 1, unit.slice,
-                                  unit.blocks(a), x + unit.slice * 1024, rows, stream, [](Stream& s) {
-                                      s.release();
-                                      s.fill();
-                                  });
+        float sum[1][1][4] = {};
+        if (begun) begin_unit(sum, ahead, x + unit.slice * 1024, rows);
+        linear::slice_product(
+            sum, part, part.format, first + unit.tile - part.first_tile, 1, unit.slice, unit.blocks(a),
+            x + unit.slice * 1024, rows, stream,
+            [](Stream& s) {
+                s.release();
+                s.fill();
+            },
+            begun ? EARLY_BLOCKS : 0);
         begun = false;
         linear::undo_scaling(sum, part.format, undo + unit.slice * TOKENS);
         float* slot = slots + (unit.tile * a.slices + unit.slice) * step + g;
@@ -181,6 +182,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
 }
 
 // cuts [grid + 1]. norm [K], if there is one: x is normed first. joined: the next phase is one that needs nothing of this.
+// K is a multiple of 16, and x can be read 16 bytes at a time.
 static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
                                    int tokens, int columns, const float* norm, float eps, int joined) {
     if (count < 1 || count > MOST_PARTS || grid > MAX_BLOCKS || tokens < 1 || tokens > TOKENS) return cudaErrorInvalidValue;
@@ -190,12 +192,17 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     a.count = count, a.tokens = tokens, a.columns = columns;
     a.blocks = (columns + linear::BLOCK_COLUMNS - 1) / linear::BLOCK_COLUMNS;
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
-    if (a.slices < 1 || a.slices > WARPS) return cudaErrorInvalidValue;
+    if (a.slices < 1 || a.slices > WARPS || columns % 16) return cudaErrorInvalidValue;
+    for (int i = 0; i < count; ++i)
+        if (!parts[i].x_wide) return cudaErrorInvalidValue;
     a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;
     a.norm = norm, a.eps = eps;
-    if (norm != nullptr && (tokens * a.slices > WARPS || columns > 4096 || columns % 16 || !aligned16(norm))) return cudaErrorInvalidValue;
+    if (norm != nullptr && (tokens * a.slices > WARPS || columns > 4096 || !aligned16(norm))) return cudaErrorInvalidValue;
+    int most = 0;
+    for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
+    a.norm_at = tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4 + most * a.slices * tokens * 64;
     fill_phase(phase, LINEAR, a);
-    phase->joined = joined;
+    phase->joined = joined ? NEXT : 0;
     return cudaSuccess;
 }
 

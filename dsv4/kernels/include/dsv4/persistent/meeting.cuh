@@ -1,7 +1,7 @@
 // Blocks wait for each other. What a block has written before it comes is visible to all who have met it.
 #pragma once
 #include <dsv4/exchange.cuh>
-#include <dsv4/persistent/program.cuh>
+#include <dsv4/persistent/memory.cuh>
 
 namespace dsv4::persistent {
 
@@ -12,37 +12,45 @@ __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned tar
 
 constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for its block: of a warp that is rarely busy then
 
-// How often a block has met others in this launch.
+// Where a block meets others. How often it has, its speaker alone knows.
 struct Meetings {
     State* state;
-    unsigned target;  // arrivals at the last meeting of all
-    unsigned group = 0;
 
+    __device__ __forceinline__ explicit Meetings(State* state) : state(state) {
+        if (threadIdx.x == SPEAKER) position().all = state->before, position().group = 0;
+    }
     // This block is here; all blocks are. Every thread calls.
-    __device__ __forceinline__ void come() {
+    __device__ __forceinline__ void come() const {
         __syncthreads();
-        if (threadIdx.x == SPEAKER) exchange::arrive(&state->arrivals);
-        target += gridDim.x;
+        if (threadIdx.x != SPEAKER) return;
+        exchange::arrive(&state->arrivals);
+        position().all += gridDim.x;
     }
-    __device__ __forceinline__ void wait_for_all() {
-        if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, target);
+    __device__ __forceinline__ void wait_for_all() const {
+        if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, position().all);
         __syncthreads();
     }
-    __device__ __forceinline__ void all() {
+    __device__ __forceinline__ void all() const {
         come();
         wait_for_all();
     }
 
     // All blocks of this one's group of eight are here. Every thread calls, in every block of the group.
-    __device__ __forceinline__ void of_group() {
-        group += GROUP;
+    __device__ __forceinline__ void of_group() const {
         __syncthreads();
         if (threadIdx.x == SPEAKER) {
             unsigned* counter = &state->groups[blockIdx.x / GROUP];
             exchange::arrive(counter);
-            wait_until(counter, group);
+            wait_until(counter, position().group += GROUP);
         }
         __syncthreads();
+    }
+
+    // All have met for the last time: the next launch begins where this one ends.
+    __device__ __forceinline__ void end() const {
+        if (blockIdx.x > 0) return;
+        if (threadIdx.x == SPEAKER) state->before = position().all;
+        if (threadIdx.x < MAX_BLOCKS / GROUP) state->groups[threadIdx.x] = 0;
     }
 };
 

@@ -1,6 +1,6 @@
 // How a block's shared memory is laid out: two phases (the one at hand and the next), each warp's next segments, its
-// barriers and its stream, the work area, of which every phase may use all and in which nothing outlives a phase, then the
-// warps' rings.
+// barriers and its stream, where the block is in the program, the work area, of which every phase may use all and in
+// which nothing outlives a phase, then the warps' rings.
 #pragma once
 #include <cstring>
 #include <dsv4/persistent/program.cuh>
@@ -14,11 +14,19 @@ struct alignas(16) StreamState {
     int head, tail, held, parity, place, left, chunk, unused;
 };
 
+// Where a block is. A register that lives through all phases would be kept in local memory, far away.
+struct alignas(16) Position {
+    unsigned all, group;  // arrivals that the last meeting waited for: of all blocks, and of the block's group in this launch
+    int turns[16];        // by warp: the place of the phase at hand, 0 or 1
+};
+static_assert(WARPS == 16);
+
 constexpr int HALF = 8;                    // segments of a list that are loaded at a time; two such halves are there
 constexpr int BARRIERS = MAX_STAGES + 2;   // of a warp: of its stages and of the halves
 constexpr int PHASES_AT = 0, SEGMENTS_AT = 2 * PHASE_BYTES, BARRIERS_AT = SEGMENTS_AT + WARPS * 2 * HALF * 16;
 constexpr int PARKED_AT = BARRIERS_AT + WARPS * BARRIERS * 8;
-constexpr int WORK_AT = (PARKED_AT + WARPS * static_cast<int>(sizeof(StreamState)) + 127) / 128 * 128;
+constexpr int POSITION_AT = PARKED_AT + WARPS * static_cast<int>(sizeof(StreamState));
+constexpr int WORK_AT = (POSITION_AT + static_cast<int>(sizeof(Position)) + 127) / 128 * 128;
 
 // Asked for anew where it is needed, so that the compiler knows accesses to be to shared memory.
 __device__ __forceinline__ uint8_t* memory() {
@@ -30,6 +38,18 @@ __device__ __forceinline__ uint8_t* memory() {
 template <typename T>
 __device__ __forceinline__ T& work() {
     return *reinterpret_cast<T*>(memory() + WORK_AT);
+}
+
+__device__ __forceinline__ Position& position() { return *reinterpret_cast<Position*>(memory() + POSITION_AT); }
+
+// The warp's turn, read anew.
+__device__ __forceinline__ int current_turn() {
+    return *static_cast<volatile int*>(&position().turns[threadIdx.x / 32]);
+}
+// By every lane of the warp.
+__device__ __forceinline__ void set_turn(int turn) {
+    position().turns[threadIdx.x / 32] = turn;
+    __syncwarp();
 }
 
 // The arguments of the phase in place `turn` (0 or 1).

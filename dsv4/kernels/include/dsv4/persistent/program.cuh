@@ -16,10 +16,13 @@ constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 
 enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, ROUTE, KINDS };
 
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
+enum Joined : int { NEXT = 1, LAST = 2 };  // needs nothing of this phase; this one needs nothing of it: they do not meet
+
+// Registers are scarce: what a block has to know of where it is in the program stands here.
 struct alignas(16) Phase {
     int kind;
-    int joined;  // the next phase does not need this one: no meeting between them
-    int unused[2];
+    int joined;
+    int number, before;  // in the program; of what kind the last phase is
     alignas(16) uint8_t payload[PAYLOAD_BYTES];
 };
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");

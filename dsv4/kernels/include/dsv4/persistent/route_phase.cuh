@@ -103,8 +103,8 @@ static __device__ __forceinline__ void write_plan(const Route& a, const moe::Few
     plan.fit = moe::quotient(a.fit[0], most), plan.together = moe::quotient(a.fit[1], most * a.tiles);
 }
 
-// In front of linear_phase.
-static __device__ __forceinline__ void route_phase(int turn) {
+// In front of linear_phase; false: the block has no part in that.
+static __device__ __forceinline__ bool route_phase(int turn) {
     Linear& product = const_cast<Linear&>(payload<Linear>(turn));
     const Route& a = *reinterpret_cast<const Route*>(product.parts + 1);
     if (blockIdx.x == gridDim.x - 1) {
@@ -114,8 +114,10 @@ static __device__ __forceinline__ void route_phase(int turn) {
         write_plan(a, pairs, share.groups);
         __syncthreads();
     }
-    if (product.cuts[blockIdx.x] < product.cuts[blockIdx.x + 1]) activate(product, a);
+    if (product.cuts[blockIdx.x] == product.cuts[blockIdx.x + 1]) return false;
+    activate(product, a);
     __syncthreads();
+    return true;
 }
 
 __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }

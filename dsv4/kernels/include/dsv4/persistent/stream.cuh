@@ -78,14 +78,16 @@ struct Stream {
     __device__ __forceinline__ bool open_next() {
         const Segment segment = ahead();
         if (segment.chunk == 0) return false;
+        // BF16: far more than the ring holds, and one warp of two has such a segment.
+        if (segment.bytes > MAX_STAGES / 2 * segment.chunk && elected()) bulk_prefetch(segment.from, segment.bytes);
         open(segment.from, segment.bytes, segment.chunk);
         pass();
         return true;
     }
-    // Asks for chunks while stages are free. more(): opens another segment, or says that none is known.
+    // Asks for chunks until `most` are held. more(): opens another segment, or says that none is known.
     template <typename More>
-    __device__ __forceinline__ void fill(More&& more) {
-        while (held < stages) {
+    __device__ __forceinline__ void fill(int most, More&& more) {
+        while (held < most) {
             if (left == 0 && !more()) return;
             const int now = min(left, chunk);
             const uint32_t base = shared_address(memory());
@@ -95,19 +97,14 @@ struct Stream {
         }
     }
     __device__ __forceinline__ void fill() {
-        fill([&] { return open_next(); });
+        fill(stages, [&] { return open_next(); });
     }
 
-    // The chunk to be read, once it is there; for the one behind it only the wait.
+    // The chunk to be read, once it is there.
     __device__ __forceinline__ const uint8_t* wait() const {
         barrier_wait(shared_address(memory()) + full + 8 * head, parity);
-        return chunk_at_head();
+        return memory() + data + head * CHUNK;
     }
-    __device__ __forceinline__ void wait_second() const {
-        const bool last = head + 1 == stages;
-        barrier_wait(shared_address(memory()) + full + 8 * (last ? 0 : head + 1), last ? parity ^ 1 : parity);
-    }
-    __device__ __forceinline__ const uint8_t* chunk_at_head() const { return memory() + data + head * CHUNK; }
     // Every lane has read it.
     __device__ __forceinline__ void release() {
         __syncwarp();
