@@ -42,7 +42,33 @@ __device__ __forceinline__ float warp_max(float x) {
 // the tail's other half.
 struct Bytes {
     uint2 low, high, rest;
+
+    static __device__ __forceinline__ Bytes of(const uint8_t* entry, int lane) {
+        const bool codes = lane < (kv::PLAIN - 256) / 8;
+        const int high = codes ? 256 + 8 * lane : kv::PLAIN + 16 * (lane - (kv::PLAIN - 256) / 8);
+        const int rest = codes ? kv::SCALES : high + 8;
+        return {*reinterpret_cast<const uint2*>(entry + 8 * lane), *reinterpret_cast<const uint2*>(entry + high),
+                *reinterpret_cast<const uint2*>(entry + rest)};
+    }
+
+    // What lane 0 has of the scales.
+    __device__ __forceinline__ uint32_t first_scales() const { return __shfl_sync(ALL, rest.x, 0); }
+
+    // BF16 to row `to`.
+    __device__ __forceinline__ void put(uint8_t* to, uint32_t first_scales, int lane) const {
+        const bool codes = lane < (kv::PLAIN - 256) / 8;
+        uint4 out[2];
+        const int shift = lane / 8 * 8;
+        kv::e4m3x16_to_bf16(out, low, high, first_scales >> shift & 255, codes ? rest.y >> shift & 255 : 0);
+        uint4* at = reinterpret_cast<uint4*>(to) + lane;
+        at[0] = out[0], at[32] = codes ? out[1] : make_uint4(high.x, high.y, rest.x, rest.y);
+    }
 };
+
+__device__ __forceinline__ void put_zeros(uint8_t* to, int lane) {
+    uint4* at = reinterpret_cast<uint4*>(to) + lane;
+    at[0] = at[32] = make_uint4(0, 0, 0, 0);
+}
 
 // What the blocks have of some channels of a head, added up in rank order and divided by the sum of probabilities.
 // seen: each block's largest logit and its sum. The sink is a logit x log2(e).
@@ -132,19 +158,13 @@ struct Block {
     // Starts to read the warp's packed entries in some tiles of the stage whose rows have been read.
     template <int FROM = 0, int TO = TILES>
     __device__ void fetch(int stage) {
-        const bool codes = lane < (kv::PLAIN - 256) / 8;
-        const int high = codes ? 256 + 8 * lane : kv::PLAIN + 16 * (lane - (kv::PLAIN - 256) / 8);
-        const int rest = codes ? kv::SCALES : high + 8;
 #pragma unroll
         for (int j = FROM; j < TO; ++j) {
             const int row = my_row(j);
             const Source from = source(stage, j);
             bytes[j] = {};  // nothing of an earlier stage is kept
             if (row < 0 || !from.packed) continue;
-            const uint8_t* entry = from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES;
-            bytes[j].low = *reinterpret_cast<const uint2*>(entry + 8 * lane);
-            bytes[j].high = *reinterpret_cast<const uint2*>(entry + high);
-            bytes[j].rest = *reinterpret_cast<const uint2*>(entry + rest);
+            bytes[j] = Bytes::of(from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES, lane);
         }
     }
 
@@ -174,21 +194,14 @@ struct Block {
     __device__ void decode(int stage) {
 #pragma unroll
         for (int c = 0; c < WORDS; ++c) there[c] = __ballot_sync(ALL, rows[c] >= 0);
-        const int used = used_tiles(), shift = lane / 8 * 8;
+        const int used = used_tiles();
 #pragma unroll
         for (int j = FROM; j < TO; ++j) {
             if (j >= used) break;
             if (!source(stage, j).packed) continue;
-            const Bytes& b = bytes[j];
-            uint4* to = reinterpret_cast<uint4*>(s.entries + (j * TILE + warp) * ROW) + lane;
-            if (!(there[j / 2] >> (j % 2 * TILE + warp) & 1)) {
-                to[0] = to[32] = make_uint4(0, 0, 0, 0);
-                continue;
-            }
-            const uint32_t scales = __shfl_sync(ALL, b.rest.x, 0);
-            to[0] = kv::e4m3x8_to_bf16(b.low, scales >> shift & 255);
-            to[32] = shift < 24 ? kv::e4m3x8_to_bf16(b.high, b.rest.y >> shift & 255)
-                                : make_uint4(b.high.x, b.high.y, b.rest.x, b.rest.y);
+            uint8_t* to = s.entries + (j * TILE + warp) * ROW;
+            if (there[j / 2] >> (j % 2 * TILE + warp) & 1) bytes[j].put(to, bytes[j].first_scales(), lane);
+            else put_zeros(to, lane);
         }
     }
 

@@ -30,6 +30,7 @@ constexpr int64_t attention_scratch(int grid) {
 }
 
 constexpr int TILES = 5, STAGE = TILES * attention::TILE;
+constexpr int EARLY = 3;  // tiles that are asked for before queries are treated: registers are few then
 
 // Entries and queries lie at the same places for eight heads and sixteen.
 template <int HG>
@@ -43,12 +44,37 @@ struct AttentionWork {
     int rows[(STAGE + 31) / 32 * 32], last[WARPS];  // -1 behind the stage
 };
 
-// What a warp brings of a unit's entries: of each tile of a stage the one of its own number. Bytes lie first where the
-// entry itself will.
+constexpr int SEAM_GROUPS = 8;  // have a seam's code in their caches; others come first
+
+// Of a block's group, which exists. Others follow by the number of groups.
+static __device__ __forceinline__ int first_unit() {
+    const int group = blockIdx.x / GROUP, groups = gridDim.x / GROUP, turned = group - SEAM_GROUPS;
+    return groups <= SEAM_GROUPS ? group : turned < 0 ? turned + groups : turned;
+}
+
+// What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, and so many tiles, with the
+// queries.
+struct Begun {
+    int rows, tiles;
+};
+
+// What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
     const attention::Arguments& a;
     AttentionWork<16>& s;
     const int token, rank, warp, lane;
+
+    // Lane j has where the entry of tile j is, or something else that can be read. Bits: of the tiles within the lists,
+    // of those with an entry, and of those whose entries are packed.
+    struct Found {
+        const uint8_t* entry;
+        unsigned within, there, packed;
+
+        __device__ __forceinline__ const uint8_t* of(int tile) const {
+            const auto at = reinterpret_cast<unsigned long long>(entry);
+            return reinterpret_cast<const uint8_t*>(__shfl_sync(attention::ALL, at, tile));
+        }
+    };
 
     __device__ __forceinline__ Entries(const attention::Arguments& a, int token)
         : a(a), s(work<AttentionWork<16>>()), token(token), rank(blockIdx.x % GROUP), warp(threadIdx.x / 32),
@@ -57,153 +83,177 @@ struct Entries {
     __device__ __forceinline__ int position_of(int slot) const {
         return (slot / attention::TILE * GROUP + rank) * attention::TILE + slot % attention::TILE;
     }
-    __device__ __forceinline__ const attention::Source& source(int position) const {
-        return position < a.local_positions ? a.local : a.pool;
-    }
     __device__ __forceinline__ int positions() const { return a.local_positions + a.pool.width; }
+    __device__ __forceinline__ bool longer() const { return positions() > GROUP * STAGE; }
 
-    // The row number at a slot of stage 0, or one of a later stage; -1 for none.
-    __device__ __forceinline__ int row_at(int slot) const {
-        const int position = position_of(slot);
-        const attention::Source& from = source(position);
-        const int at = position - (position < a.local_positions ? 0 : a.local_positions);
+    // Tiles of stage 0 that are the window's.
+    __device__ __forceinline__ int window() const {
+        return min(a.local_positions / (GROUP * attention::TILE), TILES);
+    }
+
+    // The row number at a position; -1 for none.
+    __device__ __forceinline__ int row_at(int position) const {
+        const bool local = position < a.local_positions;
+        const attention::Source& from = local ? a.local : a.pool;
+        const int at = position - (local ? 0 : a.local_positions);
         return at < from.width ? static_cast<int>(from.rows[token * from.row_stride + at]) : -1;
     }
 
-    __device__ __forceinline__ void read_rows(int stage) {
-        const int slot = lane * attention::TILE + warp;
-        if (lane < TILES) s.rows[slot] = row_at(stage * STAGE + slot);
-        else if (lane == TILES) s.rows[slot] = -1;
+    // The warp's entries of the first `tiles` tiles of a stage; the row numbers of `known` of them have been read, and
+    // others are.
+    __device__ __forceinline__ Found find(int stage, int known, int tiles) const {
+        const int slot = lane * attention::TILE + warp, position = position_of(stage * STAGE + slot);
+        const attention::Source& from = position < a.local_positions ? a.local : a.pool;
+        int row = -1;
+        if (lane < known) row = s.rows[slot];
+        else if (lane < tiles) row = row_at(position);
+        if (lane <= TILES) s.rows[slot] = row;
+        const bool packed = from.packed;
+        Found found;
+        const int size = packed ? kv::ENTRY_BYTES : attention::DH * 2;
+        found.entry = row < 0 ? a.q : from.data + static_cast<int64_t>(row) * size;
+        found.within = __ballot_sync(attention::ALL, lane < tiles && position - warp < positions());
+        found.there = __ballot_sync(attention::ALL, row >= 0);
+        found.packed = __ballot_sync(attention::ALL, packed);
+        return found;
     }
 
-    // The last slot behind stage 0 that holds an entry, among those that this thread looks at.
-    __device__ __forceinline__ int scan() const {
+    // The last slot behind stage 0 that holds an entry, among those that this warp looks at.
+    __device__ __forceinline__ void scan() const {
         int last = 0;
 #pragma unroll 1
-        for (int i = STAGE + warp * 32 + lane; position_of(i) < positions(); i += THREADS)
-            if (row_at(i) >= 0) last = i;
-        return __reduce_max_sync(attention::ALL, last);
+        for (int i = STAGE + warp * 32 + lane, position; (position = position_of(i)) < positions(); i += THREADS)
+            if (row_at(position) >= 0) last = i;
+        last = __reduce_max_sync(attention::ALL, last);
+        if (lane == 0) s.last[warp] = last;
     }
 
-    // Starts to copy; zeros where there is no entry: 0 x NaN must not reach a sum.
-    __device__ __forceinline__ void fetch(int stage) {
-        uint8_t* to = s.entries + warp * attention::ROW;
+    // Asks the L2 cache for what has been found.
+    __device__ __forceinline__ void announce(const Found& found) const {
 #pragma unroll 1
-        for (int slot = warp; slot < STAGE; slot += attention::TILE, to += attention::TILE * attention::ROW) {
-            const int position = position_of(stage * STAGE + slot), row = s.rows[slot];
-            if (position - warp >= positions()) break;
-            const attention::Source& from = source(position);
-            if (row < 0) {
-                uint4* zeros = reinterpret_cast<uint4*>(to) + lane;
-                zeros[0] = zeros[32] = make_uint4(0, 0, 0, 0);
-            } else if (from.packed) {
-                const uint8_t* entry = from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES + lane * 8;
-                copy_async8(to + lane * 8, entry);
-                copy_async8(to + lane * 8 + 256, entry + 256);
-                if (lane < (kv::ENTRY_BYTES - 512) / 8) copy_async8(to + lane * 8 + 512, entry + 512);
-            } else {
-                const uint8_t* entry = from.data + static_cast<int64_t>(row) * (attention::DH * 2) + lane * 16;
-                copy_async16(to + lane * 16, entry);
-                copy_async16(to + lane * 16 + attention::DH, entry + attention::DH);
-            }
+        for (unsigned left = found.there; left != 0; left &= left - 1) {
+            const int tile = __ffs(left) - 1;
+            const uint8_t* sector = found.of(tile) + lane * 32;
+            if (lane * 32 < (found.packed >> tile & 1 ? kv::ENTRY_BYTES : attention::DH * 2))
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(sector));
         }
     }
 
-    // Packed bytes, which have come, to BF16.
-    __device__ __forceinline__ void decode(int stage) {
-        const bool codes = lane < (kv::PLAIN - 256) / 8;
-        const int high = codes ? 256 + 8 * lane : kv::PLAIN + 16 * (lane - (kv::PLAIN - 256) / 8);
-        const int rest = codes ? kv::SCALES : high + 8, shift = lane / 8 * 8;
-        uint8_t* at = s.entries + warp * attention::ROW;
+    // Zeros where there is no entry: 0 x NaN must not reach a sum.
+    __device__ __forceinline__ void put(int tile, const few::Bytes& bytes, uint32_t first_scales, bool there) const {
+        uint8_t* to = s.entries + (tile * attention::TILE + warp) * attention::ROW;
+        if (there) bytes.put(to, first_scales, lane);
+        else few::put_zeros(to, lane);
+    }
+
+    // Those of a stage that are BF16 already.
+    __device__ __forceinline__ void copy_plain(const Found& found, unsigned tiles) const {
 #pragma unroll 1
-        for (int slot = warp; slot < STAGE; slot += attention::TILE, at += attention::TILE * attention::ROW) {
-            if (s.rows[slot] < 0 || !source(position_of(stage * STAGE + slot)).packed) continue;
-            const uint2 x = *reinterpret_cast<const uint2*>(at + 8 * lane);
-            const uint2 y = *reinterpret_cast<const uint2*>(at + high);
-            const uint2 z = *reinterpret_cast<const uint2*>(at + rest);
-            const uint32_t scales = *reinterpret_cast<const uint32_t*>(at + kv::SCALES);
-            __syncwarp();  // the bytes have been read
-            uint4* to = reinterpret_cast<uint4*>(at) + lane;
-            to[0] = kv::e4m3x8_to_bf16(x, scales >> shift & 255);
-            to[32] = codes ? kv::e4m3x8_to_bf16(y, z.y >> shift & 255) : make_uint4(y.x, y.y, z.x, z.y);
+        for (unsigned left = tiles & ~found.packed; left != 0; left &= left - 1) {
+            const int tile = __ffs(left) - 1;
+            const uint4* from = reinterpret_cast<const uint4*>(found.of(tile)) + lane;
+            uint4* to = reinterpret_cast<uint4*>(s.entries + (tile * attention::TILE + warp) * attention::ROW) + lane;
+            const bool there = found.there >> tile & 1;
+            to[0] = there ? from[0] : make_uint4(0, 0, 0, 0);
+            to[32] = there ? from[32] : make_uint4(0, 0, 0, 0);
         }
+    }
+
+    // One tile after the other, with queries: `heads` of them from `head` on.
+    __device__ __forceinline__ void begin(int tiles, int head, int heads) const {
+        attention::Query q = {};
+        float2 turns[4] = {};
+        const Found found = find(0, 0, tiles);
+        load_query(q, turns, head, heads);
+        treat_query(q, turns, heads);
+#pragma unroll 1
+        for (unsigned left = found.within & found.packed; left != 0; left &= left - 1) {
+            const int tile = __ffs(left) - 1;
+            const bool there = found.there >> tile & 1;
+            const few::Bytes bytes = few::Bytes::of(found.of(tile), lane);
+            put(tile, bytes, bytes.first_scales(), there);
+        }
+        copy_plain(found, found.within);
+    }
+
+    // The warp's query, as it came, and its rotations.
+    __device__ __forceinline__ void load_query(attention::Query& q, float2 (&turns)[4], int head, int heads) const {
+        if (warp >= heads) return;
+        attention::load_query(q, a, token, head + warp, lane);
+        if (a.turn != nullptr) attention::load_turns(turns, a, token, lane);
+    }
+
+    __device__ __forceinline__ void treat_query(attention::Query& q, const float2 (&turns)[4], int heads) const {
+        if (warp >= heads) return;
+        if (a.turn != nullptr) attention::norm_rope(q, turns, a, lane);
+        attention::put_query(s.q + warp * attention::ROW, q, lane);
     }
 };
 
-// A unit of work; words: of this turn.
+// A unit of work.
 template <int HG>
 struct Unit {
     using Work = AttentionWork<HG>;
     static constexpr int MINE = HG / GROUP;
     using Block = few::Block<HG, TILES, Work>;
 
-    // The warp's query, as it came, is on its way.
-    static __device__ __forceinline__ void fetch_query(const Entries& e, int head) {
-        if (e.warp >= HG || head + e.warp >= e.a.heads) return;
-        const uint8_t* from = e.a.q + (static_cast<int64_t>(e.token) * e.a.heads + head + e.warp) * (attention::DH * 2);
-        uint8_t* to = e.s.q + e.warp * attention::ROW + e.lane * 16;
-        copy_async16(to, from + e.lane * 16);
-        copy_async16(to + attention::DH, from + e.lane * 16 + attention::DH);
-    }
-
-    // All copies but the last group's have come.
-    static __device__ __forceinline__ void treat_query(const Entries& e, int head, const float2 (&turns)[4]) {
-        if (e.warp >= HG) return;
-        uint8_t* row = e.s.q + e.warp * attention::ROW;
-        attention::Query q = {};
-        if (head + e.warp < e.a.heads)
+    static __device__ __forceinline__ void look(Block& block) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint4 x = *reinterpret_cast<const uint4*>(row + half * attention::DH + e.lane * 16);
-                q[half][0] = x.x, q[half][1] = x.y, q[half][2] = x.z, q[half][3] = x.w;
-            }
-        if (e.a.turn != nullptr) attention::norm_rope(q, turns, e.a, e.lane);
-        attention::put_query(row, q, e.lane);
+        for (int c = 0; c < Block::WORDS; ++c)
+            block.there[c] = __ballot_sync(attention::ALL, block.s.rows[c * 32 + block.lane] >= 0);
     }
 
-    // A block's share; the rows of stage 0 may have been read. Nothing is read of a stage while another is worked on.
-    static __device__ __forceinline__ void add_up(Block& block, Entries& e, int head, bool known) {
-        Work& s = block.s;
-        float2 turns[4] = {};
-        fetch_query(e, head);
-        copies_commit();
-        if (e.a.turn != nullptr) attention::load_turns(turns, e.a, e.token, e.lane);
-        if (!known) e.read_rows(0);
+    // A block's share. Nothing is read of a stage while another is worked on. Each stage makes its addresses anew:
+    // there is seldom a second one, and registers are few.
+    static __device__ __forceinline__ void add_up(Block& all, int head, Begun begun) {
+        Work& s = all.s;
         if (threadIdx.x < HG) s.seen[threadIdx.x][0] = attention::LOWEST, s.seen[threadIdx.x][1] = 0.0f;
-        for (auto& rows : block.sums)
+        for (auto& rows : all.sums)
             for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        const bool longer = e.positions() > GROUP * STAGE;
         int stages = 1;
 #pragma unroll 1
         for (int stage = 0; stage < stages; ++stage) {
-            if (stage > 0) e.read_rows(stage);
-            __syncwarp();
-            e.fetch(stage);
-            copies_commit();
-            if (stage == 0) {
-                if (longer) {
-                    const int last = e.scan();
-                    if (e.lane == 0) s.last[e.warp] = last;
-                }
-                copies_wait_but<1>();
-                treat_query(e, head, turns);
+            const Entries e(all.a, all.token);
+            Block block(all.a, s, all.token, e.rank);
+            for (auto& word : block.there) word = 0;
+            attention::Query q = {};
+            float2 turns[4] = {};
+            few::Bytes bytes[TILES];
+            const bool asks = stage == 0 && begun.tiles == 0, known = begun.rows == TILES;
+            if (asks) e.load_query(q, turns, head, HG);
+            Entries::Found found = e.find(stage, begun.rows, TILES);
+            unsigned bring = found.within >> begun.tiles << begun.tiles;
+            if (known) {
+                look(block);
+                bring &= (1u << block.used_tiles()) - 1;
             }
-            copies_wait_but<0>();
-            __syncwarp();
-            e.decode(stage);
-            __syncthreads();
-            if (stage == 0 && longer)
-                stages = __reduce_max_sync(attention::ALL, s.last[e.lane % WARPS]) / STAGE + 1;
+            if (!(bring >> e.lane & 1)) found.entry = e.a.q;
 #pragma unroll
-            for (int c = 0; c < Block::WORDS; ++c)
-                block.there[c] = __ballot_sync(attention::ALL, s.rows[c * 32 + e.lane] >= 0);
+            for (int tile = 0; tile < EARLY; ++tile) bytes[tile] = few::Bytes::of(found.of(tile), e.lane);
+            if (stage == 0 && e.longer() && !known) e.scan();
+            if (asks) e.treat_query(q, turns, HG);
+#pragma unroll
+            for (int tile = EARLY; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(found.of(tile), e.lane);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                const uint32_t scales = bytes[tile].first_scales();
+                if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales, found.there & 1u << tile);
+            }
+            e.copy_plain(found, bring);
+            __syncthreads();
+            if (stage == 0 && e.longer())
+                stages = __reduce_max_sync(attention::ALL, s.last[e.lane % WARPS]) / STAGE + 1;
+            if (!known) look(block);
             if (const int used = block.used_tiles()) {
                 block.score(used);
                 __syncthreads();
                 block.softmax(used);
                 __syncthreads();
+                memcpy(block.sums, all.sums, sizeof all.sums);
                 block.accumulate(used);
+                memcpy(all.sums, block.sums, sizeof all.sums);
             }
+            begun = {0, 0};
             if (stage + 1 < stages) __syncthreads();  // entries are no longer read
         }
     }
@@ -260,16 +310,18 @@ struct Unit {
         merged[0] = sum[0] / total, merged[1] = sum[1] / total;
     }
 
-    static __device__ __forceinline__ void run(const attention::Arguments& a, int token, int head, bool known,
-                                               exchange::Word* words, uint32_t turn) {
-        Entries entries(a, token);
-        Block block(a, work<Work>(), token, entries.rank);
-        add_up(block, entries, head, known);
+    // What is used in the end is asked for first.
+    static __device__ __forceinline__ void run(const Attention& phase, int token, int head, Begun begun,
+                                               uint32_t turn) {
+        const attention::Arguments& a = phase.a;
+        Block block(a, work<Work>(), token, blockIdx.x % GROUP);
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
         const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // that is written
         const bool reads = threadIdx.x < MINE * PAIRS, there = reads && head + mine < a.heads;
         const float2 back = attention::turn_back(a, token, channel);
         const float sink = there ? a.sink[head + mine] * few::LOG2E : 0.0f;
+        add_up(block, head, begun);
+        exchange::Word* words = phase.words + (2 * (blockIdx.x / GROUP) + turn % 2) * ROUND;
         tell(block, words, turn);
         if (!reads) return;
         float merged[2];
@@ -286,19 +338,18 @@ struct Unit {
     }
 
     // Every unit of the group.
-    static __device__ __forceinline__ void all(const Attention& phase, bool known) {
-        const int group = blockIdx.x / GROUP, groups = gridDim.x / GROUP, per_token = phase.a.groups;
-        uint32_t turn = exchange::last_turn(phase.turns + group);
+    static __device__ __forceinline__ void all(const Attention& phase, Begun begun) {
+        const int groups = gridDim.x / GROUP, per_token = phase.a.groups;
+        uint32_t turn = exchange::last_turn(phase.turns + blockIdx.x / GROUP);
 #pragma unroll 1
-        for (int unit = group, token = 0;; unit += groups, known = false) {
+        for (int unit = first_unit(), token = 0;; unit += groups, begun = {0, 0}) {
             for (; unit >= per_token; unit -= per_token) ++token;
             if (token >= phase.rows) break;
-            ++turn;
-            run(phase.a, token, unit * HG, known, phase.words + (2 * group + turn % 2) * ROUND, turn);
+            run(phase, token, unit * HG, begun, ++turn);
             __syncthreads();
         }
         // All of the group have read the number: this block has heard from every warp.
-        if (blockIdx.x % GROUP == 0 && threadIdx.x == 0) phase.turns[group] = turn;
+        if (blockIdx.x % GROUP == 0 && threadIdx.x == 0) phase.turns[blockIdx.x / GROUP] = turn;
     }
 };
 
@@ -331,23 +382,36 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
     return cudaSuccess;
 }
 
-// Whether the phase in front, of kind `before`, writes no row numbers.
-static __device__ __forceinline__ bool rows_known(int before) { return before == LINEAR || before == INPUTS; }
+// What can be done before the phase in front, of kind `before`, has ended: INDEX writes the pool's row numbers, these
+// kinds write queries and entries.
+static __device__ __forceinline__ Begun begun_behind(int before, const Entries& e) {
+    if (before == INDEX) return {e.window(), e.window()};
+    return {before == LINEAR || before == INPUTS ? TILES : 0, 0};
+}
 
 // Every thread calls, after come() behind the phase in front.
 static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
-    int unit = blockIdx.x / GROUP, token = 0;
-    if (!rows_known(before) || unit >= static_cast<int>(gridDim.x) / GROUP) return;
+    if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
+    int unit = first_unit(), token = 0;
     for (; unit >= phase.a.groups; unit -= phase.a.groups) ++token;
-    if (token < phase.rows) Entries(phase.a, token).read_rows(0);
+    if (token >= phase.rows) return;
+    const Entries e(phase.a, token);
+    const Begun begun = begun_behind(before, e);
+    if (begun.tiles > 0) {
+        e.begin(begun.tiles, unit * phase.heads, phase.heads);
+    } else if (begun.rows > 0) {
+        e.announce(e.find(0, 0, TILES));
+        if (e.longer()) e.scan();
+    }
 }
 
 static __device__ __forceinline__ void attention_phase(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
-    if (phase.heads == 8) Unit<8>::all(phase, rows_known(before));
-    else Unit<16>::all(phase, rows_known(before));
+    const Begun begun = begun_behind(before, Entries(phase.a, 0));
+    if (phase.heads == 8) Unit<8>::all(phase, begun);
+    else Unit<16>::all(phase, begun);
 }
 
 }  // namespace dsv4::persistent
