@@ -137,18 +137,19 @@ constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_
 
 // What fills a phase: its arguments are those of the op that does the same, without a stream that anything waits for.
 extern "C" int dsv4_decode_layers_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
-                                         int tokens, int columns, const float* norm, float eps, int joined, cudaStream_t) {
-    return describe_linear(phase, parts, count, cuts, grid, tokens, columns, norm, eps, joined);
+                                         int tokens, int columns, const float* norm, float eps, int joined,
+                                         uint64_t* const* inboxes, uint32_t* turns, int rank, int size, cudaStream_t) {
+    return describe_linear(phase, parts, count, cuts, grid, tokens, columns, norm, eps, joined, inboxes, turns, rank, size);
 }
 
 extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
                                        const float* fn, const float* base, const float* scale, const float* weight,
                                        void* h_out, void* x_out, float* post_out, float* comb_out, int64_t tokens, int D,
                                        int64_t y_stride, int iters, float hc_eps, float norm_eps,
-                                       uint64_t* const* inboxes, uint32_t* turns, int rank, int size, void* words, int grid,
-                                       cudaStream_t) {
+                                       uint64_t* const* inboxes, uint32_t* turns, int rank, int size, int told, void* words,
+                                       int grid, cudaStream_t) {
     return describe_seam(phase, y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens, D,
-                         y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, words, grid);
+                         y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, told, words, grid);
 }
 
 extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
@@ -164,9 +165,10 @@ extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64
 extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
                                           const void* w13_tiles, const float* w13_alpha, const void* w2_tiles,
                                           const float* w2_alpha, void* mid, void* out, int out_f32, int tokens, int topk,
-                                          int D, int F, float limit, int grid, int work_bytes, cudaStream_t) {
+                                          int D, int F, float limit, uint64_t* const* inboxes, uint32_t* turns, int rank,
+                                          int size, int grid, int work_bytes, cudaStream_t) {
     return describe_experts(phase, plan, shared, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
-                            tokens, topk, D, F, limit, grid, work_bytes);
+                            tokens, topk, D, F, limit, inboxes, turns, rank, size, grid, work_bytes);
 }
 
 extern "C" int dsv4_decode_layers_inputs(Phase* phase, ATTN_INPUTS_PARAMETERS, cudaStream_t) {

@@ -24,6 +24,7 @@ from dsv4.kernels.linear.launch import Launcher, _Part
 from dsv4.kernels.linear.operand import LinearOperand
 from dsv4.kernels.loader import Kernel, noted
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
+from dsv4.kernels.mhc_seam.peers import Peers, inbox_words
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 from dsv4.kernels.tiles import COLUMNS
@@ -31,9 +32,9 @@ from dsv4.kernels.tiles import COLUMNS
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
-_LINEAR = Kernel("decode_layers", "p" + "pipiiipfi", "linear")
+_LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
 _ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
-_EXPERTS = Kernel("decode_layers", "p" + "pppq" + "pppppp" + "iiiiifii", "experts")
+_EXPERTS = Kernel("decode_layers", "p" + "pppq" + "pppppp" + "iiiiif" + "ppii" + "ii", "experts")
 
 
 def ready(device: torch.device) -> None:
@@ -52,6 +53,7 @@ class Room:
     mid: Tensor  # of experts
     plan: Tensor  # of their pairs
     shared: Tensor  # what the shared expert makes
+    alone: Peers  # where one rank tells itself what a seam hears
     state_bytes: int
     work_bytes: int  # at least
     fixed_bytes: int  # of a block's shared memory, before the work area
@@ -67,7 +69,9 @@ class Room:
         mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
         plan = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         shared = torch.zeros(rows, width, dtype=torch.float32, device=device)
-        return Room(grid, words, index, attention, mid, plan, shared, sizes[3], sizes[4], sizes[5])
+        inbox = torch.zeros(inbox_words(1), dtype=torch.int64, device=device)
+        alone = Peers.of(0, [inbox.data_ptr()], device, lambda y: y)
+        return Room(grid, words, index, attention, mid, plan, shared, alone, sizes[3], sizes[4], sizes[5], [inbox])
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Joined:
     columns: int
     most: int  # tiles of a block
     beside: Inputs | None  # what goes on meanwhile, in blocks without tiles; whose norm is made here too
+    told: Peers | None  # whom the result is told instead of being written
 
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
@@ -91,10 +96,10 @@ class Joined:
         cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
         given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
         norm = (None, 0.0, 0) if self.beside is None else (self.beside.args[1], self.beside.named["eps"], 1)
-        return _filled(_LINEAR, device, *given, *norm)
+        return _filled(_LINEAR, device, *given, *norm, *_ranks(self.told))
 
 
-def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
+def joined(phase: Linear, grid: int, beside: Inputs | None = None, told: Peers | None = None) -> Joined:
     products = phase.products
     spare = 0
     if beside is not None:
@@ -114,7 +119,9 @@ def joined(phase: Linear, grid: int, beside: Inputs | None = None) -> Joined:
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
     cuts = how.cuts + how.cuts[-1:] * spare
-    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside)
+    return Joined(
+        tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside, told
+    )
 
 
 def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:
@@ -170,7 +177,7 @@ def route(phase: Experts, room: Room, work_bytes: int) -> bytes:
     return _filled(_ROUTE, phase.x.device, *given)
 
 
-def experts(phase: Experts, room: Room, work_bytes: int) -> bytes:
+def experts(phase: Experts, room: Room, work_bytes: int, told: Peers | None = None) -> bytes:
     x, first, second = phase.x, phase.experts.w13, phase.experts.down
     if not isinstance(first, TiledExperts) or not isinstance(second, TiledExperts):
         raise KernelError("decode_layers: the experts were made on a CPU; make them from weights on the GPU")
@@ -179,14 +186,33 @@ def experts(phase: Experts, room: Room, work_bytes: int) -> bytes:
         raise KernelError(f"decode_layers: a shared expert beside others of {inner} channels, or a quantised input")
     given = room.plan, room.shared, x, row_stride("decode_layers", "x", x)
     weights = first.tiles, first.alpha, second.tiles, second.alpha, room.mid, phase.out
-    sizes = phase.out.dtype == torch.float32, rows, phase.routing["topk"], width, inner
-    return _filled(_EXPERTS, x.device, *given, *weights, *sizes, phase.routing["limit"], room.grid, work_bytes)
+    sizes = phase.out.dtype == torch.float32, rows, phase.routing["topk"], width, inner, phase.routing["limit"]
+    return _filled(_EXPERTS, x.device, *given, *weights, *sizes, *_ranks(told), room.grid, work_bytes)
 
 
-def seam(phase: Seam, room: Room) -> bytes:
+def whom(phase: Phase, then: Phase | None, room: Room) -> Peers | None:
+    """The ranks that a phase tells what it makes, where a seam behind it needs that: blocks do not meet in between."""
+    if not isinstance(then, Seam):
+        return None
+    made = phase.out if isinstance(phase, Experts) else phase.products[0].out[0] if isinstance(phase, Linear) else None
+    if made is None or made.data_ptr() != then.args[0].data_ptr():
+        return None
+    return then.named.get("peers") or room.alone
+
+
+def seam(phase: Seam, room: Room, told: Peers | None) -> bytes:
     letters, given = _launched(mhc_seam, phase, phase.out)
-    kept = [*range(12), *range(13, 19), *range(20, 24)]  # not where a launch keeps its sums, and the dtype is BF16
-    return _like("seam", "".join(letters[i] for i in kept), [given[i] for i in kept], room.words, room.grid)
+    kept = [*range(12), *range(13, 19)]  # not where a launch keeps its sums, and the dtype is BF16
+    ranks = given[20:24] if told is None else _ranks(told)
+    letters = "".join(letters[i] for i in (*kept, *range(20, 24)))
+    return _like("seam", letters, [*(given[i] for i in kept), *ranks], told is not None, room.words, room.grid)
+
+
+def _ranks(peers: Peers | None) -> tuple[Any, ...]:
+    """Inboxes, turns, rank and size, as C takes them."""
+    if peers is None:
+        return None, None, 0, 0
+    return ctypes.addressof(peers.inboxes), peers.turns, peers.rank, peers.size
 
 
 def inputs(phase: Inputs, room: Room) -> bytes:
@@ -208,7 +234,7 @@ def attention(phase: Attention, room: Room) -> bytes:
     return _like("attention", *_launched(sparse_attention, phase, phase.out[0]), room.attention, room.grid)
 
 
-FILL: dict[type, Callable[[Any, Room], bytes]] = {Seam: seam, Inputs: inputs, Index: index, Attention: attention}
+FILL: dict[type, Callable[[Any, Room], bytes]] = {Inputs: inputs, Index: index, Attention: attention}
 
 
 def _launched(op: Callable[..., Any], phase: Call, out: Any) -> tuple[str, tuple[Any, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from dsv4.errors import KernelError
 from dsv4.kernels.decode_layers import describe
 from dsv4.kernels.decode_layers.describe import Room, joined
-from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, operands
+from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, Seam, operands
 from dsv4.kernels.decode_layers.spread import WARPS, segments_on
 from dsv4.kernels.moe.operand import ExpertsOperand
 
@@ -85,7 +86,10 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     room = Room.on(device, grid, rows, h.shape[2], next(phase for phase in phases if isinstance(phase, Experts)))
     shared -= room.fixed_bytes
     phases, beside = describe.overlapped(phases)
-    products = {i: joined(phase, grid, beside.get(i)) for i, phase in enumerate(phases) if isinstance(phase, Linear)}
+    told = [describe.whom(phase, then, room) for phase, then in zip_longest(phases, phases[1:])]
+    products = {
+        i: joined(phase, grid, beside.get(i), told[i]) for i, phase in enumerate(phases) if isinstance(phase, Linear)
+    }
     least = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
     stages = min(MAX_STAGES, (shared - least) // (WARPS * CHUNK))
     if stages < 2:
@@ -101,8 +105,10 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
                 made.append(products[place].phase(device, rows))
                 runs.append(products[place].run)
             case Experts():
-                made += [describe.route(phase, room, work), describe.experts(phase, room, work)]
+                made += [describe.route(phase, room, work), describe.experts(phase, room, work, told[place])]
                 runs.append(describe.shared_run(phase, grid))
+            case Seam():
+                made.append(describe.seam(phase, room, told[place - 1] if place else None))
             case _:
                 made.append(describe.FILL[type(phase)](phase, room))
     segments, starts = segments_on(device, tuple(runs))

@@ -158,6 +158,16 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     assert [before for *_, before in headers] == [-1, *kinds[:-1]]
     assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
     assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
+    told = {
+        "linear": lambda values: values[-1],
+        "experts": lambda values: values[-3],
+        "seam": lambda values: values[-3],
+    }
+    ranks = [(name, told[name](values)) for name, values in filled.calls if name in told]
+    assert [name for name, size in ranks if size] == ["linear", "seam", "experts", "seam", "linear", "seam"], ranks
+    assert [ranks[i + 1] for i, found in enumerate(ranks) if found in (("linear", 1), ("experts", 1))] == [
+        ("seam", 1)
+    ] * 3
     calls = iter(filled.calls[1:])
     for phase in phases:
         name, values = next(calls)

@@ -58,6 +58,11 @@ __device__ __forceinline__ void tell_peer(uint64_t* to, float a, float b, uint32
                  : "memory");
 }
 
+__device__ __forceinline__ void tell_peer(uint64_t* to, float a, uint32_t turn) {
+    const uint64_t word = static_cast<uint64_t>(turn) << 32 | __float_as_uint(a);
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+
 __device__ __forceinline__ Pair look_at_peer(const uint64_t* from) {
     Pair pair;
     asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"

@@ -394,13 +394,10 @@ static Args<T> seam_args(const void* y, const void* h, const float* post, const 
     args.wide = y_wide && D % N == 0 && aligned16(h) && aligned16(fn) && aligned16(weight) && aligned16(h_out) &&
                 aligned16(x_out);
     args.peers.size = size;
-    if (size > 1 && size <= MOST_RANKS) {
-        args.peers.part = static_cast<const float*>(y), args.peers.stride = y_stride;
-        args.peers.turns = turns, args.peers.rank = rank;
-        for (int i = 0; i < size; ++i) args.peers.inboxes[i] = inboxes[i];
-    } else {
+    if (size > 1 && size <= MOST_RANKS)
+        args.peers = peers_of(inboxes, turns, static_cast<const float*>(y), y_stride, rank, size);
+    else
         args.y = static_cast<const T*>(y);
-    }
     return args;
 }
 

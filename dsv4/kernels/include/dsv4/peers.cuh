@@ -24,24 +24,48 @@ struct Peers {
 
     __device__ bool any() const { return size > 1; }
     __device__ uint32_t turn_of(int64_t token) const { return exchange::last_turn(turns + token) + 1; }
+    // Where `owner` finds a column of what `from` tells.
+    __device__ uint64_t* at(int owner, int from, int64_t token, int column, uint32_t turn) const {
+        return inboxes[owner] + (((turn & 1) * size + from) * INBOX_ROWS + token) * MOST_COLUMNS + column;
+    }
+    // To all ranks, this one as well: by who makes a column, so that nobody has to read it first.
+    __device__ __forceinline__ void tell_all(int64_t token, int column, float value, uint32_t turn) const {
+#pragma unroll 1
+        for (int i = 1; i <= size; ++i) {
+            const int next = rank + i, to = next < size ? next : next - size;
+            exchange::tell_peer(at(to, rank, token, column, turn), value, turn);
+        }
+    }
 };
 
-// A warp's two columns of a slice, of a token: this rank's part of them, and where the ranks meet.
+static Peers peers_of(uint64_t* const* inboxes, uint32_t* turns, const float* part, int64_t stride, int rank, int size) {
+    Peers p = {};
+    for (int i = 0; i < size && inboxes != nullptr; ++i) p.inboxes[i] = inboxes[i];
+    p.turns = turns, p.part = part, p.stride = stride, p.rank = rank, p.size = size;
+    return p;
+}
+
+// A warp's two columns of a slice, of a token: this rank's part of them, and where the ranks meet. told: the parts have been
+// told by those who made them, this rank's own to itself.
 struct Meeting {
     const Peers& p;
     int64_t token;
+    bool told;
     int d;
-    float2 own;
+    float2 own = {};
 
-    __device__ Meeting(const Peers& peers, int64_t token, int slice, int D) : p(peers), token(token) { take(slice, D); }
+    __device__ Meeting(const Peers& peers, int64_t token, int slice, int D, bool told = false)
+        : p(peers), token(token), told(told) {
+        take(slice, D);
+    }
     __device__ void take(int slice, int D) {
         d = slice * COLUMNS + threadIdx.x % 32 * 2;
+        if (told) return;
         const float* part = p.part + token * p.stride + d;
         own = make_float2(d < D ? part[0] : 0.0f, d + 1 < D ? part[1] : 0.0f);
     }
-    __device__ uint64_t* at(int owner, int from, uint32_t turn) const {
-        return p.inboxes[owner] + (((turn & 1) * p.size + from) * INBOX_ROWS + token) * MOST_COLUMNS + d;
-    }
+    __device__ uint64_t* at(int owner, int from, uint32_t turn) const { return p.at(owner, from, token, d, turn); }
+    __device__ bool known(int rank) const { return rank == p.rank && !told; }
     __device__ void tell(uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i < p.size; ++i) {
@@ -60,12 +84,12 @@ struct Meeting {
             exchange::Pair heard[TOGETHER] = {};
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i)
-                if (first + i < p.size && first + i != p.rank) heard[i] = exchange::look_at_peer(from + i * NEXT);
+                if (first + i < p.size && !known(first + i)) heard[i] = exchange::look_at_peer(from + i * NEXT);
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i)
                 if (first + i < p.size) {
                     float2 part = own;
-                    if (first + i != p.rank) {
+                    if (!known(first + i)) {
                         while (__any_sync(0xffffffffu, !heard[i].of(turn)))
                             heard[i] = exchange::look_at_peer(from + i * NEXT);
                         part = make_float2(heard[i].value(0), heard[i].value(1));

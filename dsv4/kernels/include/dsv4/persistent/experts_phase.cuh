@@ -5,6 +5,7 @@
 #pragma once
 #include <dsv4/fragments.cuh>
 #include <dsv4/persistent/experts_plan.cuh>
+#include <dsv4/persistent/linear_phase.cuh>
 #include <dsv4/persistent/meeting.cuh>
 
 namespace dsv4::persistent {
@@ -151,7 +152,8 @@ static __device__ __forceinline__ void add_up(const Experts& a, const Units& uni
             y += place < 0 ? 0.0f : one;
         }
         y += __uint_as_float(added);
-        if (a.out_f32) static_cast<float*>(a.out)[at] = y;
+        if (a.peers.size > 0) a.peers.tell_all(token, at - token * a.second.rows * 16, y, position().numbers[token]);
+        else if (a.out_f32) static_cast<float*>(a.out)[at] = y;
         else static_cast<bf16*>(a.out)[at] = from_float<bf16>(y);
     }
 }
@@ -160,6 +162,7 @@ static __device__ __forceinline__ void add_up(const Experts& a, const Units& uni
 static __device__ __forceinline__ void experts_ahead(int turn) {
     const Experts& a = payload<Experts>(turn);
     const int warp = moe::uniform(threadIdx.x / 32);
+    number_rows(a.peers, a.tokens);
     moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
     rows.load(warp);
     rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
@@ -226,11 +229,12 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
 }
 
 // plan, shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
-// work_bytes.
+// work_bytes. size > 0: the ranks, of mhc_seam, whom the result is told; the next phase is that seam.
 static cudaError_t describe_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
                                     const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
                                     void* mid, void* out, int out_f32, int tokens, int topk, int D, int F, float limit,
-                                    int grid, int work_bytes) {
+                                    uint64_t* const* inboxes, uint32_t* turns, int rank, int size, int grid,
+                                    int work_bytes) {
     const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
     if (reinterpret_cast<uintptr_t>(x) % 16 || x_row % 8 || layout.least > work_bytes) return cudaErrorInvalidValue;
     const auto job_of = [&](const void* tiles, const float* alpha, const void* from, int64_t row, void* to, int rows, int width) {
@@ -249,7 +253,10 @@ static cudaError_t describe_experts(Phase* phase, const void* plan, const void* 
         a.width[down] = whole ? width : 0;
     }
     a.room = layout.room, a.undo = layout.undo, a.results = layout.results, a.parked = layout.parked;
-    return fill_phase(phase, EXPERTS, a);
+    a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
+    if (const cudaError_t error = fill_phase(phase, EXPERTS, a)) return error;
+    phase->joined = size > 0 ? NEXT : 0;
+    return cudaSuccess;
 }
 
 }  // namespace dsv4::persistent

@@ -2,6 +2,7 @@
 // takes pieces of tiles and asks for their weights.
 #pragma once
 #include <dsv4/moe_few_product.cuh>
+#include <dsv4/peers.cuh>
 #include <dsv4/persistent/stream.cuh>
 
 namespace dsv4::persistent {
@@ -25,6 +26,7 @@ struct Experts {
     const void* shared;      // [T, D] of the shared expert, as `out` is
     moe::Job first, second;  // without plans, weights and factors
     void* out;               // [T, D] float or bf16
+    mhc::Peers peers;        // whom the result is told instead of being written; size 0: nobody
     int out_f32, tokens;
     int halvings[2], width[2];  // of gate and up, and of down: a tile has 2^halvings pieces; blocks of a slice, or 0
     int2 of_block;              // tiles of down that every block has, and how many blocks have one more

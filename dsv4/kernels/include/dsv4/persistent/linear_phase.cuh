@@ -3,6 +3,7 @@
 // While blocks wait for each other and nobody knows the tokens yet, a warp unpacks the first weights of its first unit.
 #pragma once
 #include <dsv4/linear.cuh>
+#include <dsv4/peers.cuh>
 #include <dsv4/rms_norm.cuh>
 #include <dsv4/persistent/stream.cuh>
 
@@ -21,6 +22,7 @@ struct Linear {
     int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
     int norm_at;                                 // of the work area: where the norm's weights wait
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
+    mhc::Peers peers;                            // whom the result is told instead of being written; size 0: nobody
 };
 
 // A warp's units: a tile of the block, the part it belongs to, and a slice.
@@ -52,10 +54,17 @@ struct Ahead {
     uint32_t a[EARLY_BLOCKS][4][4];
 };
 
+// In which turn of theirs a phase tells its rows to the ranks.
+__device__ __forceinline__ void number_rows(const mhc::Peers& peers, int tokens) {
+    const int token = threadIdx.x;
+    if (peers.size > 0 && token < tokens) position().numbers[token] = peers.turn_of(token);
+}
+
 // Every thread calls, after come() behind the phase in front: the norm's weights are on their way.
 __device__ __forceinline__ void linear_ahead(int turn) {
     const Linear& a = payload<Linear>(turn);
     const int at = threadIdx.x * 16;
+    number_rows(a.peers, a.tokens);
     if (a.norm == nullptr) return;
     for (int i = at; i < a.columns * 4; i += THREADS * 16)
         start_copy16(shared_address(memory()) + WORK_AT + a.norm_at + i, reinterpret_cast<const uint8_t*>(a.norm) + i);
@@ -177,14 +186,19 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
 #pragma unroll 8
         for (int k = 0; k < a.slices; ++k) y += slot[k * step];
         const linear::Part& part = a.parts[own];
-        linear::put(part, (first + at - part.first_tile) * linear::TILE_ROWS + row, token, y);
+        const int column = (first + at - part.first_tile) * linear::TILE_ROWS + row;
+        if (a.peers.size == 0) linear::put(part, column, token, y);
+        else if (column < part.rows) a.peers.tell_all(token, column, y * part.alpha, position().numbers[token]);
     }
 }
 
 // cuts [grid + 1]. norm [K], if there is one: x is normed first. joined: the next phase is one that needs nothing of this.
-// K is a multiple of 16, and x can be read 16 bytes at a time.
+// K is a multiple of 16, and x can be read 16 bytes at a time. size > 0: the ranks, of mhc_seam, whom the one part's result
+// is told; the next phase is that seam.
 static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
-                                   int tokens, int columns, const float* norm, float eps, int joined) {
+                                   int tokens, int columns, const float* norm, float eps, int joined,
+                                   uint64_t* const* inboxes, uint32_t* turns, int rank, int size) {
+    if (size < 0 || size > mhc::MOST_RANKS || (size > 0 && (count > 1 || parts->row_scale != nullptr))) return cudaErrorInvalidValue;
     if (count < 1 || count > MOST_PARTS || grid > MAX_BLOCKS || tokens < 1 || tokens > TOKENS) return cudaErrorInvalidValue;
     Linear a = {};
     for (int i = 0; i < count; ++i) a.parts[i] = parts[i];
@@ -201,8 +215,9 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
     a.norm_at = tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4 + most * a.slices * tokens * 64;
+    a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     fill_phase(phase, LINEAR, a);
-    phase->joined = joined ? NEXT : 0;
+    phase->joined = joined || size > 0 ? NEXT : 0;
     return cudaSuccess;
 }
 

@@ -17,7 +17,7 @@ struct Meetings {
     State* state;
 
     __device__ __forceinline__ explicit Meetings(State* state) : state(state) {
-        if (threadIdx.x == SPEAKER) position().all = state->before, position().group = 0;
+        if (threadIdx.x == SPEAKER) position().all = state->before;
     }
     // This block is here; all blocks are. Every thread calls.
     __device__ __forceinline__ void come() const {
@@ -35,22 +35,9 @@ struct Meetings {
         wait_for_all();
     }
 
-    // All blocks of this one's group of eight are here. Every thread calls, in every block of the group.
-    __device__ __forceinline__ void of_group() const {
-        __syncthreads();
-        if (threadIdx.x == SPEAKER) {
-            unsigned* counter = &state->groups[blockIdx.x / GROUP];
-            exchange::arrive(counter);
-            wait_until(counter, position().group += GROUP);
-        }
-        __syncthreads();
-    }
-
     // All have met for the last time: the next launch begins where this one ends.
     __device__ __forceinline__ void end() const {
-        if (blockIdx.x > 0) return;
-        if (threadIdx.x == SPEAKER) state->before = position().all;
-        if (threadIdx.x < MAX_BLOCKS / GROUP) state->groups[threadIdx.x] = 0;
+        if (blockIdx.x == 0 && threadIdx.x == SPEAKER) state->before = position().all;
     }
 };
 

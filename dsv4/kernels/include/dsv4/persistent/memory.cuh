@@ -16,10 +16,10 @@ struct alignas(16) StreamState {
 
 // Where a block is. A register that lives through all phases would be kept in local memory, far away.
 struct alignas(16) Position {
-    unsigned all, group;  // arrivals that the last meeting waited for: of all blocks, and of the block's group in this launch
-    int turns[16];        // by warp: the place of the phase at hand, 0 or 1
+    unsigned all;              // arrivals that the last meeting waited for
+    int turns[WARPS];          // by warp: the place of the phase at hand, 0 or 1
+    uint32_t numbers[TOKENS];  // of the turn in which the phase at hand tells a row to the ranks
 };
-static_assert(WARPS == 16);
 
 constexpr int HALF = 8;                    // segments of a list that are loaded at a time; two such halves are there
 constexpr int BARRIERS = MAX_STAGES + 2;   // of a warp: of its stages and of the halves

@@ -39,7 +39,6 @@ struct State {
     unsigned arrivals;             // of all launches
     unsigned before;               // how many of them before this launch
     unsigned unused[2];
-    unsigned groups[MAX_BLOCKS / GROUP];  // arrivals of each group in this launch
 };
 
 struct Program {

@@ -150,7 +150,7 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     if (max(layout.least, route_work_bytes(tokens, experts, D, F, grid)) > work_bytes) return cudaErrorInvalidValue;
     linear::Part part = *shared_w2;
     part.x = nullptr, part.x_stride = F, part.x_wide = 1;
-    if (const cudaError_t error = describe_linear(phase, &part, 1, cuts, grid, tokens, F, nullptr, 0.0f, 0)) return error;
+    if (const cudaError_t error = describe_linear(phase, &part, 1, cuts, grid, tokens, F, nullptr, 0.0f, 0, nullptr, nullptr, 0, 0)) return error;
     Route a = {};
     a.route = {logits, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, logits_stride, vocabulary, route_scale};
     a.plan = static_cast<RoutePlan*>(plan);

@@ -16,6 +16,7 @@ struct Seam {
     mhc::Args<bf16> args;
     mhc::Words<mhc::SEAM>* words;  // of all seams of a program; zeros at first
     int slices, together;          // tokens of a block
+    int told;                      // the last phase has told all ranks its parts of y, and blocks have not met behind it
 };
 
 struct SeamWork {
@@ -49,7 +50,7 @@ static __device__ __forceinline__ void fetch_turns(const Seam& seam, const SeamS
     if (t < 0 || t >= mine.count) return;
     SeamWork& s = work<SeamWork>();
     s.turns[t] = exchange::last_turn(&seam.words->turns[mine.first + t]) + 1;
-    if (seam.args.peers.any()) s.peers_turns[t] = seam.args.peers.turn_of(mine.first + t);
+    if (seam.args.peers.any() && !seam.told) s.peers_turns[t] = seam.args.peers.turn_of(mine.first + t);
 }
 
 // Every thread calls, after come() behind the phase in front. If that is a seam, others may still be at its numbers.
@@ -107,20 +108,20 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     const Args<bf16>& a = seam.args;
     SeamWork& s = work<SeamWork>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = mine.count;
-    if (s.turns[0] == 0) {
+    if (!seam.told && s.turns[0] == 0) {
         __syncthreads();
         fetch_turns(seam, mine);
         __syncthreads();
     }
     Place p(mine.slice, a.D, true);
     p.wide = true, p.left = W;
-    const bool alone = !a.peers.any();
+    const bool alone = !seam.told && !a.peers.any();
     const bool hears = !alone && WARPS - 1 - warp < count;  // and tells: a token's parts
     if (hears) {
         const int t = WARPS - 1 - warp;
-        const Meeting meeting(a.peers, mine.first + t, mine.slice, a.D);
-        const uint32_t number = s.peers_turns[t];
-        meeting.tell(number);
+        const Meeting meeting(a.peers, mine.first + t, mine.slice, a.D, seam.told);
+        const uint32_t number = seam.told ? position().numbers[mine.first + t] : s.peers_turns[t];
+        if (!seam.told) meeting.tell(number);
         *reinterpret_cast<float2*>(&s.heard[t][lane * 2]) = meeting.hear<2>(number);
     }
     const bool makes = p.team < count;  // a token's streams
@@ -160,7 +161,7 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     // Every block of these tokens has read the numbers of the turn: this one has heard of all. By an idle warp.
     if (mine.slice == 0 && warp == TOKENS && lane < count) {
         words.turns[mine.first + lane] = s.turns[lane];
-        if (!alone) a.peers.turns[mine.first + lane] = s.peers_turns[lane];
+        if (!alone) a.peers.turns[mine.first + lane] = seam.told ? position().numbers[mine.first + lane] : s.peers_turns[lane];
     }
     if (warp >= count) return;
     const float z = mix<SEAM>(a, s.totals[warp], scale, base);
@@ -180,13 +181,13 @@ static __device__ __forceinline__ void seam_rest(int turn) {
         mhc::finish_mixes(seam.args, mine.first + t, work<SeamWork>().mixes[t][threadIdx.x % 32]);
 }
 
-// mhc_seam's arguments, D a multiple of 64; words: sizeof(Words<SEAM>) bytes, zeros at first; grid: the program's blocks,
-// at least one for each slice.
+// mhc_seam's arguments, D a multiple of 64; told: see Seam, also for one rank; words: sizeof(Words<SEAM>) bytes, zeros at
+// first; grid: the program's blocks, at least one for each slice.
 static cudaError_t describe_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
                                  const float* fn, const float* base, const float* scale, const float* weight, void* h_out,
                                  void* x_out, float* post_out, float* comb_out, int64_t tokens, int D, int64_t y_stride,
                                  int iters, float hc_eps, float norm_eps, uint64_t* const* inboxes, uint32_t* turns,
-                                 int rank, int size, void* words, int grid) {
+                                 int rank, int size, int told, void* words, int grid) {
     const int slices = D / mhc::COLUMNS;
     if (tokens < 1 || tokens > TOKENS || D < 1 || D > mhc::MOST_COLUMNS || D % mhc::COLUMNS || slices > grid ||
         size > mhc::MOST_RANKS)
@@ -198,6 +199,8 @@ static cudaError_t describe_seam(Phase* phase, const void* y, const void* h, con
     seam.args = mhc::seam_args<bf16>(y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens,
                                      D, y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size);
     if (!seam.args.wide) return cudaErrorInvalidValue;
+    if (told) seam.args.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
+    seam.told = told;
     seam.words = static_cast<mhc::Words<mhc::SEAM>*>(words), seam.slices = slices;
     seam.together = static_cast<int>((tokens + parts - 1) / parts);
     return cudaSuccess;
