@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
     __syncthreads();
     wait_for_previous();
     Meetings meetings(program.state);
+    if (threadIdx.x < TOKENS) position().seams[threadIdx.x] = exchange::last_turn(program.seams + threadIdx.x);
     set_turn(0);
 #pragma unroll 1
     while (true) {
@@ -146,10 +147,10 @@ extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* 
                                        const float* fn, const float* base, const float* scale, const float* weight,
                                        void* h_out, void* x_out, float* post_out, float* comb_out, int64_t tokens, int D,
                                        int64_t y_stride, int iters, float hc_eps, float norm_eps,
-                                       uint64_t* const* inboxes, uint32_t* turns, int rank, int size, int told, void* words,
-                                       int grid, cudaStream_t) {
+                                       uint64_t* const* inboxes, uint32_t* turns, int rank, int size, void* words, int grid,
+                                       cudaStream_t) {
     return describe_seam(phase, y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens, D,
-                         y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, told, words, grid);
+                         y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, words, grid);
 }
 
 extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
@@ -205,13 +206,14 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
     return cudaSuccess;
 }
 
-// times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
+// words: of the seams. times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
-                                  uint64_t* times, int count, int grid, int stages, int work_bytes, cudaStream_t stream) {
+                                  const void* words, uint64_t* times, int count, int grid, int stages, int work_bytes, cudaStream_t stream) {
     if (count < 1 || grid < 1 || grid > MAX_BLOCKS || stages < 2 || stages > MAX_STAGES || work_bytes % 128)
         return cudaErrorInvalidValue;
     Program program = {};
     program.phases = phases, program.segments = segments, program.starts = starts, program.state = state;
+    program.seams = static_cast<const mhc::Words<mhc::SEAM>*>(words)->turns;
     program.times = times, program.count = count, program.stages = stages, program.work_bytes = work_bytes;
     const int bytes = WORK_AT + work_bytes + WARPS * stages * CHUNK;
     const cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

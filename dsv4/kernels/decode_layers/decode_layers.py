@@ -8,7 +8,7 @@ from dsv4.kernels.decode_layers.program import Program
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 
-_KERNEL = Kernel("decode_layers", "pppppiiii")
+_KERNEL = Kernel("decode_layers", "ppppppiiii")
 
 
 @op("decode_layers", ref=decode_layers_ref, shapes={"h": "T M D : bf16"})
@@ -30,6 +30,6 @@ def decode_layers(h: Tensor, program: Program, *, times: Tensor | None = None) -
             f"decode_layers: 'times' is {list(times.shape)}; this program has {tables.count} phases on {tables.grid} "
             "blocks, two times each"
         )
-    tensors = tables.phases, tables.segments, tables.starts, tables.state, times
+    tensors = tables.phases, tables.segments, tables.starts, tables.state, tables.words, times
     _KERNEL(h.device, *tensors, tables.count, tables.grid, tables.stages, tables.work_bytes)
     return program.y

@@ -201,11 +201,12 @@ def whom(phase: Phase, then: Phase | None, room: Room) -> Peers | None:
 
 
 def seam(phase: Seam, room: Room, told: Peers | None) -> bytes:
+    if told is None:
+        raise KernelError("decode_layers: a seam whose y is not what the phase in front of it makes")
     letters, given = _launched(mhc_seam, phase, phase.out)
     kept = [*range(12), *range(13, 19)]  # not where a launch keeps its sums, and the dtype is BF16
-    ranks = given[20:24] if told is None else _ranks(told)
     letters = "".join(letters[i] for i in (*kept, *range(20, 24)))
-    return _like("seam", letters, [*(given[i] for i in kept), *ranks], told is not None, room.words, room.grid)
+    return _like("seam", letters, [*(given[i] for i in kept), *_ranks(told)], room.words, room.grid)
 
 
 def _ranks(peers: Peers | None) -> tuple[Any, ...]:

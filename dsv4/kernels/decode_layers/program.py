@@ -27,12 +27,15 @@ class Unfit(KernelError):
 
 @dataclass(frozen=True)
 class Tables:
-    """On the GPU: phases [count * PHASE_BYTES] u8, what warps read, where blocks meet. `held`: what phases point to."""
+    """On the GPU: phases [count * PHASE_BYTES] u8, what warps read, where blocks meet, and the words in which they add up
+    in seams. `held`: what phases point to.
+    """
 
     phases: Tensor
     segments: Tensor
     starts: Tensor
     state: Tensor
+    words: Tensor
     count: int
     grid: int
     stages: int  # of a warp's ring
@@ -114,4 +117,4 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     segments, starts = segments_on(device, tuple(runs))
     table = torch.frombuffer(bytearray(b"".join(describe.in_order(made))), dtype=torch.uint8).to(device)
     state = torch.zeros(room.state_bytes, dtype=torch.uint8, device=device)
-    return Tables(table, segments, starts, state, len(made), grid, stages, work, (room, phases))
+    return Tables(table, segments, starts, state, room.words, len(made), grid, stages, work, (room, phases))

@@ -19,6 +19,7 @@ struct alignas(16) Position {
     unsigned all;              // arrivals that the last meeting waited for
     int turns[WARPS];          // by warp: the place of the phase at hand, 0 or 1
     uint32_t numbers[TOKENS];  // of the turn in which the phase at hand tells a row to the ranks
+    uint32_t seams[TOKENS];    // of the turn of a row's sums in seams
 };
 
 constexpr int HALF = 8;                    // segments of a list that are loaded at a time; two such halves are there

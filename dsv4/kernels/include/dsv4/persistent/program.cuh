@@ -46,6 +46,7 @@ struct Program {
     const Segment* segments;  // ends with 16 that nobody uses
     const uint32_t* starts;   // [blocks, WARPS] where a warp's segments begin: multiples of 8
     State* state;
+    const uint32_t* seams;  // [TOKENS] the last turn of each row's sums in seams
     uint64_t* times;  // [count, blocks, 2] when each block began and ended each phase, in ns; or null
     int count;        // of phases
     int stages, work_bytes;  // of shared memory: see memory.cuh

@@ -16,14 +16,13 @@ struct Seam {
     mhc::Args<bf16> args;
     mhc::Words<mhc::SEAM>* words;  // of all seams of a program; zeros at first
     int slices, together;          // tokens of a block
-    int told;                      // the last phase has told all ranks its parts of y, and blocks have not met behind it
+    int closers;                   // the first of those blocks without a slice that finish the mixes of a token each; or -1
 };
 
 struct SeamWork {
     using S = mhc::Shape<mhc::SEAM>;
     float parts[TOKENS][S::WARPS][S::SHARE + 1], totals[TOKENS][S::WORDS * exchange::PER_WORD], mixes[TOKENS][32];
-    float heard[TOKENS][mhc::COLUMNS];                  // from the peers
-    uint32_t turns[TOKENS], peers_turns[TOKENS];        // turns[0] is 0 while none is known
+    float heard[TOKENS][mhc::COLUMNS];                  // from the ranks
     alignas(16) float rows[S::SHARE][THREADS][mhc::W];  // fn, as threads use it
     float weight[mhc::COLUMNS];
     float streams[TOKENS][mhc::M][mhc::COLUMNS];
@@ -32,34 +31,28 @@ static_assert(mhc::Shape<mhc::SEAM>::WARPS == WARPS && TOKENS <= mhc::FEW && 2 *
 
 constexpr int seam_work_bytes(int, int) { return sizeof(SeamWork); }
 
-// Slice `slice` of tokens first .. first + count - 1 is this block's.
+// Slice `slice` of tokens first .. first + count - 1 is this block's; or it finishes the mixes of a token, and no more.
 struct SeamShare {
     int slice = blockIdx.x, first = 0, count;
-    bool ends;  // finishes the mixes of its tokens
+    bool ends, closes = false;  // ends: finishes the mixes of its tokens
     __device__ __forceinline__ explicit SeamShare(const Seam& seam) {
         const int tokens = static_cast<int>(seam.args.tokens);
         for (; slice >= seam.slices && first < tokens; first += seam.together) slice -= seam.slices;
         count = min(seam.together, tokens - first);
-        ends = slice == seam.slices - 1;
+        ends = seam.closers < 0 && slice == seam.slices - 1;
+        const int token = static_cast<int>(blockIdx.x) - seam.closers;
+        if (seam.closers >= 0 && token >= 0 && token < tokens) ends = closes = true, first = token, count = 1;
     }
 };
 
-// By a warp that does not wait for other blocks.
-static __device__ __forceinline__ void fetch_turns(const Seam& seam, const SeamShare& mine) {
-    const int t = static_cast<int>(threadIdx.x) - 32 * TOKENS;
-    if (t < 0 || t >= mine.count) return;
-    SeamWork& s = work<SeamWork>();
-    s.turns[t] = exchange::last_turn(&seam.words->turns[mine.first + t]) + 1;
-    if (seam.args.peers.any() && !seam.told) s.peers_turns[t] = seam.args.peers.turn_of(mine.first + t);
-}
-
-// Every thread calls, after come() behind the phase in front. If that is a seam, others may still be at its numbers.
+// Every thread calls, at the end of the phase in front.
 static __device__ __forceinline__ void seam_ahead(int turn) {
     using namespace mhc;
     using S = SeamWork::S;
     const Seam& seam = payload<Seam>(turn);
     const SeamShare mine(seam);
-    if (mine.count <= 0) return;
+    if (threadIdx.x < TOKENS) ++position().seams[threadIdx.x];
+    if (mine.count <= 0 || mine.closes) return;
     SeamWork& s = work<SeamWork>();
     const Args<bf16>& a = seam.args;
     const Place p(mine.slice, a.D, true);
@@ -69,11 +62,6 @@ static __device__ __forceinline__ void seam_ahead(int turn) {
     for (int i = 0; i < S::SHARE; ++i) start_copy16(to + i * sizeof(s.rows[0]), row + i * M * a.D);
     if (threadIdx.x < QUADS) start_copy16(shared_address(s.weight + p.column), a.weight + p.d);
     asm volatile("cp.async.commit_group;" ::: "memory");
-    if (reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn ^ 1].kind == SEAM) {
-        if (threadIdx.x == 0) s.turns[0] = 0;
-    } else {
-        fetch_turns(seam, mine);
-    }
 }
 
 // By a warp: a word's sums over all slices, of which a lane adds up those of its number.
@@ -98,6 +86,19 @@ static __device__ __forceinline__ void hear_word(const exchange::Word* from, int
     mhc::total_of_word(sums, word, totals);
 }
 
+// The sums of the block's tokens over all slices.
+static __device__ __forceinline__ void hear_totals(const Seam& seam, const SeamShare& mine) {
+    using S = SeamWork::S;
+    SeamWork& s = work<SeamWork>();
+#pragma unroll 1
+    for (int i = threadIdx.x / 32; i < mine.count * S::WORDS; i += WARPS) {
+        const int t = i / S::WORDS, word = i % S::WORDS, token = mine.first + t;
+        hear_word(seam.words->sums[token][word], word, position().seams[token], seam.slices, s.totals[t]);
+    }
+    __syncthreads();
+}
+
+// The phase in front has told all ranks its parts of y, row by row, and blocks have not met behind it.
 static __device__ __forceinline__ void seam_phase(int turn) {
     using namespace mhc;
     using mhc::SEAM;
@@ -108,28 +109,27 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     const Args<bf16>& a = seam.args;
     SeamWork& s = work<SeamWork>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = mine.count;
-    if (!seam.told && s.turns[0] == 0) {
-        __syncthreads();
-        fetch_turns(seam, mine);
-        __syncthreads();
+    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
+    if (mine.closes) {
+        __syncthreads();  // the number of the turn is there
+        hear_totals(seam, mine);
+        if (warp == 0) s.mixes[0][lane] = mix<SEAM>(a, s.totals[0], scale, base);
+        return;
     }
     Place p(mine.slice, a.D, true);
     p.wide = true, p.left = W;
-    const bool alone = !seam.told && !a.peers.any();
-    const bool hears = !alone && WARPS - 1 - warp < count;  // and tells: a token's parts
+    const bool hears = WARPS - 1 - warp < count;  // a token's parts
     if (hears) {
         const int t = WARPS - 1 - warp;
-        const Meeting meeting(a.peers, mine.first + t, mine.slice, a.D, seam.told);
-        const uint32_t number = seam.told ? position().numbers[mine.first + t] : s.peers_turns[t];
-        if (!seam.told) meeting.tell(number);
-        *reinterpret_cast<float2*>(&s.heard[t][lane * 2]) = meeting.hear<2>(number);
+        const Meeting meeting(a.peers, mine.first + t, mine.slice, a.D, true);
+        *reinterpret_cast<float2*>(&s.heard[t][lane * 2]) = meeting.hear<2>(position().numbers[mine.first + t]);
     }
     const bool makes = p.team < count;  // a token's streams
     if (makes) {
         Leaving<bf16> leaving;
-        leaving.read(a, p, mine.first + p.team, alone);
-        if (!alone) peers_heard(32 * min(3 * count, WARPS));
-        leaving.finish(a, p, mine.first + p.team, alone, s.heard[p.team], s.streams[p.team]);
+        leaving.read(a, p, mine.first + p.team, false);
+        peers_heard(32 * min(3 * count, WARPS));
+        leaving.finish(a, p, mine.first + p.team, false, s.heard[p.team], s.streams[p.team]);
     } else if (hears) {
         peers_heard(32 * min(3 * count, WARPS));
     }
@@ -149,19 +149,13 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     if (warp < count && lane < S::WORDS) {
         float values[exchange::PER_WORD];
         shares_of_word<SEAM>(s.parts[warp], lane, values);
-        exchange::tell(&words.sums[mine.first + warp][lane][mine.slice], values, s.turns[warp]);
+        exchange::tell(&words.sums[mine.first + warp][lane][mine.slice], values, position().seams[mine.first + warp]);
     }
-    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
-#pragma unroll 1
-    for (int i = warp; i < count * S::WORDS; i += WARPS) {
-        const int t = i / S::WORDS, word = i % S::WORDS;
-        hear_word(words.sums[mine.first + t][word], word, s.turns[t], seam.slices, s.totals[t]);
-    }
-    __syncthreads();
-    // Every block of these tokens has read the numbers of the turn: this one has heard of all. By an idle warp.
+    hear_totals(seam, mine);
+    // Every block has told its shares of these tokens. By an idle warp.
     if (mine.slice == 0 && warp == TOKENS && lane < count) {
-        words.turns[mine.first + lane] = s.turns[lane];
-        if (!alone) a.peers.turns[mine.first + lane] = seam.told ? position().numbers[mine.first + lane] : s.peers_turns[lane];
+        words.turns[mine.first + lane] = position().seams[mine.first + lane];
+        a.peers.turns[mine.first + lane] = position().numbers[mine.first + lane];
     }
     if (warp >= count) return;
     const float z = mix<SEAM>(a, s.totals[warp], scale, base);
@@ -181,16 +175,16 @@ static __device__ __forceinline__ void seam_rest(int turn) {
         mhc::finish_mixes(seam.args, mine.first + t, work<SeamWork>().mixes[t][threadIdx.x % 32]);
 }
 
-// mhc_seam's arguments, D a multiple of 64; told: see Seam, also for one rank; words: sizeof(Words<SEAM>) bytes, zeros at
-// first; grid: the program's blocks, at least one for each slice.
+// mhc_seam's arguments, D a multiple of 64, ranks also where there is one; words: sizeof(Words<SEAM>) bytes, zeros at first;
+// grid: the program's blocks, at least one for each slice.
 static cudaError_t describe_seam(Phase* phase, const void* y, const void* h, const float* post, const float* comb,
                                  const float* fn, const float* base, const float* scale, const float* weight, void* h_out,
                                  void* x_out, float* post_out, float* comb_out, int64_t tokens, int D, int64_t y_stride,
                                  int iters, float hc_eps, float norm_eps, uint64_t* const* inboxes, uint32_t* turns,
-                                 int rank, int size, int told, void* words, int grid) {
+                                 int rank, int size, void* words, int grid) {
     const int slices = D / mhc::COLUMNS;
     if (tokens < 1 || tokens > TOKENS || D < 1 || D > mhc::MOST_COLUMNS || D % mhc::COLUMNS || slices > grid ||
-        size > mhc::MOST_RANKS)
+        size < 1 || size > mhc::MOST_RANKS || inboxes == nullptr)
         return cudaErrorInvalidValue;
     const int parts = grid / slices;
     *phase = {};
@@ -199,10 +193,10 @@ static cudaError_t describe_seam(Phase* phase, const void* y, const void* h, con
     seam.args = mhc::seam_args<bf16>(y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens,
                                      D, y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size);
     if (!seam.args.wide) return cudaErrorInvalidValue;
-    if (told) seam.args.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
-    seam.told = told;
+    seam.args.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     seam.words = static_cast<mhc::Words<mhc::SEAM>*>(words), seam.slices = slices;
     seam.together = static_cast<int>((tokens + parts - 1) / parts);
+    seam.closers = parts * slices + tokens <= grid ? parts * slices : -1;
     return cudaSuccess;
 }
 
