@@ -25,7 +25,7 @@ _SLICE_VALUES = 1 << 25  # of such a slice, and of float32 results on their way
 _JOINED_VALUES = 1 << 22  # results that are few enough to be worth one product for all parts
 _STATIC_BYTES = 1024  # of shared memory, which kernel and driver use themselves
 _FORMATS = {"nvfp4": 0, "fp8": 1, "bf16": 2}
-_KERNEL = Kernel("linear", "piipipiiiiiiiiiii")
+_KERNEL = Kernel("linear", "piipipiiiiiiiiii")
 
 
 class _Part(ctypes.Structure):
@@ -147,7 +147,7 @@ class Launcher:
 
     def _convert(self, table: ctypes.Array[_Part], rows: int, sums: Tensor | None, tokens: int, mode: int) -> None:
         count, address = -(-rows // tiles.ROWS), ctypes.addressof(table)
-        sizes = tokens, self.columns, mode, 0, 0, 0, 0, 0, 0, 0, 0
+        sizes = tokens, self.columns, mode, 0, 0, 0, 0, 0, 0, 0
         _KERNEL(self.device, address, len(table), count, None, 0, sums, *sizes)
 
     def _point(
@@ -166,7 +166,7 @@ class Launcher:
         partials = None
         if how.mode == SPLIT:
             slices = -(-self.blocks // 8)
-            padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
+            padded = next(n for n in (16, 32, 64) if n >= tokens)
             size = self.tiles * slices * padded * tiles.ROWS
             partials = torch.empty(size, dtype=torch.float32, device=self.device)
         _KERNEL(
@@ -182,7 +182,6 @@ class Launcher:
             how.mode,
             how.window,
             how.batch,
-            how.streams,
             how.stages,
             how.ranks,
             how.height,

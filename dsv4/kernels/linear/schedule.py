@@ -15,14 +15,13 @@ from dsv4.errors import KernelError
 
 OWN, MEET, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
-#: Where more than 32 tokens are multiplied, 8 warps take two tiles at a time each (Form in linear.cuh).
-_PAIRS_FROM = 33
+TOGETHER = 4  #: warps that multiply together, each a tile: constant of include/dsv4/linear_many.cuh
 TOKENS = 64  #: at most, in one launch
-MAX_STAGES = 4  #: of the rings of 16 warps; fewer rings may have more stages
-_FEW_RINGS_STAGES = 8
-_WINDOW = 4  #: slices that SPLIT stages together, where they fit
+_MAX_STAGES = 5  # of the rings
+_REQUESTS_BYTES = 48  # of each warp (ManyRequests in linear_many.cuh)
+_ALIGNMENT = 1 << 10
+NVFP4_BLOCK = 576
 _ROUND, _ROUND_TOKEN = 16 << 10, 1 << 10  #: bytes that a block reads while a warp multiplies another item
-_WHOLE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,11 @@ class Plan:
     mode: int
     cuts: tuple[int, ...]
     window: int
-    batch: int
-    streams: int
     stages: int
     shared_bytes: int
+    batch: int = 0  # of up to eight tokens, as what follows: tiles whose sums wait at a time
     ranks: int = 1  # blocks of a cluster, of which cuts are
-    height: int = 1  # tiles that a warp multiplies at a time; more than eight tokens decide it themselves
+    height: int = 1  # tiles that a warp multiplies at a time
 
     @property
     def grid(self) -> int:
@@ -51,49 +49,34 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
     """
     slices = -(-blocks // SLICE_BLOCKS)
     chunks = -(-SLICE_BLOCKS // min(CHUNK // block for _, block in parts))  # of a slice
-    height = _height(tokens)
-
-    def fitted(
-        mode: int, cuts: tuple[int, ...], window: int, batch: int, items: int, streams: int = WARPS // height
-    ) -> Plan | None:
-        most = MAX_STAGES if streams * height == WARPS else min(MAX_STAGES * WARPS // streams, _FEW_RINGS_STAGES)
-        for stages in range(max(min(most, chunks * -(-items // streams)), 2), 1, -1):
-            shared = _shared_bytes(tokens, window, streams, stages)
+    tiles = sum(count for count, _ in parts)
+    if slices == 1 or tiles >= (WARPS - 2) * processors:
+        mode, cuts = OWN, by_tiles(parts, blocks, processors)
+        window, most = min(slices, 2), chunks * slices * -(-max(b - a for a, b in pairwise(cuts)) // WARPS)
+    else:
+        mode, cuts = SPLIT, _by_slices(parts, blocks, processors, tokens)
+        window = 2 if any(a // tiles != (b - 1) // tiles for a, b in pairwise(cuts)) else 1
+        most = chunks * -(-max(b - a for a, b in pairwise(cuts)) // WARPS)
+    for room in range(window, 0, -1):
+        for stages in range(max(min(most, _MAX_STAGES), 2), 1, -1):
+            shared = _shared_bytes(tokens, room, stages)
             if shared <= shared_limit:
-                return Plan(mode, cuts, window, batch, streams, stages, shared)
-        return None
-
-    found = None
-    if slices == 1 or sum(count for count, _ in parts) >= (WARPS - 2) * processors:
-        whole = by_tiles(parts, blocks, processors)
-        items = max(b - a for a, b in pairwise(whole)) * slices
-        found = fitted(OWN, whole, slices, WARPS, items) or fitted(OWN, whole, 1, WARPS, items)
-    if found is None:
-        cuts, items = _by_slices(parts, blocks, processors, height, tokens)
-        for window in (_WINDOW, 2, 1):
-            found = found or fitted(SPLIT, cuts, window, _WHOLE, items, min(items, WARPS // height))
-    if found is None:
-        raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
-    return found
+                return Plan(mode, cuts, room, stages, shared)
+    raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
 
 
 def tokens_at_once(shared_limit: int) -> int:
     """The most tokens one launch takes: staged by the slice, they must fit beside two stages of every ring."""
-    for tokens in (TOKENS, 32, 16, 8):
-        if _shared_bytes(tokens, 1, WARPS // _height(tokens), 2) <= shared_limit:
+    for tokens in (TOKENS, 32, 16):
+        if _shared_bytes(tokens, 1, 2) <= shared_limit:
             return tokens
     raise KernelError(f"linear: the GPU has {shared_limit} bytes of shared memory per block, too few for its rings")
 
 
-def _height(tokens: int) -> int:
-    """Tiles that a warp multiplies at a time."""
-    return 2 if tokens >= _PAIRS_FROM else 1
-
-
-def _shared_bytes(tokens: int, window: int, streams: int, stages: int) -> int:
-    padded = next(n for n in (8, 16, 32, 64) if n >= tokens)
-    rings = streams * stages * (CHUNK * _height(tokens) + 8)
-    return rings + padded * (window * SLICE_BYTES + 16) + window * padded * 4
+def _shared_bytes(tokens: int, window: int, stages: int) -> int:
+    padded = next(n for n in (16, 32, 64) if n >= tokens)
+    x = window * padded * (SLICE_BYTES + 4)
+    return _ALIGNMENT + x + WARPS * (stages * (CHUNK + 8) + _REQUESTS_BYTES)
 
 
 @functools.cache
@@ -121,28 +104,28 @@ def by_tiles(parts: tuple[tuple[int, int], ...], blocks: int, processors: int) -
 
 
 @functools.cache
-def _by_slices(
-    parts: tuple[tuple[int, int], ...], blocks: int, processors: int, height: int, tokens: int
-) -> tuple[tuple[int, ...], int]:
-    """Cuts between slices of tiles, all tiles of a slice before the next slice. Also the most items of one block.
-
-    An item is what a warp takes at a time, `height` tiles of a part where there are enough of it for all. Every block
-    gets as many bytes; or as many items, where that saves a round of its warps and costs less than the round does.
+def _by_slices(parts: tuple[tuple[int, int], ...], blocks: int, processors: int, tokens: int) -> tuple[int, ...]:
+    """Cuts between slices of tiles, all tiles of a slice before the next slice: every block gets as many bytes, or as
+    many tiles, where that saves a round of its warps and costs less than the round does.
     """
     widths = [min(SLICE_BLOCKS, blocks - first) for first in range(0, blocks, SLICE_BLOCKS)]
-    if len(widths) * sum(-(-count // height) for count, _ in parts) < processors:
-        height = 1
-    items = [(min(height, count - first), block) for count, block in parts for first in range(0, count, height)]
-    before = [0, *accumulate(width * tiles * block for width in widths for tiles, block in items)]
-    units = [0, *accumulate(tiles for _ in widths for tiles, _ in items)]
-    last = len(before) - 1
-    grid = min(processors, last)
-
-    def cost(cuts: list[int]) -> int:
-        rounds = max(-(-(b - a) // (WARPS // height)) for a, b in pairwise(cuts))
-        return max(before[b] - before[a] for a, b in pairwise(cuts)) + rounds * (_ROUND + tokens * _ROUND_TOKEN)
-
-    equal_bytes = sorted({0, *(bisect_left(before, before[-1] * b // grid) for b in range(1, grid)), last})
-    equal_items = [last * b // grid for b in range(grid + 1)]
-    cuts = min(equal_bytes, equal_items, key=cost)
-    return tuple(units[i] for i in cuts), max(b - a for a, b in pairwise(cuts))
+    found: list[tuple[int, list[int]]] = []
+    for height in (TOGETHER, 2, 1):  # tiles of NVFP4 that stay together
+        steps = [height if block == NVFP4_BLOCK else 1 for _, block in parts]
+        items = [
+            (min(step, count - first), block)
+            for step, (count, block) in zip(steps, parts, strict=True)
+            for first in range(0, count, step)
+        ]
+        before = [0, *accumulate(width * tiles * block for width in widths for tiles, block in items)]
+        units = [0, *accumulate(tiles for _ in widths for tiles, _ in items)]
+        last = len(before) - 1
+        grid = min(processors, last)
+        full = [*range(0, last, -(-last // grid)), last]  # often leaves every block within a slice
+        equal_bytes = sorted({0, *(bisect_left(before, before[-1] * b // grid) for b in range(1, grid)), last})
+        equal_items = [last * b // grid for b in range(grid + 1)]
+        for cuts in (full, equal_bytes, equal_items):
+            rounds = max(-(-(units[b] - units[a]) // WARPS) for a, b in pairwise(cuts))
+            most = max(before[b] - before[a] for a, b in pairwise(cuts))
+            found.append((most + rounds * (_ROUND + tokens * _ROUND_TOKEN), [units[i] for i in cuts]))
+    return tuple(min(found, key=lambda way: way[0])[1])

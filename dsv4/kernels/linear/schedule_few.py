@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from dsv4.errors import KernelError
-from dsv4.kernels.linear.schedule import CHUNK, MEET, OWN, SLICE_BLOCKS, SLICE_BYTES, WARPS, Plan, by_tiles
+from dsv4.kernels.linear.schedule import CHUNK, MEET, NVFP4_BLOCK, OWN, SLICE_BLOCKS, SLICE_BYTES, WARPS, Plan, by_tiles
 
 FEW_TOKENS = 8  # constant of include/dsv4/linear_few.cuh
 CLUSTERS = (1, 2, 4, 8)  #: blocks of a cluster
@@ -21,7 +21,7 @@ _STAGED = 2.5  # bytes of tokens that are staged in the time of one byte of weig
 _ALONE = 0.6  # time of a byte of a wide tile, which is read on when others are done, of any byte's
 _PAIR = 1.75  # time of two tiles together, of one tile's
 _MOST_STAGES = 5
-_NVFP4_BLOCK = 576
+_LEAST_STAGES = {1: 3, 2: 2}  # by height: so much has to be under way while other warps and sums wait
 _PLACE_BYTES = 48  # of each warp (Place in linear_few.cuh)
 
 
@@ -33,25 +33,27 @@ def plan_few(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, proce
     """
     slices = -(-blocks // SLICE_BLOCKS)
     tiles = sum(count for count, _ in parts)
-    mixed = any(block != _NVFP4_BLOCK for _, block in parts)
+    mixed = any(block != NVFP4_BLOCK for _, block in parts)
     if tiles >= 2 * (WARPS - 2) * processors:
         whole = by_tiles(parts, blocks, processors)
-        found = _fitted(OWN, whole, slices, tokens, 1, (2,), _MOST_STAGES, shared_limit)
+        found = _fitted(OWN, whole, slices, tokens, 1, (2,), {2: _MOST_STAGES}, shared_limit)
         if found is not None:
             return found
-    ways = _spreads(parts, blocks, tokens, processors)
-    for _, ranks, cuts in sorted(ways, key=lambda way: (max(way[1], _NEIGHBOURS), way)):
-        window = -(-slices // ranks)
-        most = max(b - a for a, b in pairwise(cuts))
-        rounds = {height: -(-(-(-most // height) * window) // WARPS) for height in (1, 2)}
-        heights: tuple[int, ...] = (2, 1) if rounds[2] * _PAIR < rounds[1] else (1, 2)
-        if mixed:
-            heights, chunks = (1,), _MOST_STAGES  # a slice of BF16 is many chunks
-        else:
-            chunks = rounds[heights[0]] * SLICE_BLOCKS * _NVFP4_BLOCK // CHUNK
-        found = _fitted(MEET, cuts, window, tokens, ranks, heights, chunks, shared_limit)
-        if found is not None:
-            return found
+    ways = sorted(_spreads(parts, blocks, tokens, processors), key=lambda way: (max(way[1], _NEIGHBOURS), way))
+    for roomy in (True, False):  # what leaves room for all sums at once and deep rings, before what does not
+        for _, ranks, cuts in ways:
+            window = -(-slices // ranks)
+            most = max(b - a for a, b in pairwise(cuts))
+            rounds = {height: -(-(-(-most // height) * window) // WARPS) for height in (1, 2)}
+            heights: tuple[int, ...] = (2, 1) if rounds[2] * _PAIR < rounds[1] else (1, 2)
+            chunks = {height: rounds[height] * SLICE_BLOCKS * NVFP4_BLOCK // CHUNK for height in heights}
+            if mixed:
+                heights, chunks = (1,), {1: _MOST_STAGES}  # a slice of BF16 is many chunks
+            found = _fitted(MEET, cuts, window, tokens, ranks, heights, chunks, shared_limit, roomy)
+            if found is None and roomy and ranks == 1 and not mixed and WARPS - 2 <= most <= WARPS:
+                found = _fitted(OWN, cuts, slices, tokens, 1, (1,), {1: _MOST_STAGES}, shared_limit)
+            if found is not None:
+                return found
     raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
 
 
@@ -82,18 +84,20 @@ def _fitted(
     tokens: int,
     ranks: int,
     heights: tuple[int, ...],
-    chunks: int,
+    chunks: dict[int, int],
     shared_limit: int,
+    roomy: bool = False,
 ) -> Plan | None:
-    """The first height, and the deepest rings of up to `chunks`, that fit."""
+    """The first height, and its deepest rings of up to `chunks`, that fit. roomy: only beside the sums of all tiles."""
     most = max(b - a for a, b in pairwise(cuts))
     for height in heights:
-        for stages in range(min(max(chunks, 2), _MOST_STAGES), 0, -1):
+        deepest = min(max(chunks[height], 2), _MOST_STAGES)
+        for stages in range(deepest, min(deepest, _LEAST_STAGES[height]) - 1 if roomy else 0, -1):
             rest = tokens * (window * SLICE_BYTES + 16) + window * FEW_TOKENS * 4 + WARPS * (8 * stages + _PLACE_BYTES)
             rest += (WARPS * stages + 1) * CHUNK * height  # and a spare stage
             slot = 0 if mode == OWN else window * tokens * 64
             batch = most if mode == OWN else min(most, (shared_limit - rest) // slot)
-            if rest + batch * slot <= shared_limit and batch >= min(most, height):
+            if rest + batch * slot <= shared_limit and batch >= (most if roomy else min(most, height)):
                 alone = max(rest + batch * slot, shared_limit // 2 + 1024)
-                return Plan(mode, cuts, window, batch, WARPS, stages, alone, ranks, height)
+                return Plan(mode, cuts, window, stages, alone, batch, ranks, height)
     return None

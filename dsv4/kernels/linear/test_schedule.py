@@ -60,15 +60,20 @@ def test_blocks_get_equal_shares():
             assert busiest <= max(share * sum(size) / H200[0], max(size) if how.mode == MEET else 0)
 
 
-def test_many_tokens_meet_pairs_of_tiles():
+def test_many_tokens_take_no_more_rounds_than_they_must():
     for name in ("in_proj", "wo_b", "wo_a"):
         parts, blocks = OPERANDS[name]
         how = plan(parts, blocks, 64, *H200)
         tiles = sum(count for count, _ in parts)
-        begins = {sum(count for count, _ in parts[:i]) for i in range(len(parts))}
-        assert how.mode == SPLIT and all(any((cut % tiles - b) % 2 == 0 for b in begins) for cut in how.cuts)
-        rounds = max(-(-(b - a) // 2) for a, b in pairwise(how.cuts))
-        assert -(-rounds // 8) == -(-tiles * (blocks // 8) // (2 * 8 * H200[0]))  # no block takes one more than needed
+        busiest = max(b - a for a, b in pairwise(how.cuts))
+        assert how.mode == SPLIT and -(-busiest // 16) == -(-tiles * (blocks // 8) // (16 * H200[0]))
+
+
+def test_blocks_of_many_tokens_stay_within_a_slice_where_that_costs_nothing():
+    for name in ("wo_b", "wo_a"):
+        how = plan(*OPERANDS[name], 64, *H200)
+        assert (how.window, how.stages) == (1, 4)  # one slice of 64 tokens leaves room for all weights of a warp
+    assert plan(*OPERANDS["wq_b"], 64, *H200).window == 2
 
 
 def test_up_to_eight_tokens_never_share_a_processor():
@@ -82,6 +87,15 @@ def test_up_to_eight_tokens_take_pairs_of_tiles_where_warps_have_enough():
     assert heights["wq_b"] == heights["wo_a"] == heights["wo_b"] == heights["head"] == 2
     assert heights["in_proj"] == heights["gate"] == 1  # BF16 beside NVFP4: one by one
     assert spread("wo_b", 8, H200).ranks == 2 and spread("wo_b", 1, H200).ranks == 1  # halves what is staged
+
+
+def test_eight_tokens_have_room_for_all_sums_and_for_weights_on_their_way():
+    wide = (((2048, 576),), 64)
+    assert (plan_few(*wide, 4, *H200).mode, plan_few(*wide, 8, *H200).mode) == (MEET, OWN)  # OWN has no sums to keep
+    for shape in (wide, OPERANDS["wo_b"], OPERANDS["wo_a"]):
+        for tokens in (4, 5, 6, 7, 8):
+            how = plan_few(*shape, tokens, *H200)
+            assert how.batch == max(b - a for a, b in pairwise(how.cuts)) and how.stages >= {1: 3, 2: 2}[how.height]
 
 
 def test_large_matrices_stay_whole_and_few_tokens_meet_in_shared_memory():

@@ -257,10 +257,11 @@ static cudaError_t run_few(const Few& task, int grid, size_t shared_bytes, cudaS
     return launch_dependent_clusters(kernel, grid, FEW_THREADS, shared_bytes, task.ranks, stream, task);
 }
 
-// height: tiles of a unit; two of NVFP4 only.
+// height: tiles of a unit; two of NVFP4 only, and with OWN one of NVFP4 only.
 static cudaError_t start_few(const Few& task, int grid, int height, bool own, size_t shared_bytes, cudaStream_t stream) {
     bool one = true;
     for (int i = 0; i < task.parts.count; ++i) one = one && task.parts.part[i].format == NVFP4;
+    if (own && height == 1) return one ? run_few<1, true, true>(task, grid, shared_bytes, stream) : cudaErrorInvalidValue;
     if (own) return one ? run_few<2, true, true>(task, grid, shared_bytes, stream)
                         : run_few<2, true, false>(task, grid, shared_bytes, stream);
     if (height == 2) return one ? run_few<2, false, true>(task, grid, shared_bytes, stream) : cudaErrorInvalidValue;

@@ -17,6 +17,15 @@ __host__ __device__ __forceinline__ int column_pair(int at) { return at % 4 * 8 
 
 __device__ __forceinline__ uint32_t piece_at(int token, int piece) { return token * 128 + (piece ^ token % 8) * 16; }
 
+// B of the products 2 h (b[0], b[1]) and 2 h + 1 with tokens 8 n .. 8 n + 7 of the step at `step`, a shared address.
+__device__ __forceinline__ void load_tokens(uint32_t (&b)[4], uint32_t step, int n, int h) {
+    const int lane = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(step + n * 1024 + piece_at(lane % 8, 4 * h + lane / 8))
+                 : "memory");
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // At most so many groups of products, each of one `multiply`, are in flight.
@@ -100,15 +109,10 @@ __device__ __forceinline__ void settle() {}
 template <int NT, int TILES>
 __device__ __forceinline__ void multiply(float (&sums)[TILES][NT][4], const uint32_t (&a)[TILES][2][4],
                                          uint32_t step, int h) {
-    const int lane = threadIdx.x % 32;
-    const uint32_t from = step + piece_at(lane % 8, 4 * h + lane / 8);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         uint32_t b[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                     : "r"(from + n * 1024)
-                     : "memory");
+        load_tokens(b, step, n, h);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
