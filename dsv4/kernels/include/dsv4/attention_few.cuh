@@ -249,26 +249,28 @@ struct Block {
         }
     }
 
-    // dot[i] = 16 entries of tile first + STEP i x 8 heads, over the channels of one quarter.
+    // dot[i] = 16 entries of tile first + STEP i x 8 heads, over the channels of one quarter. A tile's operands are all
+    // asked for first: its products wait for each other.
     template <int COUNT, int STEP>
     __device__ void dots_of_eight(float (&dot)[COUNT][4], int quarter, int first, int used) const {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) dot[i][0] = dot[i][1] = dot[i][2] = dot[i][3] = 0.0f;
+        constexpr int STEPS = DH / 2 / 64;  // two products of 16 channels each
         const uint8_t* heads = s.q + lane % 8 * ROW + lane / 8 * 16 + quarter * (DH / 2);
         const uint8_t* keys = s.entries + (first * TILE + lane % 16) * ROW + lane / 16 * 16 + quarter * (DH / 2);
+        uint32_t b[STEPS][4];
 #pragma unroll
-        for (int k = 0; k < DH / 2; k += 64) {
-            uint32_t b[4];
-            load_matrices(b, heads + k);
+        for (int k = 0; k < STEPS; ++k) load_matrices(b[k], heads + k * 64);
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i)
-                if (first + STEP * i < used) {
-                    uint32_t a0[4], a1[4];
-                    load_matrices(a0, keys + STEP * i * (TILE * ROW) + k);
-                    load_matrices(a1, keys + STEP * i * (TILE * ROW) + k + 32);
-                    mma_bf16(dot[i], a0, b[0], b[1]);
-                    mma_bf16(dot[i], a1, b[2], b[3]);
-                }
+        for (int i = 0; i < COUNT; ++i) {
+            dot[i][0] = dot[i][1] = dot[i][2] = dot[i][3] = 0.0f;
+            if (first + STEP * i >= used) continue;
+            uint32_t a[2 * STEPS][4];
+#pragma unroll
+            for (int k = 0; k < 2 * STEPS; ++k) load_matrices(a[k], keys + STEP * i * (TILE * ROW) + k * 32);
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) {
+                mma_bf16(dot[i], a[2 * k], b[k][0], b[k][1]);
+                mma_bf16(dot[i], a[2 * k + 1], b[k][2], b[k][3]);
+            }
         }
     }
 
@@ -383,7 +385,7 @@ struct Block {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[0][n][j] *= j % 2 ? fade.y : fade.x;
-        const uint8_t* values = s.entries + lane % 16 * ROW + warp * 64 + lane / 16 * 16;
+        const uint8_t* values = s.entries + (lane % 8 + lane / 16 * 8) * ROW + warp * 64 + lane / 8 % 2 * 16;
         const uint32_t* p = reinterpret_cast<const uint32_t*>(s.scores[0][lane / 4]) + lane % 4;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -392,7 +394,7 @@ struct Block {
             for (int n = 0; n < 2; ++n) {
                 uint32_t v[4];
                 load_transposed(v, values + tile * (TILE * ROW) + n * 32);
-                mma_bf16(sums[0][n], {v[0], v[2], v[1], v[3]}, p[tile * 8], p[tile * 8 + 4]);
+                mma_bf16(sums[0][n], v, p[tile * 8], p[tile * 8 + 4]);
             }
         }
     }

@@ -30,7 +30,6 @@ constexpr int64_t attention_scratch(int grid) {
 }
 
 constexpr int TILES = 5, STAGE = TILES * attention::TILE;
-constexpr int EARLY = 3;  // tiles that are asked for before queries are treated: registers are few then
 
 // Entries and queries lie at the same places for eight heads and sixteen.
 template <int HG>
@@ -228,17 +227,20 @@ struct Unit {
                 bring &= (1u << block.used_tiles()) - 1;
             }
             if (!(bring >> e.lane & 1)) found.entry = e.a.q;
+            // All that lanes tell each other comes before the loads or behind them: the compiler waits there for loads.
+            const uint8_t* from[TILES];
 #pragma unroll
-            for (int tile = 0; tile < EARLY; ++tile) bytes[tile] = few::Bytes::of(found.of(tile), e.lane);
+            for (int tile = 0; tile < TILES; ++tile) from[tile] = found.of(tile);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(from[tile], e.lane);
             if (stage == 0 && e.longer() && !known) e.scan();
             if (asks) e.treat_query(q, turns, HG);
+            uint32_t scales[TILES];
 #pragma unroll
-            for (int tile = EARLY; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(found.of(tile), e.lane);
+            for (int tile = 0; tile < TILES; ++tile) scales[tile] = bytes[tile].first_scales();
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) {
-                const uint32_t scales = bytes[tile].first_scales();
-                if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales, found.there & 1u << tile);
-            }
+            for (int tile = 0; tile < TILES; ++tile)
+                if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile], found.there & 1u << tile);
             e.copy_plain(found, bring);
             __syncthreads();
             if (stage == 0 && e.longer())
@@ -284,16 +286,17 @@ struct Unit {
     static __device__ __forceinline__ void hear(float (&merged)[2], const exchange::Word* from, const exchange::Word* all,
                                                 uint32_t turn, float sink) {
         const int lane = threadIdx.x % 32;  // 2 r has the largest logit of block r, 2 r + 1 the sum
-        exchange::Word told[GROUP], numbers;
-        bool here;
-        do {
+        const exchange::Word* number_at = all + lane / 2 % GROUP * PAIRS + lane % 2;
+        exchange::Word told[GROUP], numbers = exchange::look(number_at);
 #pragma unroll
-            for (int r = 0; r < GROUP; ++r) told[r] = exchange::look(from + r * PAIRS);
-            numbers = exchange::look(all + lane / 2 % GROUP * PAIRS + lane % 2);
+        for (int r = 0; r < GROUP; ++r) told[r] = exchange::look(from + r * PAIRS);
+        for (bool here = false; !here;) {  // only those that are late are looked at again
             here = numbers.turn == turn;
+            if (!here) numbers = exchange::look(number_at);
 #pragma unroll
-            for (int r = 0; r < GROUP; ++r) here &= told[r].turn == turn;
-        } while (!here);
+            for (int r = 0; r < GROUP; ++r)
+                if (told[r].turn != turn) told[r] = exchange::look(from + r * PAIRS), here = false;
+        }
         __syncwarp();
         const float number = numbers.values[2];
         const float top = few::warp_max(lane % 2 ? attention::LOWEST : number);
@@ -310,23 +313,24 @@ struct Unit {
         merged[0] = sum[0] / total, merged[1] = sum[1] / total;
     }
 
-    // What is used in the end is asked for first.
+    // turn: the last one's number. What is used in the end is asked for first, and nothing waits for it before.
     static __device__ __forceinline__ void run(const Attention& phase, int token, int head, Begun begun,
-                                               uint32_t turn) {
+                                               uint32_t& turn) {
         const attention::Arguments& a = phase.a;
         Block block(a, work<Work>(), token, blockIdx.x % GROUP);
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
         const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // that is written
         const bool reads = threadIdx.x < MINE * PAIRS, there = reads && head + mine < a.heads;
         const float2 back = attention::turn_back(a, token, channel);
-        const float sink = there ? a.sink[head + mine] * few::LOG2E : 0.0f;
+        const float sink = a.sink[there ? head + mine : 0];
         add_up(block, head, begun);
+        ++turn;
         exchange::Word* words = phase.words + (2 * (blockIdx.x / GROUP) + turn % 2) * ROUND;
         tell(block, words, turn);
         if (!reads) return;
         float merged[2];
         const exchange::Word* all = words + mine * GROUP * PAIRS;
-        hear(merged, all + pair, all, turn, sink);
+        hear(merged, all + pair, all, turn, sink * few::LOG2E);
         if constexpr (HG == 8) {  // neighbours have channels c, c + 8 and c + 1, c + 9
             const float other = __shfl_xor_sync(attention::ALL, odd ? merged[0] : merged[1], 1);
             (odd ? merged[0] : merged[1]) = other;
@@ -345,7 +349,7 @@ struct Unit {
         for (int unit = first_unit(), token = 0;; unit += groups, begun = {0, 0}) {
             for (; unit >= per_token; unit -= per_token) ++token;
             if (token >= phase.rows) break;
-            run(phase, token, unit * HG, begun, ++turn);
+            run(phase, token, unit * HG, begun, turn);
             __syncthreads();
         }
         // All of the group have read the number: this block has heard from every warp.
