@@ -33,7 +33,7 @@ SHAPES: dict[int, list[Shape]] = {
     1536: [("Pro wq_b", (65536,), 0)],
     16384: [("Pro wo_b", (7168,), 0)],
 }
-ROWS = (1, 2, 3, 8, 9, 16, 32, 33, 64, 65, 128, 192, 193, 300, 4096)
+ROWS = (1, 2, 3, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 192, 193, 300, 4096)
 
 
 def weight(make: Maker, format: str, n: int, k: int) -> Weight:
@@ -137,7 +137,11 @@ def large(make: Maker) -> Iterator[Case]:
             for rows in (1, 8, 16, 64):
                 yield joined(make, name, rows, k, parts, plain, native if name == "gate" else four, "bf16")
             yield joined(make, name, 1, k, parts, plain, native, "fp8")
-    for rows in (1, 8, 32, 300):
+    for rows in (8, 17, 64, 192):  # blocks of one and of two passes of 16 tiles, and rings of many slices
+        yield joined(make, "wide", rows, FLASH, (32768,), 0, four, "bf16")
+        yield joined(make, "ragged", rows, FLASH + 16, (37001,), 0, four, "bf16")
+        yield joined(make, "ragged", rows, 1024 + 48, (3001, 999), 1, four, "bf16")
+    for rows in (1, 8, 32, 64, 300):
         yield joined(make, "wq_b", rows, 1024, (32768,), 0, ("fp8", "fp8"), "bf16")
         yield joined(make, "w1 w3 gate", rows, FLASH, (2048, 2048, 256), 1, ("nvfp4", "bf16"), "bf16")
     for rows in (1, 8, 64):

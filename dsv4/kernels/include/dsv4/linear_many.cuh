@@ -336,17 +336,17 @@ __global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_cons
                 }
             }
             if (SPLIT || pass.slice + 1 < task.slices) continue;
-            int row = tile * TILE_ROWS + lane / 4, first = live ? 2 * t : task.tokens;
-            asm volatile("" : "+r"(row), "+r"(first));  // or their addresses are made before the products, and spilled
             if constexpr (!SPLIT)
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
+#pragma unroll 1
+                for (int n = 0; n < NT; ++n) {  // the sums move up, so that this code is there once
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const int token = first + 8 * n + i % 2;
-                        if (token < task.tokens) put(part, row + i / 2 * 8, token, total[n][i]);
-                        total[n][i] = 0.0f;
+                        const int row = tile * TILE_ROWS + lane / 4 + i / 2 * 8, token = 8 * n + 2 * t + i % 2;
+                        if (live && token < task.tokens) put(part, row, token, total[0][i]);
+#pragma unroll
+                        for (int k = 0; k < NT; ++k) total[k][i] = k + 1 < NT ? total[k + 1][i] : 0.0f;
                     }
+                }
         }
         item = SPLIT ? item - items : warp / TOGETHER;
         if (ahead) {
