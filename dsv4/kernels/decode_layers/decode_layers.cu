@@ -30,10 +30,6 @@ using namespace dsv4::persistent;
 
 namespace {
 
-__device__ __forceinline__ const Phase& phase_at(int turn) {
-    return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn];
-}
-
 // Brings phase `number` of the program to place `turn`; it is there for all after a wait for copies and a barrier.
 __device__ __forceinline__ void fetch_phase(const Program& program, int number, int turn) {
     const int at = threadIdx.x * 16;
@@ -98,7 +94,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             if (kind == SEAM) seam_ahead(turn);
             if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
             if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
-            if (kind == EXPERTS) experts_ahead(turn);
+            if (kind == EXPERTS) experts_ahead(turn), wait_for_plan(turn);
             if (meets) meetings.wait_for_all();
             begin(program, turn);
             if (kind == SEAM) {

@@ -72,6 +72,11 @@ __device__ __forceinline__ Pair look_at_peer(const uint64_t* from) {
     return pair;
 }
 
+// Who sees the number with arrived() sees all that this thread's block has written before it met for the last time.
+__device__ __forceinline__ void publish(unsigned* number, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
+}
+
 // One block more has come, and what it has written is visible to those who see that; how many have.
 __device__ __forceinline__ void arrive(unsigned* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

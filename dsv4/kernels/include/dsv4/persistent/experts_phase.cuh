@@ -168,6 +168,15 @@ static __device__ __forceinline__ void experts_ahead(int turn) {
     rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
 }
 
+// The plan is there, which is all that the phase begins with: what else ROUTE leaves is read behind a meeting.
+static __device__ __forceinline__ void wait_for_plan(int turn) {
+    if (threadIdx.x == SPEAKER) {
+        const unsigned number = plan_number(phase_at(turn).number - 1);
+        while (exchange::arrived(&payload<Experts>(turn).plan->number) != number) {}
+    }
+    __syncthreads();
+}
+
 static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
     ExpertsWork& w = work<ExpertsWork>();
@@ -207,8 +216,8 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
         if (pass.down) {
             __syncthreads();  // nobody reads the rows any more, and all results are there
         } else {
-            if (thread < units.tiles * a.tokens * 16) added = Element(a, units, thread).bits(a);
             meetings.all();
+            if (thread < units.tiles * a.tokens * 16) added = Element(a, units, thread).bits(a);
         }
         if (pass.group == head.x) break;
         // Groups from this one on whose rows have room.

@@ -14,7 +14,8 @@ struct alignas(16) RoutePlan {
     int groups, most;    // most: pairs of a group
     int each, more;      // tiles of gate and up that every block has, and how many blocks have one more
     int fit, together;   // tiles whose sums can wait at once; groups of which all tiles of down can
-    int unused[2];
+    unsigned number;     // of the ROUTE that made it: see plan_number
+    int unused;
     uint32_t group[moe::FEW_PAIRS];  // expert, first place (from bit 16 on), pairs (from bit 22 on)
     float weight[moe::FEW_PAIRS];    // by place
     uint8_t token[moe::FEW_PAIRS];   // by place
@@ -75,6 +76,9 @@ struct ExpertsLayout {
         for (int down = 0; down < 2; ++down) fit[down] = (work_bytes - parked) / slots[down];
     }
 };
+
+// That which a plan has that the ROUTE of this number in this launch has made; an earlier one has another.
+__device__ __forceinline__ unsigned plan_number(int route) { return position().base + static_cast<unsigned>(route); }
 
 template <typename T>
 __device__ __forceinline__ T* work_at(int offset) {

@@ -17,7 +17,7 @@ struct Meetings {
     State* state;
 
     __device__ __forceinline__ explicit Meetings(State* state) : state(state) {
-        if (threadIdx.x == SPEAKER) position().all = state->before;
+        if (threadIdx.x == SPEAKER) position().all = position().base = state->before;
     }
     // This block is here; all blocks are. Every thread calls.
     __device__ __forceinline__ void come() const {

@@ -16,7 +16,7 @@ struct alignas(16) StreamState {
 
 // Where a block is. A register that lives through all phases would be kept in local memory, far away.
 struct alignas(16) Position {
-    unsigned all;              // arrivals that the last meeting waited for
+    unsigned all, base;        // arrivals that the last meeting waited for; those before this launch
     int turns[WARPS];          // by warp: the place of the phase at hand, 0 or 1
     uint32_t numbers[TOKENS];  // of the turn in which the phase at hand tells a row to the ranks
     uint32_t seams[TOKENS];    // of the turn of a row's sums in seams
@@ -42,6 +42,11 @@ __device__ __forceinline__ T& work() {
 }
 
 __device__ __forceinline__ Position& position() { return *reinterpret_cast<Position*>(memory() + POSITION_AT); }
+
+// The phase in place `turn` (0 or 1).
+__device__ __forceinline__ const Phase& phase_at(int turn) {
+    return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn];
+}
 
 // The warp's turn, read anew.
 __device__ __forceinline__ int current_turn() {

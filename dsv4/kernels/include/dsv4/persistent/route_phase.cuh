@@ -113,6 +113,7 @@ static __device__ __forceinline__ bool route_phase(int turn) {
         const moe::Share share = moe::plan_few(pairs, product.tokens, a.route.topk);
         write_plan(a, pairs, share.groups);
         __syncthreads();
+        if (threadIdx.x == 0) exchange::publish(&a.plan->number, plan_number(phase_at(turn).number));
     }
     if (product.cuts[blockIdx.x] == product.cuts[blockIdx.x + 1]) return false;
     activate(product, a);
@@ -162,7 +163,7 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE);
     if (a.activated + tokens * F * 2 > work_bytes) return cudaErrorInvalidValue;
     std::memcpy(reinterpret_cast<Linear*>(phase->payload)->parts + 1, &a, sizeof(a));
-    phase->kind = ROUTE;
+    phase->kind = ROUTE, phase->joined = NEXT;
     return cudaSuccess;
 }
 
