@@ -27,7 +27,7 @@ __device__ __forceinline__ const Part& part_of(const Parts& parts, int tile) {
 }
 
 // SPLIT: adds up the slices in their order. One thread per lane and n-tile of a tile.
-constexpr int SUM_THREADS = 256;
+constexpr int SUM_THREADS = 256, SUM_AHEAD = 16;  // loads in flight
 __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant__ Many task, int groups) {
     let_next_start();
     const int used = (task.tokens + 7) / 8, at = blockIdx.x * SUM_THREADS + threadIdx.x;
@@ -37,10 +37,14 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
     const float4* from = reinterpret_cast<const float4*>(task.partials);
     from += (static_cast<int64_t>(tile) * task.slices * groups + n) * 32 + lane;
     float sum[4] = {};
-#pragma unroll 8
-    for (int slice = 0; slice < task.slices; ++slice) {
-        const float4 v = __ldcg(from + slice * groups * 32);
-        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    for (int first = 0; first < task.slices; first += SUM_AHEAD) {
+        float4 v[SUM_AHEAD];
+#pragma unroll
+        for (int i = 0; i < SUM_AHEAD; ++i)
+            if (first + i < task.slices) v[i] = __ldcg(from + (first + i) * groups * 32);
+#pragma unroll
+        for (int i = 0; i < SUM_AHEAD; ++i)
+            if (first + i < task.slices) sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
     }
     const Part& part = part_of(task.parts, tile);
     const int row = (tile - part.first_tile) * TILE_ROWS + lane / 4;

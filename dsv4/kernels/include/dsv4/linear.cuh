@@ -1,4 +1,5 @@
-// Weights in tensor-core order (kernels/tiles.py) times up to 64 tokens: what a warp does with a slice of a tile.
+// Weights in tensor-core order (kernels/tiles.py) times tokens: parts and rings, and what a warp does with a slice of a
+// tile where tokens are few.
 //
 // A slice is 512 columns, eight blocks. Its products are added up by the tensor cores, block after block; the slices of
 // a row are then added up in their order, in float32. Who computes which slice does not enter: a result has the same
@@ -11,13 +12,6 @@
 #include <dsv4/w4.cuh>
 
 namespace dsv4::linear {
-
-// Blocks have 16 warps, and a warp multiplies one tile at a time. With 64 tokens what a warp reads of them would bound
-// it: there it takes two tiles at once, and blocks have 8 warps with twice the registers.
-template <int NT>
-struct Form {
-    static constexpr int TILES = NT == 8 ? 2 : 1, WARPS = 16 / TILES, THREADS = WARPS * 32;
-};
 
 constexpr int TILE_ROWS = 16, BLOCK_COLUMNS = 64, SLICE_BLOCKS = SLICE / BLOCK_COLUMNS;
 constexpr int CHUNK = 2304;  // bytes of a stage of a warp's ring: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
