@@ -1,8 +1,10 @@
-// The indexer's queries, eight heads of 128 channels by a warp: RoPE, then the Hadamard transform and the E2M1 rounding of
-// groups of 32 channels. Lane (g, t) = (lane / 4, lane % 4) brings channels 32 t .. 32 t + 31 of head g as pairs and has,
-// transformed, channels 16 g .. 16 g + 15 of heads 2 t and 2 t + 1.
+// The indexer's queries, eight or four heads of 128 channels by a warp: RoPE, then the Hadamard transform and the E2M1
+// rounding of groups of 32 channels. Lane (g, t) = (lane / 4, lane % 4) brings channels 32 t .. 32 t + 31 of head g as
+// pairs and has, transformed, channels 16 g .. 16 g + 15 of heads 2 t and 2 t + 1. Of four heads it brings those of head
+// g / 2 whose bit 3 is g % 2, and has channels 16 g .. 16 g + 15 of head t.
 // Four of the transform's seven steps, those of channel bits 4, 5, 6 and 0, are one product with the 16 x 16 matrix of
-// signs (m16n8k16: rows and slots carry these bits, low to high, columns the heads); bits 1 to 3 are butterflies.
+// signs (m16n8k16: rows and slots carry these bits, low to high, columns the heads, or the halves of four heads that bit 3
+// makes); bits 1 to 3 are butterflies.
 #pragma once
 #include <dsv4/fragments.cuh>
 #include <dsv4/mma.cuh>
@@ -14,21 +16,26 @@ namespace dsv4::index {
 constexpr int PAIRS = 16, WARP_HEADS = 8;
 
 // What a lane reads of its head.
+template <int HEADS>
 struct HeadShare {
+    static constexpr int PAIRS = 2 * HEADS, APART = WARP_HEADS / HEADS;  // its chunks, of four pairs, are so far apart
     uint32_t x[PAIRS];
     int first;  // rotation of the first pair; before rotation 0 nothing turns
+
+    static constexpr __device__ int pair(int i) { return i / 4 * 4 * APART + i % 4; }  // after the first
 };
 
-// chunk(c): the c-th 16 bytes of this lane's head. `dims`: the channels at the end that turn.
-template <typename Chunk>
-__device__ __forceinline__ HeadShare load_head(int dims, int t, Chunk chunk) {
-    HeadShare s;
+// chunk(c): the c-th 16 bytes of this lane's head. `dims`: the channels at the end that turn. `half`: g % 2, of four
+// heads.
+template <int HEADS = WARP_HEADS, typename Chunk>
+__device__ __forceinline__ HeadShare<HEADS> load_head(int dims, int t, Chunk chunk, int half = 0) {
+    HeadShare<HEADS> s;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint4 word = chunk(4 * t + i);
+    for (int i = 0; i < HEADS / 2; ++i) {
+        const uint4 word = chunk(4 * t + s.APART * i + half);
         s.x[4 * i] = word.x, s.x[4 * i + 1] = word.y, s.x[4 * i + 2] = word.z, s.x[4 * i + 3] = word.w;
     }
-    s.first = PAIRS * t - (64 - dims / 2);
+    s.first = 16 * t + 4 * half - (64 - dims / 2);
     return s;
 }
 
@@ -38,12 +45,15 @@ __device__ __forceinline__ void turn_pair(uint32_t& pair, float2 by) {
     pair = bf16x2(a, b);
 }
 
-// by(i): the rotation of pair i, if it turns.
-template <typename By>
-__device__ __forceinline__ void turn(HeadShare& s, By by) {
+// by(i): the rotation of pair i, anything if it does not turn.
+template <int HEADS, typename By>
+__device__ __forceinline__ void turn(HeadShare<HEADS>& s, By by) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i)
-        if (s.first + i >= 0) turn_pair(s.x[i], by(i));
+    for (int i = 0; i < s.PAIRS; ++i) {
+        uint32_t turned = s.x[i];
+        turn_pair(turned, by(i));
+        if (s.first + s.pair(i) >= 0) s.x[i] = turned;
+    }
 }
 
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t x, uint32_t y) {
@@ -81,18 +91,22 @@ __device__ __forceinline__ void round_group(uint32_t (&y)[8]) {
     }
 }
 
-// y[j]: channels 16 g .. 16 g + 15 of head 2 t + j.
-__device__ __forceinline__ void transform(uint32_t (&y)[2][8], const uint32_t (&x)[PAIRS], int lane) {
+// y[j]: channels 16 g .. 16 g + 15 of head 2 t + j, or of head t.
+template <int HEADS>
+__device__ __forceinline__ void transform(uint32_t (&y)[HEADS / 4][8], const uint32_t (&x)[2 * HEADS], int lane) {
+    constexpr int MINE = HEADS / 4;
     const int g = lane / 4, t = lane % 4;
     const uint32_t even = __popc(g & 2 * t) & 1, odd = even ^ (g & 1);
     const uint32_t signs = (0x3F80u | even << 15) | (0x3F80u | odd << 15) << 16;
     const uint32_t matrix[4] = {signs, signs, signs, signs ^ 0x80008000u};
-    float v[8][4];
+    float v[8][2 * MINE];  // by the butterflies' bits; j, then the row
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
+    for (int m = 0; m < HEADS; ++m) {
+        float product[4] = {};
+        const uint32_t low = x[m], high = x[m + HEADS];
+        mma_bf16(product, matrix, __byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[r][i] = 0.0f;
-        mma_bf16(v[r], matrix, __byte_perm(x[r], x[r + 8], 0x5410), __byte_perm(x[r], x[r + 8], 0x7632));
+        for (int i = 0; i < 4; ++i) v[MINE == 2 ? m : m + i % 2 * 4][MINE == 2 ? i : i / 2] = product[i];
     }
 #pragma unroll
     for (int step = 1; step < 8; step *= 2)
@@ -100,36 +114,38 @@ __device__ __forceinline__ void transform(uint32_t (&y)[2][8], const uint32_t (&
         for (int r = 0; r < 8; ++r)
             if ((r & step) == 0)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < 2 * MINE; ++i) {
                     const float sum = v[r][i] + v[r + step][i];
                     v[r + step][i] = v[r][i] - v[r + step][i];
                     v[r][i] = sum;
                 }
     constexpr float NORM = 0.08838834764831845f;  // 128^-0.5
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < MINE; ++j) {
 #pragma unroll
-        for (int r = 0; r < 8; ++r) y[j][r] = bf16x2(__fmul_rn(v[r][j], NORM), __fmul_rn(v[r][2 + j], NORM));
+        for (int r = 0; r < 8; ++r) y[j][r] = bf16x2(__fmul_rn(v[r][j], NORM), __fmul_rn(v[r][MINE + j], NORM));
         round_group(y[j]);
     }
 }
 
-// The heads, turned, treated, as chunks of eight channels: put(head of the eight, chunk of its sixteen, the chunk).
-template <typename Put>
-__device__ __forceinline__ void treat_heads(HeadShare& s, bool quantize, int lane, Put put) {
+// The heads, turned, treated, as chunks of eight channels: put(head of the warp's, chunk of its sixteen, the chunk).
+template <int HEADS, typename Put>
+__device__ __forceinline__ void treat_heads(HeadShare<HEADS>& s, bool quantize, int lane, Put put) {
     const int g = lane / 4, t = lane % 4;
     if (quantize) {
-        uint32_t y[2][8];
-        transform(y, s.x, lane);
+        uint32_t y[HEADS / 4][8];
+        transform<HEADS>(y, s.x, lane);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
+        for (int j = 0; j < HEADS / 4; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-                put(2 * t + j, 2 * g + c, make_uint4(y[j][4 * c], y[j][4 * c + 1], y[j][4 * c + 2], y[j][4 * c + 3]));
+                put(HEADS / 4 * t + j, 2 * g + c,
+                    make_uint4(y[j][4 * c], y[j][4 * c + 1], y[j][4 * c + 2], y[j][4 * c + 3]));
     } else {
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-            put(g, 4 * t + c, make_uint4(s.x[4 * c], s.x[4 * c + 1], s.x[4 * c + 2], s.x[4 * c + 3]));
+        for (int c = 0; c < HEADS / 2; ++c)
+            put(g / s.APART, 4 * t + s.APART * c + g % s.APART,
+                make_uint4(s.x[4 * c], s.x[4 * c + 1], s.x[4 * c + 2], s.x[4 * c + 3]));
     }
 }
 

@@ -83,15 +83,14 @@ __device__ __forceinline__ bf16 weight_of(const Arguments& a, uint32_t bits) {
 // BF16 bits to a key that sorts like the value: -0 as 0, NaN above all; never 0.
 __device__ __forceinline__ uint32_t sortable(float score) {
     const uint32_t bits = from_float<bf16>(score).bits;
-    if ((bits & 0x7FFF) > 0x7F80) return 0xFFFF;
-    if (bits == 0x8000) return 0x8000;
-    return bits & 0x8000 ? ~bits & 0xFFFF : bits | 0x8000;
+    const uint32_t key = bits == 0x8000 ? 0x8000 : bits ^ (bits >> 15 ? 0xFFFF : 0x8000);
+    return (bits & 0x7FFF) > 0x7F80 ? 0xFFFF : key;
 }
 
 // Where chunk c (of 16 bytes) of a head's row lies. Lane (g, t) reads chunks 4 t .. 4 t + 3 of row g and writes, treated,
-// chunks 2 g and 2 g + 1 of rows 2 t and 2 t + 1: lanes that are served together meet different banks in both. Rows that
-// lie 8 apart have their chunks in the same places. Of four neighbours, from a multiple of four on, chunk c + i is at
-// chunk_at(row, c) ^ 16 i.
+// chunks 2 g and 2 g + 1 of rows 2 t and 2 t + 1 where a warp treats eight heads: lanes that are served together meet
+// different banks in both. Rows that lie 8 apart have their chunks in the same places. Of four neighbours, from a
+// multiple of four on, chunk c + i is at chunk_at(row, c) ^ 16 i.
 __device__ __forceinline__ int chunk_at(int row, int c) {
     return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
 }
@@ -142,11 +141,12 @@ __device__ __forceinline__ void add_heads(float (&sum)[NT][2]) {
         }
 }
 
-template <int MT>
+template <int MT, int WARPS = 8>
 struct Heads {
+    static constexpr int EACH = 64 / WARPS, APART = HeadShare<EACH>::APART;  // EACH: heads that a warp treats
     alignas(16) uint8_t heads[MT * 16 * ROW_BYTES];
+    alignas(16) float2 turns[MT * 16 / EACH][WIDTH / 2];  // of each warp that treats heads, by pair
     bf16 weights[MT * 16];
-    float2 turns[MT * 2][WIDTH / 2];  // of each warp that treats heads
 };
 
 // What a warp scores of a decode row. Sixteens of entries go to the blocks in turn, and in each block to its warps.
@@ -156,28 +156,29 @@ struct Tiles {
 };
 
 // Heads that are not there.
-template <int MT>
-__device__ __forceinline__ void clear_heads(const Arguments& a, Heads<MT>& s) {
+template <int MT, int WARPS>
+__device__ __forceinline__ void clear_heads(const Arguments& a, Heads<MT, WARPS>& s) {
     for (int i = a.heads * ROW_BYTES + 16 * threadIdx.x; i < MT * 16 * ROW_BYTES; i += 16 * blockDim.x)
         *reinterpret_cast<uint4*>(s.heads + i) = make_uint4(0, 0, 0, 0);
 }
 
-// By each warp that treats heads: its rotations, and its heads as they come, are on their way.
-template <int MT>
-__device__ __forceinline__ void start_turns(const Arguments& a, Heads<MT>& s, int64_t row) {
+// By each warp that treats heads: its rotations are on their way, and its heads as they come.
+template <int MT, int WARPS>
+__device__ __forceinline__ void start_turns(const Arguments& a, Heads<MT, WARPS>& s, int64_t row) {
     const int warp = threadIdx.x / 32;
-    if (warp * WARP_HEADS >= a.heads) return;
+    if (warp * s.EACH >= a.heads) return;
+    float2* to = s.turns[warp] + (WIDTH - a.dims) / 2;
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < a.dims / 2; i += 32) copy_async8(&s.turns[warp][i], a.cis + row * a.cis_stride + i);
+    for (int i = threadIdx.x % 32; i < a.dims / 2; i += 32) copy_async8(to + i, a.cis + row * a.cis_stride + i);
 }
-template <int MT>
-__device__ __forceinline__ void start_heads(const Arguments& a, Heads<MT>& s, int64_t row) {
+template <int MT, int WARPS>
+__device__ __forceinline__ void start_heads(const Arguments& a, Heads<MT, WARPS>& s, int64_t row) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (warp * WARP_HEADS >= a.heads) return;
-    const uint8_t* from = a.q + (row * a.heads + warp * WARP_HEADS + g) * ROW_BYTES + 64 * t;
-    const int at = chunk_at(warp * WARP_HEADS + g, 4 * t);
+    if (warp * s.EACH >= a.heads) return;
+    const int head = warp * s.EACH + g / s.APART, half = g % s.APART, at = chunk_at(head, 4 * t) ^ 16 * half;
+    const uint8_t* from = a.q + (row * a.heads + head) * ROW_BYTES + 64 * t + 16 * half;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) copy_async16(s.heads + (at ^ 16 * i), from + 16 * i);
+    for (int i = 0; i < 4; i += s.APART) copy_async16(s.heads + (at ^ 16 * i), from + 16 * i);
 }
 
 // Block `rank` of a.blocks has a part of the row; of its WARPS warps this one is the `place`-th to get entries.
@@ -208,14 +209,11 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Tiles& tiles,
 // The block's part of a row whose rotations and heads have been started and that does not take all it sees.
 // put(at, four): in every lane of a column, the keys of entries 4 at .. 4 at + 3, 0 for those that are not there.
 template <int MT, int WARPS, typename Put>
-__device__ __forceinline__ void score_row(const Arguments& a, Heads<MT>& s, int64_t row, int rank, int place,
+__device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& s, int64_t row, int rank, int place,
                                           const Tiles& tiles, Put put) {
     const int n = tiles.n;
     if (rank * ENTRIES >= n) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const auto place_of = [&](int head, int chunk) {  // of the warp's heads
-        return reinterpret_cast<uint4*>(s.heads + chunk_at(warp * WARP_HEADS + head, chunk));
-    };
     const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
     const int first = place * a.blocks + rank, stride = WARPS * a.blocks;
     const int64_t* pages = pages_of(a, row);
@@ -227,29 +225,30 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT>& s, int6
     };
     PackedShare keys[2];
     const auto fetch = [&](int i) {
+        keys[0] = keys[1] = NO_KEY;
+        if (!a.packed || page < 0) return;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) keys[m] = a.packed && page >= 0 ? fetch_packed(key_at(i, m, PACKED_BYTES), t) : NO_KEY;
+        for (int m = 0; m < 2; ++m) keys[m] = fetch_packed(key_at(i, m, PACKED_BYTES), t);
     };
     fetch(first);
-    if (warp * WARP_HEADS < a.heads) {
+    if (warp * s.EACH < a.heads) {
         copies_wait();
         __syncwarp();
-#pragma unroll 1
-        for (int i = lane; i < a.dims / 2; i += 32) {
-            const int pair = (WIDTH - a.dims) / 2 + i;
-            const float2 by = s.turns[warp][i];
-#pragma unroll 4
-            for (int head = 0; head < WARP_HEADS; ++head)
-                turn_pair(reinterpret_cast<uint32_t*>(place_of(head, pair / 4))[pair % 4], by);
+        const int half = g % s.APART, own = chunk_at(warp * s.EACH + g / s.APART, 4 * t);
+        HeadShare<s.EACH> share = load_head<s.EACH>(
+            a.dims, t, [&](int chunk) { return *reinterpret_cast<const uint4*>(s.heads + (own ^ 16 * (chunk % 4))); },
+            half);
+        float2 by[share.PAIRS];
+        const float2* turns = s.turns[warp] + 16 * t + 4 * half;
+#pragma unroll
+        for (int i = 0; i < share.PAIRS; i += 2) {
+            const float4 two = *reinterpret_cast<const float4*>(turns + share.pair(i));
+            by[i] = make_float2(two.x, two.y), by[i + 1] = make_float2(two.z, two.w);
         }
-        __syncwarp();
-        const int own = chunk_at(warp * WARP_HEADS + g, 4 * t);
-        HeadShare share = load_head(a.dims, t, [&](int chunk) {
-            return *reinterpret_cast<const uint4*>(s.heads + (own ^ 16 * (chunk % 4)));
-        });
         __syncwarp();  // treated heads go where they came
+        turn(share, [&](int i) { return by[i]; });
         treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
-            *place_of(head, chunk) = channels;
+            *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * s.EACH + head, chunk)) = channels;
         });
     }
     if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
@@ -258,13 +257,17 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT>& s, int6
 #pragma unroll 1
     for (int i = first;; i += stride) {
         const bool there = i * ENTRIES < n;
-        if (there) {
+        if (there && (a.packed || page < 0)) {
+#pragma unroll 1
+            for (int m = 0; m < 2; ++m) {  // through the second: the code is there once
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
-                if (a.packed || page < 0)
-                    unpack(b[m], keys[m]);
-                else
-                    load_plain(b[m], key_at(i, m, PLAIN_BYTES), t);
+                for (int k = 0; k < 16; ++k) b[0][k] = b[1][k];
+                unpack(b[1], keys[0]);
+                keys[0] = keys[1];
+            }
+        } else if (there) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) load_plain(b[m], key_at(i, m, PLAIN_BYTES), t);
         }
         if (i == first) __syncthreads();  // all heads are treated
         if (!there) return;

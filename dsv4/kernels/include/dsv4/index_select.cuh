@@ -23,7 +23,8 @@ __device__ __forceinline__ void clear(Selection<THREADS>& s) {
 // The smallest power of two above x >= 0. A function of its own: templates may not name what only the GPU has.
 __device__ __forceinline__ int power_above(int x) { return 1 << (32 - __clz(x)); }
 
-// The keys of a thread, by fours, 0 for an entry that is not there, and whether it is one of those that write theirs.
+// The keys of a thread, by fours, 0 (less than all keys) for an entry that is not there, and whether it is one of those
+// that write theirs.
 template <int THREADS>
 struct Share {
     static constexpr int MOST = TOGETHER / 4 / THREADS;
@@ -40,7 +41,7 @@ struct Share {
         page = writes ? pages[4 * first / PAGE] : 0;
         count = min(each, (n + 3) / 4 - first);
     }
-    // see(key, entry) of every key that is there. `begin`: 0, and they come in order; the lane, and those that are
+    // see(key, entry) of every key. `begin`: 0, and they come in order; the lane, and those that are
     // served together meet different banks.
     template <typename See>
     __device__ __forceinline__ void visit(int begin, See see) const {
@@ -50,8 +51,7 @@ struct Share {
             if (at >= count) continue;
             const uint64_t four = fours[at];
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
-                if (const uint32_t key = four >> 16 * k & 0xFFFF) see(key, 4 * (first + at) + k);
+            for (int k = 0; k < 4; ++k) see(static_cast<uint32_t>(four >> 16 * k & 0xFFFF), 4u * (first + at) + k);
         }
     }
 };
@@ -77,27 +77,26 @@ __device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share
     for (int digit = 1; digit >= 0; --digit) {
         const int shift = digit * DIGIT_BITS;
         uint32_t* bins = s.bins + digit * BINS;
-        share.visit(lane, [&](uint32_t key, int) {
+        share.visit(lane, [&](uint32_t key, uint32_t) {
             if (key >> shift >> DIGIT_BITS == edge) atomicAdd(&bins[key >> shift & (BINS - 1)], 1u);
         });
         __syncthreads();
         uint32_t bin = BINS - 1 - EACH * lane;  // a lane's bins go down from here; every warp finds the same
         const uint4* own = reinterpret_cast<const uint4*>(bins) + bin / 4;
         const uint4 upper = own[0], lower = own[-1];
-        const uint32_t counts[EACH] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-        uint32_t all = 0;
+        uint32_t sums[EACH] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) all += counts[i];
-        uint32_t sum = sum_up_to(all), above = sum - all;
+        for (int i = 1; i < EACH; ++i) sums[i] += sums[i - 1];
+        const uint32_t all = sums[EACH - 1], sum = sum_up_to(all);
         const int found = __ffs(__ballot_sync(0xffffffffu, sum >= left)) - 1;
-        sum = above;
+        const uint32_t wanted = left - (sum - all);  // of the bins of lane `found`; other lanes' values are not used
+        uint32_t above = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            sum += counts[i];
-            if (sum < left) above = sum, --bin;
-        }
-        edge = edge << DIGIT_BITS | __shfl_sync(0xffffffffu, bin, found);
-        left -= __shfl_sync(0xffffffffu, above, found);
+        for (int i = 0; i < EACH; ++i)
+            if (sums[i] < wanted) above = sums[i], --bin;
+        const uint32_t both = __shfl_sync(0xffffffffu, bin << 16 | ((wanted - above) & 0xFFFF), found);
+        edge = edge << DIGIT_BITS | both >> 16;
+        left = both & 0xFFFF;
     }
     equals = left;
     return edge;
@@ -108,16 +107,15 @@ template <int THREADS>
 __device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
     uint32_t equals, count = 0;  // count: above the edge | equal to it << 16
     const uint32_t edge = threshold(s, share, topk, equals);
-    share.visit(threadIdx.x % 32, [&](uint32_t key, int) { count += key > edge ? 1u : key == edge ? 0x10000u : 0u; });
+    share.visit(threadIdx.x % 32,
+                [&](uint32_t key, uint32_t) { count += key > edge ? 1u : key == edge ? 0x10000u : 0u; });
     const uint32_t before = sum_before(count, s.warps);
     if (!share.writes) return;
     uint32_t higher = before & 0xFFFF, same = before >> 16;
-    share.visit(0, [&](uint32_t key, int entry) {
-        const int64_t row = share.page * PAGE + entry % PAGE;
-        if (key > edge)
-            out[higher++ + min(same, equals)] = row;
-        else if (key == edge && same++ < equals)
-            out[higher + same - 1] = row;
+    share.visit(0, [&](uint32_t key, uint32_t entry) {
+        if (key > edge || (key == edge && same < equals))
+            out[higher + min(same, equals)] = share.page * PAGE + entry % PAGE;
+        higher += key > edge, same += key == edge;
     });
 }
 

@@ -22,7 +22,7 @@ struct Index {
 };
 
 struct IndexWork {
-    index::Heads<4> heads;
+    index::Heads<4, WARPS> heads;
     index::Selection<THREADS> selection;
     uint64_t fours[index::TOGETHER / 4];
     index::Tiles tiles[WARPS];
@@ -39,9 +39,6 @@ static __device__ __forceinline__ int index_row(const Index& phase) {
     return group < groups && row < phase.of.rows ? row : -1;
 }
 
-// Warps that have no heads to treat are the first to get entries.
-static __device__ __forceinline__ int index_place() { return threadIdx.x / 32 ^ WARPS / 2; }
-
 // After come() behind the phase in front, of kind `before`: all that does not need it. Entries that it completes are not
 // read here.
 static __device__ __forceinline__ void index_ahead(int turn, int before) {
@@ -53,12 +50,12 @@ static __device__ __forceinline__ void index_ahead(int turn, int before) {
     IndexWork& s = work<IndexWork>();
     const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&phase.words[row].turns[rank]) : 0;
     index::start_turns(a, s.heads, row);
-    const index::Tiles tiles = index::find_tiles<WARPS>(a, row, rank, index_place());
+    const index::Tiles tiles = index::find_tiles<WARPS>(a, row, rank, warp);
     index::clear_heads(a, s.heads);
     index::clear(s.selection);
     if (lane == 0) s.tiles[warp] = tiles;
     if (threadIdx.x == 0) s.turn = turns + 1;
-    index::prefetch(a, tiles, index_place() * GROUP + rank);
+    index::prefetch(a, tiles, warp * GROUP + rank);
 }
 
 // This thread's keys, once they have been told.
@@ -85,10 +82,10 @@ static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& sh
 static __device__ __forceinline__ void index_phase(int turn) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
-    const int row = index_row(phase), rank = blockIdx.x % GROUP, lane = threadIdx.x % 32;
+    const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row < 0) return;
     IndexWork& s = work<IndexWork>();
-    const index::Tiles tiles = s.tiles[threadIdx.x / 32];
+    const index::Tiles tiles = s.tiles[warp];
     if (tiles.n == 0) {
         index::take_all(a, row, rank * THREADS + threadIdx.x, GROUP * THREADS);
         return;
@@ -96,7 +93,7 @@ static __device__ __forceinline__ void index_phase(int turn) {
     index::start_heads(a, s.heads, row);
     IndexWords& words = phase.words[row];
     const uint32_t number = s.turn;
-    index::score_row<4, WARPS>(a, s.heads, row, rank, index_place(), tiles, [&](int at, uint64_t four) {
+    index::score_row<4, WARPS>(a, s.heads, row, rank, warp, tiles, [&](int at, uint64_t four) {
         const float values[exchange::PER_WORD] = {__uint_as_float(static_cast<uint32_t>(four)),
                                                   __uint_as_float(static_cast<uint32_t>(four >> 32)), 0.0f};
         if (lane < 4) exchange::tell(&words.fours[at], values, number);
