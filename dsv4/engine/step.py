@@ -17,7 +17,7 @@ from dsv4.layers.persistent import Persistent
 from dsv4.model import Model
 
 _STAGES = 8  # staging buffers in turn: a copy from one has long been made when its turn comes again
-_FASTER_AT_ONCE = 4  # rows up to which all layers in one launch are faster than op by op (docs/measured.md)
+_FASTER_AT_ONCE = 8  # rows up to which all layers in one launch are faster than op by op (docs/measured.md)
 _LINES = 4  # steps whose tokens the host may still read
 
 
