@@ -27,8 +27,8 @@ class Unfit(KernelError):
 
 @dataclass(frozen=True)
 class Tables:
-    """On the GPU: phases [count * PHASE_BYTES] u8, what warps read, where blocks meet, and the words in which they add up
-    in seams. `held`: what phases point to.
+    """On the GPU: phases [count * PHASE_BYTES] u8, what warps read, where blocks meet, and the words with which
+    they add up in seams. `held`: what phases point to.
     """
 
     phases: Tensor
