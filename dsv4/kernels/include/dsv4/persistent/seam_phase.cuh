@@ -1,10 +1,8 @@
 // mhc_seam of a few rows as a phase: what mhc.cuh says, with a slice of 64 columns of some of the tokens to a block.
 //
-// Two parts of it are done while blocks wait for each other: before the phase parameters and the numbers of the turn are
-// asked for (seam_ahead), after it come post and comb (seam_rest), which no one needs before the next seam.
-//
-// A block runs through this once, so that it waits for its code more than for anything else. Warps without work go
-// through a step's code before the others, while these wait for what the step needs.
+// The phase in front tells its result column by column, so blocks do not meet before this one. Its parameters are asked for
+// at the end of that phase (seam_ahead); post and comb, which no one needs before the next seam, are made while blocks
+// wait for each other behind it (seam_rest), by a block that has nothing else to do if there is one.
 #pragma once
 #include <dsv4/bulk.cuh>
 #include <dsv4/mhc.cuh>
