@@ -13,7 +13,7 @@ from dsv4.bench.waterfall import Bar, bars, layers_of, table
 from dsv4.bench.waterfall_plot import DARK, LIGHT, svg
 from dsv4.errors import KernelError
 
-LINEAR, SUM = "void (anonymous namespace)::linear_kernel<1, 2, 2>(Task)", "(anonymous namespace)::sum_kernel(Task, int)"
+LINEAR, SUM = "void dsv4::linear::linear_many<2, true>(Many)", "(anonymous namespace)::sum_kernel(Many, int)"
 REDUCE = "void (anonymous namespace)::one_shot_all_reduce_kernel<float, 16, 2>(float**)"
 CAST = "void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda(TensorIterator&)::{x}>"
 # A layer as it runs on one of two GPUs: (kernel, start, end), of which the third ends inside the second.

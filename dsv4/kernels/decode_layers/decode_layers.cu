@@ -114,9 +114,10 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         turn = current_turn();
         note_time(program, turn, 1);
         wait_for_copies();
+        const bool last = phase_at(turn).number + 1 == program.count;
         if (phase_at(turn).joined & NEXT) __syncthreads();
         else meetings.come();
-        if (phase_at(turn).number + 1 == program.count) break;
+        if (last) break;  // others may have begun, and the next phase but one comes to this one's place
         set_turn(turn ^ 1);
     }
     meetings.wait_for_all();
