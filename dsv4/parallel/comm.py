@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -57,11 +57,8 @@ class Comm(ABC):
         """
         parts = x.new_empty(self.size, x.numel() // self.size)
         dist.all_to_all_single(parts, x.view(parts.shape))
-        total, *others = parts
-        for other in others:
-            total += other
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        dist.all_gather(list(out.view(parts.shape)), total.to(dtype))
+        dist.all_gather(list(out.view(parts.shape)), added(parts).to(dtype))
         return out
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -98,14 +95,19 @@ class Comm(ABC):
         return x
 
 
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """Their sum in their order, in the memory of the first."""
+    total, *others = parts
+    for other in others:
+        total += other
+    return total
+
+
 class CpuComm(Comm):
     """Over gloo."""
 
     def add(self, x: Tensor) -> Tensor:
-        total, *others = self._everyones(x)
-        for other in others:
-            total += other
-        return total
+        return added(self._everyones(x))
 
     def gather(self, x: Tensor, out: Tensor) -> None:
         torch.cat(self._everyones(x), dim=1, out=out)

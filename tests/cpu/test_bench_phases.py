@@ -209,6 +209,7 @@ def test_the_waterfall_of_one_launch_shows_its_phases(
     monkeypatch.setattr(command, "make_timer", OneLaunch)
     monkeypatch.setattr(command, "decode_step", lambda *, chain: captured)
     monkeypatch.setattr("dsv4.bench.decode.Clock", FakeClock)
+    monkeypatch.setattr("sys.argv", ["dsv4", "bench"])  # the output names the command
     common = ("random:tiny", "--device", "cpu", "--results", tmp_path, "--repeats", 20)
     done = Program(capsys)("bench", "decode", *common, "--context", 40, "--waterfall")
     assert done.code == 0, done.err

@@ -53,7 +53,6 @@ class Room:
     mid: Tensor  # of experts
     plan: Tensor  # of their pairs
     shared: Tensor  # what the shared expert makes
-    alone: Peers  # where one rank tells itself what a seam hears
     state_bytes: int
     work_bytes: int  # at least
     fixed_bytes: int  # of a block's shared memory, before the work area
@@ -69,9 +68,7 @@ class Room:
         mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
         plan = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
         shared = torch.zeros(rows, width, dtype=torch.float32, device=device)
-        inbox = torch.zeros(inbox_words(1), dtype=torch.int64, device=device)
-        alone = Peers.of(0, [inbox.data_ptr()], device, lambda y: y)
-        return Room(grid, words, index, attention, mid, plan, shared, alone, sizes[3], sizes[4], sizes[5], [inbox])
+        return Room(grid, words, index, attention, mid, plan, shared, sizes[3], sizes[4], sizes[5])
 
 
 @dataclass(frozen=True)
@@ -190,14 +187,21 @@ def experts(phase: Experts, room: Room, work_bytes: int, told: Peers | None = No
     return _filled(_EXPERTS, x.device, *given, *weights, *sizes, *_ranks(told), room.grid, work_bytes)
 
 
-def whom(phase: Phase, then: Phase | None, room: Room) -> Peers | None:
+def whom(phase: Phase, then: Phase | None) -> Peers | None:
     """The ranks that a phase tells what it makes, where a seam behind it needs that: blocks do not meet in between."""
     if not isinstance(then, Seam):
         return None
     made = phase.out if isinstance(phase, Experts) else phase.products[0].out[0] if isinstance(phase, Linear) else None
     if made is None or made.data_ptr() != then.args[0].data_ptr():
         return None
-    return then.named.get("peers") or room.alone
+    return then.named.get("peers") or _alone(then.args[0].device)[0]
+
+
+@functools.cache
+def _alone(device: torch.device) -> tuple[Peers, Tensor]:
+    """Where one rank tells itself what a seam hears, for all programs of a device, which follow one another."""
+    inbox = torch.zeros(inbox_words(1), dtype=torch.int64, device=device)
+    return Peers.of(0, [inbox.data_ptr()], device, lambda y: y), inbox
 
 
 def seam(phase: Seam, room: Room, told: Peers | None) -> bytes:

@@ -89,7 +89,7 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     room = Room.on(device, grid, rows, h.shape[2], next(phase for phase in phases if isinstance(phase, Experts)))
     shared -= room.fixed_bytes
     phases, beside = describe.overlapped(phases)
-    told = [describe.whom(phase, then, room) for phase, then in zip_longest(phases, phases[1:])]
+    told = [describe.whom(phase, then) for phase, then in zip_longest(phases, phases[1:])]
     products = {
         i: joined(phase, grid, beside.get(i), told[i]) for i, phase in enumerate(phases) if isinstance(phase, Linear)
     }

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv4.errors import KernelError
+from dsv4.kernels.tiles import BF16_BYTES, FP8_BYTES, NVFP4_BYTES
 
 WARPS, SLICE_BLOCKS = 16, 8  # constants of include/dsv4/persistent/program.cuh and linear.cuh
-PLAIN = 2048  # bytes of a BF16 block: their inputs are staged as they are, those of narrower formats scaled
-_CHUNKS = {576: 2304, 1024: 2048, 2048: 2048}  # bytes of a block -> of the pieces in which a warp reads them
+# Bytes of a block -> of the pieces in which a warp reads them.
+_CHUNKS = {NVFP4_BYTES: 4 * NVFP4_BYTES, FP8_BYTES: 2 * FP8_BYTES, BF16_BYTES: BF16_BYTES}
 HALF = 8  # segments that a warp loads at a time (memory.cuh): lists begin at multiples of it, and it loads two ahead
 _SEGMENT = np.dtype([("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])  # Segment in program.cuh
 
@@ -37,12 +38,12 @@ class Spread:
 def spread(parts: tuple[tuple[int, int, int], ...], grid: int) -> Spread:
     """parts: (tiles, bytes of a block, number of the input) of each; all have the same K.
 
-    A block's tiles have one input, staged in one way. The busiest block gets as few bytes as that allows, and then the
-    busiest of each input.
+    A block's tiles have one input, staged in one way: as it is for BF16, scaled for narrower formats. The busiest block
+    gets as few bytes as that allows, and then the busiest of each input.
     """
 
     def kind(place: int) -> tuple[int, bool]:
-        return parts[place][2], parts[place][1] == PLAIN
+        return parts[place][2], parts[place][1] == BF16_BYTES
 
     order = sorted(range(len(parts)), key=kind)
     groups: dict[tuple[int, bool], list[int]] = {}  # bytes of every tile

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from dsv4.errors import KernelError
+from dsv4.kernels.tiles import NVFP4_BYTES
 
 OWN, MEET, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
@@ -20,7 +21,6 @@ TOKENS = 64  #: at most, in one launch
 _MAX_STAGES = 5  # of the rings
 _REQUESTS_BYTES = 48  # of each warp (ManyRequests in linear_many.cuh)
 _ALIGNMENT = 1 << 10
-NVFP4_BLOCK = 576
 _ROUND, _ROUND_TOKEN = 16 << 10, 1 << 10  #: bytes that a block reads while a warp multiplies another item
 
 
@@ -111,7 +111,7 @@ def _by_slices(parts: tuple[tuple[int, int], ...], blocks: int, processors: int,
     widths = [min(SLICE_BLOCKS, blocks - first) for first in range(0, blocks, SLICE_BLOCKS)]
     found: list[tuple[int, list[int]]] = []
     for height in (TOGETHER, 2, 1):  # tiles of NVFP4 that stay together
-        steps = [height if block == NVFP4_BLOCK else 1 for _, block in parts]
+        steps = [height if block == NVFP4_BYTES else 1 for _, block in parts]
         items = [
             (min(step, count - first), block)
             for step, (count, block) in zip(steps, parts, strict=True)

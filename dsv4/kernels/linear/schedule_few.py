@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from dsv4.errors import KernelError
-from dsv4.kernels.linear.schedule import CHUNK, MEET, NVFP4_BLOCK, OWN, SLICE_BLOCKS, SLICE_BYTES, WARPS, Plan, by_tiles
+from dsv4.kernels.linear.schedule import CHUNK, MEET, OWN, SLICE_BLOCKS, SLICE_BYTES, WARPS, Plan, by_tiles
+from dsv4.kernels.tiles import NVFP4_BYTES
 
 FEW_TOKENS = 8  # constant of include/dsv4/linear_few.cuh
 CLUSTERS = (1, 2, 4, 8)  #: blocks of a cluster
@@ -33,7 +34,7 @@ def plan_few(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, proce
     """
     slices = -(-blocks // SLICE_BLOCKS)
     tiles = sum(count for count, _ in parts)
-    mixed = any(block != NVFP4_BLOCK for _, block in parts)
+    mixed = any(block != NVFP4_BYTES for _, block in parts)
     if tiles >= 2 * (WARPS - 2) * processors:
         whole = by_tiles(parts, blocks, processors)
         found = _fitted(OWN, whole, slices, tokens, 1, (2,), {2: _MOST_STAGES}, shared_limit)
@@ -46,7 +47,7 @@ def plan_few(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, proce
             most = max(b - a for a, b in pairwise(cuts))
             rounds = {height: -(-(-(-most // height) * window) // WARPS) for height in (1, 2)}
             heights: tuple[int, ...] = (2, 1) if rounds[2] * _PAIR < rounds[1] else (1, 2)
-            chunks = {height: rounds[height] * SLICE_BLOCKS * NVFP4_BLOCK // CHUNK for height in heights}
+            chunks = {height: rounds[height] * SLICE_BLOCKS * NVFP4_BYTES // CHUNK for height in heights}
             if mixed:
                 heights, chunks = (1,), {1: _MOST_STAGES}  # a slice of BF16 is many chunks
             found = _fitted(MEET, cuts, window, tokens, ranks, heights, chunks, shared_limit, roomy)

@@ -9,6 +9,16 @@ namespace dsv4 {
 
 constexpr int SLICE = 512;  // columns scaled together: 16 a lane
 
+// Columns of a row as pairs, one by one; zeros from `left` columns on.
+template <int PAIRS>
+__device__ __forceinline__ void load_narrow(uint32_t (&pairs)[PAIRS], const bf16* p, int left) {
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+        const uint32_t low = 2 * i < left ? p[2 * i].bits : 0, high = 2 * i + 1 < left ? p[2 * i + 1].bits : 0;
+        pairs[i] = low | high << 16;
+    }
+}
+
 // 16 columns of a row, aligned to 16 bytes, as eight pairs; zeros if they do not exist.
 __device__ __forceinline__ void load_columns(uint32_t (&pairs)[8], const bf16* p, bool exist) {
     uint4 x = {}, y = {};
@@ -19,15 +29,8 @@ __device__ __forceinline__ void load_columns(uint32_t (&pairs)[8], const bf16* p
 
 // The same with zeros from `left` columns on. wide: p is aligned to 16 bytes and rows are whole.
 __device__ __forceinline__ void load_columns(uint32_t (&pairs)[8], const bf16* p, int left, bool wide) {
-    if (wide && left >= 16) {
-        load_columns(pairs, p, true);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const uint32_t low = 2 * i < left ? p[2 * i].bits : 0, high = 2 * i + 1 < left ? p[2 * i + 1].bits : 0;
-            pairs[i] = low | high << 16;
-        }
-    }
+    if (wide && left >= 16) load_columns(pairs, p, true);
+    else load_narrow(pairs, p, left);
 }
 
 // The slice that the 32 lanes of a warp hold, from BF16 to scaled FP16 in place. Returns what undoes the scaling.

@@ -75,19 +75,12 @@ __device__ __forceinline__ void put(const Part& part, int row, int token, float 
     else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
 }
 
-// Where a lane's columns of the staged window lie: token 8 n + g. Of a single n-tile only the tokens there are take
-// space, and the others read the last one; beyond that rows are staged by eights, and what lies in the surplus ones
-// reaches only sums that nobody takes.
-template <int NT>
-struct Rows {
-    int first, step;
-
-    __device__ __forceinline__ Rows(int tokens, int stride) : step(8 * stride) {
-        const int lane = threadIdx.x % 32, token = lane / 4;
-        first = (NT == 1 ? min(token, tokens - 1) : token) * stride + lane % 4 * 32;
-    }
-    __device__ __forceinline__ int offset(int n) const { return first + n * step; }
-};
+// Where a lane's columns of up to eight staged tokens lie, beyond those of its slice: of token g. Only the tokens there are take space, and the others
+// read the last one.
+__device__ __forceinline__ int lane_columns(int tokens, int stride) {
+    const int lane = threadIdx.x % 32;
+    return min(lane / 4, tokens - 1) * stride + lane % 4 * 32;
+}
 
 // A of a block's four products. NVFP4: x 2^-14; FP8: before its block scale.
 __device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_t* block) {
@@ -121,78 +114,62 @@ __device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_
     }
 }
 
-// NVFP4 or plain.
-template <int FORMAT, int TILES, int NT>
-__device__ __forceinline__ void unscaled_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
-                                               const Rows<NT>& rows) {
+// sum += a block of each tile times up to eight tokens; columns: see lane_columns. NVFP4 or plain.
+template <int FORMAT, int TILES>
+__device__ __forceinline__ void unscaled_block(float (&sum)[TILES][4], const uint8_t* block, const uint8_t* x,
+                                               int columns) {
     uint32_t a[TILES][4][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
         if constexpr (FORMAT == NVFP4) nvfp4_operands(a[i], block + i * CHUNK);
         else plain_operands(a[i], block + i * CHUNK);
+    uint32_t b[8];
+    load_b(b, x + columns);
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        uint32_t b[8];
-        load_b(b, x + rows.offset(n));
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < TILES; ++i)
-                if constexpr (FORMAT == NVFP4) mma_f16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
-                else mma_bf16(sum[i][n], a[i][j], b[2 * j], b[2 * j + 1]);
-    }
+        for (int i = 0; i < TILES; ++i)
+            if constexpr (FORMAT == NVFP4) mma_f16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+            else mma_bf16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
 }
 
-template <int TILES, int NT>
-__device__ __forceinline__ void fp8_block(float (&sum)[TILES][NT][4], const uint8_t* block, const uint8_t* x,
-                                          const Rows<NT>& rows, const float (&scale)[TILES]) {
+template <int TILES>
+__device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t* block, const uint8_t* x,
+                                          int columns, const float (&scale)[TILES]) {
     uint32_t a[TILES][4][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) fp8_operands(a[i], block + i * CHUNK);
+    float part[TILES][4] = {};
+    uint32_t b[8];
+    load_b(b, x + columns);
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        float part[TILES][4] = {};
-        uint32_t b[8];
-        load_b(b, x + rows.offset(n));
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < TILES; ++i) mma_f16(part[i], a[i][j], b[2 * j], b[2 * j + 1]);
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) mma_f16(part[i], a[i][j], b[2 * j], b[2 * j + 1]);
+    for (int i = 0; i < TILES; ++i)
 #pragma unroll
-        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sum[i][n][k] = fmaf(part[i][k], scale[i], sum[i][n][k]);
-    }
+        for (int k = 0; k < 4; ++k) sum[i][k] = fmaf(part[i][k], scale[i], sum[i][k]);
 }
 
-template <int TILES, int NT>
-__device__ __forceinline__ void clear(float (&sum)[TILES][NT][4]) {
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[t][n][i] = 0.0f;
-}
-
-// sum += a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times the tokens. x: the slice of the
-// staged window. The caller refills the ring, a Ring or what is like it, after each chunk through `next`. Where fewer tiles are left than a warp
-// multiplies at once, what the ring holds in the place of the others reaches only sums that nobody takes. begun: so many
-// blocks of the first chunk (of NVFP4) have been multiplied already.
-template <int TILES, int NT, typename Ring, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const Part& part, int format, int tile, int tiles,
-                                              int slice, int blocks, const uint8_t* x, const Rows<NT>& rows, Ring& ring,
-                                              Next&& next, int begun = 0) {
+// sum += a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times up to eight tokens. x: the
+// staged slice. The caller refills the ring, a Ring or what is like it, after each chunk through `next`.
+// Where fewer tiles are left than a warp multiplies at once, what the ring holds in the place of the others reaches only
+// sums that nobody takes. begun: so many blocks of the first chunk (of NVFP4) have been multiplied already.
+template <int TILES, typename Ring, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][4], const Part& part, int format, int tile, int tiles,
+                                              int slice, int blocks, const uint8_t* x, int columns, Ring& ring, Next&& next,
+                                              int begun = 0) {
     if (format == NVFP4) {
         for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
             const uint8_t* chunk = ring.wait();
-            if (NT == 1 && blocks - done >= 4 && begun == 0) {
+            if (blocks - done >= 4 && begun == 0) {
 #pragma unroll(TILES == 1 ? 4 : 2)
-                for (int k = 0; k < 4; ++k) unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+                for (int k = 0; k < 4; ++k) unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, columns);
             } else {
 #pragma unroll 1
                 for (int k = begun; k < min(blocks - done, 4); ++k)
-                    unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, rows);
+                    unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, columns);
                 begun = 0;
             }
             next(ring);
@@ -213,14 +190,14 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
             for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, scales[i], done / 2);
             const uint8_t* chunk = ring.wait();
 #pragma unroll 1
-            for (int k = 0; k < min(blocks - done, 2); ++k) fp8_block(sum, chunk + k * 1024, x + k * 128, rows, scale);
+            for (int k = 0; k < min(blocks - done, 2); ++k) fp8_block(sum, chunk + k * 1024, x + k * 128, columns, scale);
             next(ring);
         }
     } else {
 #pragma unroll 1
         for (int done = 0; done < blocks; ++done, x += 128) {
             const uint8_t* chunk = ring.wait();
-            unscaled_block<PLAIN>(sum, chunk, x, rows);
+            unscaled_block<PLAIN>(sum, chunk, x, columns);
             next(ring);
         }
     }
@@ -228,13 +205,13 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][NT][4], const 
 
 // Up to eight tokens: sums of a slice, its scaling undone. undo: the slice's, of all eight.
 template <int TILES>
-__device__ __forceinline__ void undo_scaling(float (&sum)[TILES][1][4], int format, const float* undo) {
+__device__ __forceinline__ void undo_scaling(float (&sum)[TILES][4], int format, const float* undo) {
     const float2 back = *reinterpret_cast<const float2*>(undo + threadIdx.x % 4 * 2);
     const float scale = format == NVFP4 ? w4::UNDO : 1.0f, even = back.x * scale, odd = back.y * scale;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-        sum[i][0][0] *= even, sum[i][0][1] *= odd;
-        sum[i][0][2] *= even, sum[i][0][3] *= odd;
+        sum[i][0] *= even, sum[i][1] *= odd;
+        sum[i][2] *= even, sum[i][3] *= odd;
     }
 }
 

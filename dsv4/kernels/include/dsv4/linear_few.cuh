@@ -153,17 +153,19 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
             requests.request(task, slices, places[warp], ring.data + i * STAGE, ring.full + i * 8);
     __syncwarp();
 
-    const Rows<1> rows(task.tokens, stride);
+    const int columns = lane_columns(task.tokens, stride);
     Run run = {};
     const bf16* seen = nullptr;
     bool plain = false;
-    float sum[TILES][1][4];
+    float sum[TILES][4];
     // sum = a slice, the block's `place`-th, of a group's tiles; its scaling undone
     const auto multiply = [&](const Part& part, int group, int tiles, int place) {
         const int slice = OWN ? place : slices.first + place, format = ONE ? NVFP4 : part.format;
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
-        clear(sum);
-        slice_product(sum, part, format, run.tile + group * TILES, tiles, slice, count, x + place * 1024, rows, ring, refill);
+#pragma unroll
+        for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+        slice_product(sum, part, format, run.tile + group * TILES, tiles, slice, count, x + place * 1024, columns, ring,
+                      refill);
         undo_scaling(sum, format, undo + place * FEW_TOKENS);
     };
 #pragma unroll 1
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
 #pragma unroll
                         for (int k = 0; k < TILES; ++k)
 #pragma unroll
-                            for (int i = 0; i < 4; ++i) total[k][i] += sum[k][0][i];
+                            for (int i = 0; i < 4; ++i) total[k][i] += sum[k][i];
                     }
 #pragma unroll
                     for (int k = 0; k < TILES; ++k)
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
                             if (k < tiles && 2 * t + i % 2 < task.tokens)
-                                slot[(2 * t + i % 2) * TILE_ROWS + i / 2 * 8] = sum[k][0][i];
+                                slot[(2 * t + i % 2) * TILE_ROWS + i / 2 * 8] = sum[k][i];
                     }
                 }
             }

@@ -124,11 +124,7 @@ __device__ __forceinline__ void ask_tokens(const Many& task, const Part& part, i
                 start_copy16(shared_address(at), from);
             } else {
                 uint32_t pairs[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const uint32_t low = 2 * i < left ? from[2 * i].bits : 0, high = 2 * i + 1 < left ? from[2 * i + 1].bits : 0;
-                    pairs[i] = low | high << 16;
-                }
+                load_narrow(pairs, from, left);
                 *reinterpret_cast<uint4*>(at) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
             }
         }
@@ -190,12 +186,11 @@ __device__ __forceinline__ void block_alone(float (&sum)[1][NT][4], const uint8_
     }
 }
 
-// sum = `count` blocks of a slice of a warp's tile, times the tokens at `x`, a shared address. The caller refills the
+// sum += `count` blocks of a slice of a warp's tile, times the tokens at `x`, a shared address. The caller refills the
 // ring after each chunk through `next`. live: the warp has a tile; else it multiplies what lies there, as its group does.
 template <int NT, typename Next>
 __device__ __forceinline__ void many_product(float (&sum)[1][NT][4], const Part& part, int tile, int slice, int count,
                                              uint32_t x, bool live, Ring<1>& ring, Next&& next) {
-    clear(sum);
     if (part.format == NVFP4) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
         const int lane = threadIdx.x % 32;
@@ -317,7 +312,7 @@ __global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_cons
         for (; item < items; item += GROUPS) {
             const int own = item * TOGETHER + warp % TOGETHER, tile = pass.tile + own;
             const bool live = own < pass.tiles;
-            float sum[1][NT][4];
+            float sum[1][NT][4] = {};
             many_product<NT>(sum, part, tile, pass.slice, count, step, live, ring, refill);
             const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;
             const int64_t place_of_sums = (static_cast<int64_t>(part.first_tile + tile) * task.slices + pass.slice) * NT;

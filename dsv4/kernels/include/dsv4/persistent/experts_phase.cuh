@@ -5,7 +5,6 @@
 #pragma once
 #include <dsv4/fragments.cuh>
 #include <dsv4/persistent/experts_plan.cuh>
-#include <dsv4/persistent/linear_phase.cuh>
 #include <dsv4/persistent/meeting.cuh>
 
 namespace dsv4::persistent {

@@ -3,8 +3,8 @@
 // While blocks wait for each other and nobody knows the tokens yet, a warp unpacks the first weights of its first unit.
 #pragma once
 #include <dsv4/linear.cuh>
-#include <dsv4/peers.cuh>
 #include <dsv4/rms_norm.cuh>
+#include <dsv4/persistent/meeting.cuh>
 #include <dsv4/persistent/stream.cuh>
 
 namespace dsv4::persistent {
@@ -54,12 +54,6 @@ struct Ahead {
     uint32_t a[EARLY_BLOCKS][4][4];
 };
 
-// In which turn of theirs a phase tells its rows to the ranks.
-__device__ __forceinline__ void number_rows(const mhc::Peers& peers, int tokens) {
-    const int token = threadIdx.x;
-    if (peers.size > 0 && token < tokens) position().numbers[token] = peers.turn_of(token);
-}
-
 // Every thread calls, after come() behind the phase in front: the norm's weights are on their way.
 __device__ __forceinline__ void linear_ahead(int turn) {
     const Linear& a = payload<Linear>(turn);
@@ -86,14 +80,13 @@ __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, A
 }
 
 // sum += the first blocks of the unit that `ahead` has begun.
-__device__ __forceinline__ void begin_unit(float (&sum)[1][1][4], const Ahead& ahead, const uint8_t* x,
-                                           const linear::Rows<1>& rows) {
+__device__ __forceinline__ void begin_unit(float (&sum)[4], const Ahead& ahead, const uint8_t* x, int columns) {
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) {
         uint32_t b[8];
-        load_b(b, x + k * 128 + rows.offset(0));
+        load_b(b, x + k * 128 + columns);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) mma_f16(sum[0][0], ahead.a[k][j], b[2 * j], b[2 * j + 1]);
+        for (int j = 0; j < 4; ++j) mma_f16(sum, ahead.a[k][j], b[2 * j], b[2 * j + 1]);
     }
 }
 
@@ -151,18 +144,18 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         stage_normed(a, a.parts[own], x, stride, undo, slots);
     else
         linear::stage_slices<WARPS, true>(a.parts[own], tokens, a.columns, 0, a.slices, a.per_slice, x, stride, undo);
-    const linear::Rows<1> rows(tokens, stride);
+    const int columns = linear::lane_columns(tokens, stride);
     __syncthreads();
 
     bool begun = ahead.ready;
     for (LinearUnit unit(a, own); unit.tile < tiles; unit.advance(a)) {
         unit.find_part(a, first);
         const linear::Part& part = a.parts[unit.part];
-        float sum[1][1][4] = {};
-        if (begun) begin_unit(sum, ahead, x + unit.slice * 1024, rows);
+        float sum[1][4] = {};
+        if (begun) begin_unit(sum[0], ahead, x + unit.slice * 1024, columns);
         linear::slice_product(
             sum, part, part.format, first + unit.tile - part.first_tile, 1, unit.slice, unit.blocks(a),
-            x + unit.slice * 1024, rows, stream,
+            x + unit.slice * 1024, columns, stream,
             [](Stream& s) {
                 s.release();
                 s.fill();
@@ -173,7 +166,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         float* slot = slots + (unit.tile * a.slices + unit.slice) * step + g;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (2 * t + i % 2 < tokens) slot[(2 * t + i % 2) * linear::TILE_ROWS + i / 2 * 8] = sum[0][0][i];
+            if (2 * t + i % 2 < tokens) slot[(2 * t + i % 2) * linear::TILE_ROWS + i / 2 * 8] = sum[0][i];
     }
     __syncthreads();
 

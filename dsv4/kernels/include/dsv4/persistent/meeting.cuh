@@ -1,6 +1,6 @@
 // Blocks wait for each other. What a block has written before it comes is visible to all who have met it.
 #pragma once
-#include <dsv4/exchange.cuh>
+#include <dsv4/peers.cuh>
 #include <dsv4/persistent/memory.cuh>
 
 namespace dsv4::persistent {
@@ -8,6 +8,12 @@ namespace dsv4::persistent {
 // Counters may wrap around.
 __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned target) {
     while (static_cast<int>(exchange::arrived(counter) - target) < 0) {}
+}
+
+// In which turn of theirs a phase tells its rows to the ranks.
+__device__ __forceinline__ void number_rows(const mhc::Peers& peers, int tokens) {
+    const int token = threadIdx.x;
+    if (peers.size > 0 && token < tokens) position().numbers[token] = peers.turn_of(token);
 }
 
 constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for its block: of a warp that is rarely busy then
