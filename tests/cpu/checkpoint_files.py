@@ -80,8 +80,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 
 
 def anonymous_bytes() -> int:
-    """Private memory of this process; pages of mapped files do not count."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    """Private memory of this process, counted page by page (status only estimates); mapped files do not count."""
+    match = re.search(r"Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     assert match
     return int(match[1]) * 1024
 
@@ -106,18 +106,23 @@ def peak_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def memory_needed(statement: str) -> int:
-    """Bytes by which `statement` raises the private memory of a fresh process; this one has freed memory to reuse."""
+def memory_needed(first: str, then: str) -> int:
+    """Bytes by which `then` raises the private memory of a fresh process; this one has freed memory to reuse.
+
+    `first` does the same elsewhere: what is imported and allocated at first use is not what the work needs.
+    """
     code = f"""
+import ctypes
 import torch
 from checkpoint_files import anonymous_bytes, peak_memory
 from dsv4.checkpoint import load_model_weights
 from dsv4.checkpoint.quantize import quantize_checkpoint
 torch.set_num_threads(1)
-load_model_weights("random:tiny")  # what is imported and allocated at first use is not what the statement needs
+{first}
+ctypes.CDLL(None).malloc_trim(0)  # small blocks that were freed go back too, or the work would lie in them unseen
 before = anonymous_bytes()
 with peak_memory() as peak:
-    result = {statement}
+    result = {then}
 print(peak[0] - before)
 """
     # Every block over 64 KiB goes back to the system when it is freed: what stays is what is alive.
