@@ -16,9 +16,8 @@ from dsv4.bench.report import Row, Run, speed
 from dsv4.bench.roofline import Stored, expected_distinct, predicted_bytes, step_bytes
 from dsv4.bench.timing import Timer
 from dsv4.bench.traffic import storages, work_of
-from dsv4.bench.waterfall import Bar, bars, layers_of, table
-from dsv4.bench.waterfall_plot import svg
-from dsv4.config import ModelConfig
+from dsv4.bench.waterfall import bars, table
+from dsv4.bench.waterfall_plot import picture
 from dsv4.errors import RequestError
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
@@ -109,7 +108,7 @@ def bench_decode(
                 "peak_bytes": timer.peak_bytes(),
                 "predicted_bytes": predicted_bytes(stored, model.config, batch, context + steps),
             }
-            picture = None
+            drawn = None
             if waterfall:
                 clock = Clock()
                 with recording(timer.capturing, given={"decode_layers": clock}) as calls:
@@ -118,18 +117,6 @@ def bench_decode(
                 ran, held = timer.kernels_of(step.replay), storages(cache)
                 step_bars = clock.split(bars(ran, work_of(calls, held)), held, model.config)
                 more["waterfall"] = table(step_bars, layers, run.copy_gb_s)
-                picture = _picture(step_bars, model.config, run, batch, context)
-            yield Row(run, values, more, picture)
+                drawn = picture(step_bars, model.config, run, f"batch {batch}, context {context:,}")
+            yield Row(run, values, more, drawn)
             del calls, step, cache
-
-
-def _picture(step: Sequence[Bar], config: ModelConfig, run: Run, batch: int, context: int) -> str | None:
-    """The last layer of each kind, drawn; None for a step whose layers cannot be told apart."""
-    found = layers_of(step)
-    if len(found) != len(config.layers):
-        return None
-    last = {spec.kind: place for place, spec in enumerate(config.layers)}
-    shown = {f"layer {place}, {kind}": found[place] for kind, place in sorted(last.items(), key=lambda item: item[1])}
-    ranks = f", one of {run.ranks} ranks" if run.tp > 1 else ""
-    title = f"{run.model}, {run.layers} layers{ranks}, batch {batch}, context {context:,}, act={run.act}; {run.gpu}"
-    return svg(shown, run.copy_gb_s, title)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from dsv4.bench.flop import GEMMS, flop_of
-from dsv4.bench.record import Call, recording
+from dsv4.bench.prompt import bars, made_by, read, table, time_calls
 from dsv4.bench.report import Row, Run, rate, speed
 from dsv4.bench.roofline import Stored, expected_distinct, step_bytes
 from dsv4.bench.timing import Timer
-from dsv4.kvcache import KVCache
+from dsv4.bench.waterfall_plot import picture
 from dsv4.model import Model
 
 
@@ -28,6 +27,7 @@ def bench_prefill(
     chunk: int,
     repeats: int = 5,
     warmup: int = 1,
+    waterfall: bool = False,
     seed: int = 0,
 ) -> Iterator[Row]:
     """A row per prompt length: the median of `repeats` prefills of random tokens into an empty cache, host included.
@@ -36,6 +36,7 @@ def bench_prefill(
     out. So gb_s and share say how far weights bound it; `tokens_per_s` in `more` is what it is for. Beside it: `flop`
     of the linears and experts (2 x rows x weights) as one more prefill calls them, `tflop_s` of the whole time, and
     `dense_share` of what a dense BF16 product reaches in the same run (`dense_tflop_s`). With several ranks, of one.
+    waterfall: also where one more prompt went, as a table (`waterfall` in `more`) and the picture of its layers.
     """
     config, dense = model.config, timer.dense_tflop_s()
     for length in contexts:
@@ -43,8 +44,10 @@ def bench_prefill(
         cache = model.new_cache(1, length)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, config.vocab_size, (length,), generator=generator)
-        flop = prefill_flop(model, cache, ids, chunk)
-        times = timer.times(partial(read, model, cache, ids, chunk), repeats=repeats, warmup=warmup)
+        prompt = partial(read, model, cache, ids, chunk)
+        made = made_by(prompt, cache)
+        flop = sum(call.flop for call in made)
+        times = timer.times(prompt, repeats=repeats, warmup=warmup)
         us = statistics.median(times)
         nbytes = 0
         for part in ids.split(chunk):
@@ -59,7 +62,7 @@ def bench_prefill(
             **speed(nbytes, us, run.copy_gb_s),
             "kernels": None,
         }
-        more = {
+        more: dict[str, Any] = {
             "tokens_per_s": round(length / us * 1e6, 1),
             "flop": flop,
             **rate(flop, us, dense),
@@ -71,27 +74,9 @@ def bench_prefill(
             "us_max": round(max(times), 2),
             "peak_bytes": timer.peak_bytes(),
         }
-        yield Row(run, values, more)
-
-
-def prefill_flop(model: Model, cache: KVCache, ids: Tensor, chunk: int) -> int:
-    """What `read` multiplies and adds with weights."""
-    total = 0
-
-    def count(call: Call) -> None:
-        nonlocal total
-        total += flop_of(call)
-
-    with recording(lambda: True, GEMMS, keep=count):
-        read(model, cache, ids, chunk)
-    return total
-
-
-def read(model: Model, cache: KVCache, ids: Tensor, chunk: int) -> None:
-    """Append ids [T] i64 to a new sequence, in chunks, and drop it."""
-    slot = cache.acquire()
-    try:
-        for part in ids.split(chunk):
-            model.forward([(slot, part)], cache)
-    finally:
-        cache.release(slot)
+        drawn = None
+        if waterfall:
+            timed, whole = time_calls(prompt, timer)
+            more["waterfall"] = table(made, timed, whole, len(config.layers), run.copy_gb_s, dense)
+            drawn = picture(bars(made, timed), config, run, f"a prompt of {length:,} tokens")
+        yield Row(run, values, more, drawn)

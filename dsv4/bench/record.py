@@ -16,13 +16,14 @@ from dsv4.kernels.op import REGISTRY
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: `function` is the op itself; `result` what it returned."""
+    """One call of an op: `function` is the op itself; `result` what it returned; `begun` what was noted before it."""
 
     op: str
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+    begun: Any = None
 
     def again(self) -> Any:
         return self.function(*self.args, **self.kwargs)
@@ -54,16 +55,22 @@ def recording(
     *,
     keep: Callable[[Call], object] | None = None,
     given: Mapping[str, Given] | None = None,
+    also: Mapping[str, tuple[Any, str]] | None = None,
+    begin: Callable[[], Any] = lambda: None,
 ) -> Iterator[list[Call]]:
     """Every call that modules outside `dsv4.kernels` make of an op (of those in `ops`) while `when()` holds.
 
     Inside, names bound to ops are bound to recorders; what is kept keeps its memory. Not for use from several threads.
-    keep: gets each call instead of the list. given: by op, what all its calls get besides their arguments.
+    keep: gets each call instead of the list. given: by op, what all its calls get besides their arguments. also: what
+    is no op, by the name to record it under: the module or class that has it, and its name there. begin: is called
+    before each call.
     """
     calls: list[Call] = []
     noted, more = keep or calls.append, given or {}
     names = {id(function): name for name, function in REGISTRY.items() if ops is None or name in ops}
-    changed: list[tuple[Any, str, Any]] = []
+    changed = [(holder, attribute, vars(holder)[attribute]) for holder, attribute in (also or {}).values()]
+    for name, (holder, attribute, value) in zip(also or {}, changed, strict=True):
+        setattr(holder, attribute, _recorder(name, value, when, noted, None, begin))
     for module_name, module in list(sys.modules.items()):
         if not module_name.startswith("dsv4.") or module_name.startswith(("dsv4.kernels.", "dsv4.bench.")):
             continue
@@ -71,7 +78,7 @@ def recording(
             if id(value) in names:
                 changed.append((module, attribute, value))
                 op = names[id(value)]
-                setattr(module, attribute, _recorder(op, value, when, noted, more.get(op)))
+                setattr(module, attribute, _recorder(op, value, when, noted, more.get(op), begin))
     try:
         yield calls
     finally:
@@ -85,13 +92,15 @@ def _recorder(
     when: Callable[[], bool],
     keep: Callable[[Call], object],
     given: Given | None,
+    begin: Callable[[], Any],
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         more = given(*args, **kwargs) if given is not None else {}
+        begun = begin()
         result = function(*args, **kwargs, **more)
         if when():
-            keep(Call(op, function, args, kwargs, result))
+            keep(Call(op, function, args, kwargs, result, begun))
         return result
 
     return call

@@ -29,6 +29,10 @@ WATERFALL_COLUMNS = tuple(
     "model layers tp batch context act op shape launches us_per_launch us_per_layer us gap_us bytes gb_s share own_us "
     "block_us gpu commit command".split()
 )
+PROMPT_COLUMNS = tuple(
+    "model layers tp context chunk act op shape calls us_per_call us_per_layer us time_share flop tflop_s dense_share "
+    "bytes gb_s share ahead_us gpu commit command".split()
+)
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,13 @@ def results_file(folder: Path, run: Run, name: str) -> Path:
     return folder / slug(run.gpu) / f"{datetime.date.today().isoformat()}-{name}"
 
 
-def write_picture(folder: Path, row: Row) -> Path | None:
+def write_picture(folder: Path, what: str, row: Row) -> Path | None:
     """The row's picture in `folder/<gpu>`, named by what was measured; it replaces an older one of the same day."""
     if row.picture is None:
         return None
     run, values = row.run, row.values
     subject = f"{run.model}-{run.layers}-tp{run.ranks}-{run.act}-batch{values['batch']}-context{values['context']}"
-    path = results_file(folder, run, f"waterfall-{slug(subject)}.svg")
+    path = results_file(folder, run, f"{what}-{slug(subject)}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(row.picture, encoding="utf-8")
     return path

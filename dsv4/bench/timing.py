@@ -1,6 +1,6 @@
 """Times on the device: a chain of events around launches that follow each other without a gap, and a copy to compare.
 
-`Timer` is what the benches need of a GPU; tests give them one that needs none.
+`Timer` is what the benches need of a GPU, of a CPU `dsv4 bench prefill` (clock.py); tests give them one of their own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +35,12 @@ class Timer(Protocol):
 
     def times(self, launch: Launch, *, repeats: int, warmup: int) -> list[float]:
         """Microseconds of each of `repeats` launches after `warmup` others; they are queued back to back."""
+
+    def mark(self) -> Any:
+        """A point in the work that is asked for: it is reached when all in front of it is done."""
+
+    def between(self, first: Any, last: Any) -> float:
+        """Microseconds from one mark to a later one; waits for that."""
 
     def graph(self, launches: Sequence[Launch]) -> Launch:
         """One launch that does all of these, each behind the one before."""
@@ -82,6 +88,15 @@ class CudaTimer:
             event.record()
         events[-1].synchronize()
         return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        last.synchronize()
+        return first.elapsed_time(last) * 1e3
 
     def graph(self, launches: Sequence[Launch]) -> Launch:
         for launch in launches[:1]:

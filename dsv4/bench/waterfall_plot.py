@@ -1,11 +1,13 @@
-"""Layers of a decode step as a picture: a bar per launch or phase on a time axis, SVG without any library."""
+"""Layers of a step or prompt as a picture: a bar per launch, phase or call on a time axis, SVG without any library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from dsv4.bench.plot import label
-from dsv4.bench.waterfall import Bar
+from dsv4.bench.report import Run
+from dsv4.bench.waterfall import Bar, layers_of
+from dsv4.config import ModelConfig
 
 WIDTH, LEFT, RIGHT, LINE, HEAD, AXIS = 1100, 290, 110, 18, 26, 34
 LIGHT, DARK, FLOOR, GAP, GRID = "#b6d4fb", "#1f6feb", "#d1242f", "#f2cc60", "#d0d7de"
@@ -15,8 +17,20 @@ LEGEND = {
     GAP: "gap, or blocks meeting",
     FLOOR: "bytes at copy bandwidth",
 }
-STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000)  # microseconds between grid lines
+STEPS = tuple(part * 10**power for power in range(6) for part in (1, 2, 5))  # microseconds between grid lines
 MOST_LINES = 12
+
+
+def picture(step: Sequence[Bar], config: ModelConfig, run: Run, what: str) -> str | None:
+    """The last layer of each kind, drawn; None for a step whose layers cannot be told apart."""
+    found = layers_of(step)
+    if len(found) != len(config.layers):
+        return None
+    last = {spec.kind: place for place, spec in enumerate(config.layers)}
+    shown = {f"layer {place}, {kind}": found[place] for kind, place in sorted(last.items(), key=lambda item: item[1])}
+    ranks = f", one of {run.ranks} ranks" if run.tp > 1 else ""
+    title = f"{run.model}, {run.layers} layers{ranks}, {what}, act={run.act}; {run.gpu}"
+    return svg(shown, run.copy_gb_s, title)
 
 
 def svg(layers: Mapping[str, Sequence[Bar]], copy_gb_s: float, title: str) -> str:

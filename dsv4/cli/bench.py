@@ -11,6 +11,7 @@ import torch
 import typer
 
 from dsv4.bench import report
+from dsv4.bench.clock import ClockTimer
 from dsv4.bench.decode import MakeStep, bench_decode
 from dsv4.bench.gemms import bench_gemms
 from dsv4.bench.kernels import bench_kernels, by_batch, verdict
@@ -48,12 +49,12 @@ class Output:
         if path is not None:
             note(f"{len(rows)} rows added to {path}")
 
-    def waterfall(self, row: report.Row) -> None:
+    def waterfall(self, what: str, row: report.Row, columns: Sequence[str]) -> None:
         """The table's rows and the picture."""
-        about = {key: row.values[key] for key in ("batch", "context")}
+        about = {key: value for key, value in {**row.more, **row.values}.items() if key in columns}
         lines = [report.Row(row.run, about | line) for line in row.more["waterfall"]]
-        self.write("waterfall", lines, report.WATERFALL_COLUMNS)
-        path = report.write_picture(self.results, row) if self.csv and speaks() else None
+        self.write(what, lines, columns)
+        path = report.write_picture(self.results, what, row) if self.csv and speaks() else None
         if path is not None:
             note(f"drawn in {path}")
 
@@ -99,7 +100,7 @@ def decode(
         title = f"where a step goes, batch {row.values['batch']}, context {row.values['context']:,}"
         columns = report.WATERFALL_COLUMNS[8:-3]
         report.console().print(report.table(title, row.more["waterfall"], columns, ("op", "shape")))
-        output.waterfall(row)
+        output.waterfall("waterfall", row, report.WATERFALL_COLUMNS)
     output.write("decode", rows)
     put(report.json_line("decode", rows), end="\n")
 
@@ -110,20 +111,32 @@ def prefill(
     context: Numbers = "4096",
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of one call.")] = 2048,
     repeats: Repeats = 5,
+    waterfall: Annotated[
+        bool, typer.Option("--waterfall", help="Also where the prompt goes, by op, and a picture of its layers.")
+    ] = False,
     *,
     load: BenchLoad,
     output: Output,
 ) -> None:
-    """Time prompts of random tokens into an empty cache, the host's work included.
+    """Time prompts of random tokens into an empty cache, the host's work included; also on --device cpu.
 
     tflop_s counts the linears and experts alone; dense_share is of a dense BF16 product's rate in the same run.
+    --waterfall marks every call of one more prompt on the device: us is from when all in front is done to the call's
+    end, `between calls` what none accounts for, ahead_us how far the host was ahead of the device where it was least:
+    about 0 where the device waited for it. Of several ranks, the first one's.
     """
     contexts = _numbers(context, "--context")
-    timer, loaded, stored, run = _open(model.resolve(), load)
-    rows = _collect(bench_prefill(loaded, stored, run, timer, contexts=contexts, chunk=chunk, repeats=repeats))
+    timer, loaded, stored, run = _open(model.resolve(), load, graphs=False)
+    how: dict[str, Any] = {"chunk": chunk, "repeats": repeats, "waterfall": waterfall}
+    rows = _collect(bench_prefill(loaded, stored, run, timer, contexts=contexts, **how))
     columns = ("context", "chunk", "us_per_step", "tokens_per_s", "tflop_s", "dense_share", "bytes", "gb_s", "share",
                "peak_bytes")  # fmt: skip
     _print(f"prefill, {_about(run)}", rows, columns)
+    for row in rows if waterfall else ():
+        title = f"where a prompt of {row.values['context']:,} tokens goes"
+        shown = [name for name in report.PROMPT_COLUMNS[8:-3] if name != "flop"]
+        report.console().print(report.table(title, row.more["waterfall"], shown, ("op", "shape")))
+        output.waterfall("prefill-waterfall", row, report.PROMPT_COLUMNS)
     output.write("prefill", rows)
     put(report.json_line("prefill", rows), end="\n")
 
@@ -186,9 +199,9 @@ bench.command()(kernels)
 bench.command("plot")(draw)
 
 
-def make_timer() -> Timer:
-    """The clock of this machine's GPU. Raises KernelError without one."""
-    return CudaTimer()
+def make_timer(device: str) -> Timer:
+    """The clock of this machine's GPU, or CPU where that is the device. Raises KernelError without a GPU."""
+    return ClockTimer() if device == "cpu" else CudaTimer()
 
 
 def decode_step(*, chain: bool) -> MakeStep:
@@ -211,10 +224,14 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _open(name: str, load: LoadOptions) -> tuple[Timer, Model, Stored, report.Run]:
-    """Everything is checked, and the copy measured, before the model takes the memory."""
+def _open(name: str, load: LoadOptions, *, graphs: bool = True) -> tuple[Timer, Model, Stored, report.Run]:
+    """Everything is checked, and the copy measured, before the model takes the memory. graphs: they are timed, which
+    only a GPU has.
+    """
     tp = load.ranks()
-    timer = make_timer()
+    timer = make_timer(load.device)
+    if graphs and isinstance(timer, ClockTimer):
+        raise RequestError("dsv4 bench decode and kernels measure the GPU, not device 'cpu'; leave --device out")
     if isinstance(timer, CudaTimer):
         if torch.device(load.device).type != "cuda":
             raise RequestError(f"dsv4 bench measures the GPU, not device {load.device!r}; leave --device out")

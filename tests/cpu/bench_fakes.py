@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -24,6 +25,12 @@ class FakeTimer:
         for _ in range(warmup + repeats):
             launch()
         return [100.0 + (7 * i) % repeats for i in range(repeats)]
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, first: float, last: float) -> float:
+        return (last - first) * 1e6
 
     def graph(self, launches: Sequence[Launch]) -> Launch:
         return lambda: [launch() for launch in launches[:1]]

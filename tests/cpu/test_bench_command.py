@@ -141,7 +141,7 @@ def test_names_and_numbers_for_people() -> None:
 @pytest.fixture
 def dsv4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Program:
     command = importlib.import_module("dsv4.cli.bench")  # the package's attribute of that name is the command group
-    monkeypatch.setattr(command, "make_timer", FakeTimer)
+    monkeypatch.setattr(command, "make_timer", lambda device: FakeTimer())
     monkeypatch.setattr(command, "decode_step", lambda *, chain: FakeStep)
     return Program(capsys)
 
@@ -157,6 +157,8 @@ def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: P
     done = dsv4("bench", "prefill", *common, "--context", "40", "--chunk", 16, "--repeats", 3)
     assert done.code == 0 and json.loads(done.out.splitlines()[-1])["rows"][0]["chunk"] == 16, done.err
     assert "dense share" in done.out and json.loads(done.out.splitlines()[-1])["rows"][0]["dense_tflop_s"] == 800
+    done = dsv4("bench", "prefill", *common, "--context", "40", "--chunk", 64, "--repeats", 3, "--waterfall")
+    assert done.code == 0 and "between calls" in done.out and "ahead us" in done.out, done.err
     done = dsv4("bench", "kernels", *common, "--context", "40", "--repeats", 3, "--no-csv")
     assert done.code == 0 and {row["op"] for row in json.loads(done.out.splitlines()[-1])["rows"]} >= {"moe"}, done.err
     assert "batch 1: " in done.out.splitlines()[-2] and "weight bytes" in done.out
@@ -168,11 +170,17 @@ def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: P
     assert done.code == 0 and document["bench"] == "gemms" and "tflop s" in done.out, done.err
     files = sorted(path.name.split("-", 3)[3] for path in (tmp_path / "fake-80gb").iterdir())
     pictures = [f"waterfall-random-tiny-5-tp1-bf16-batch{b}-context{c}.svg" for b in (1, 2) for c in (30, 60)]
-    assert files == [f"bench-{what}.csv" for what in ("decode", "gemms", "kernels", "prefill", "waterfall")] + pictures
+    benches = "decode", "gemms", "kernels", "prefill", "prefill-waterfall", "waterfall"
+    of_prompt = "prefill-waterfall-random-tiny-5-tp1-bf16-batch1-context40.svg"
+    assert files == sorted([*(f"bench-{what}.csv" for what in benches), of_prompt, *pictures])
     [falls] = (tmp_path / "fake-80gb").glob("*bench-waterfall.csv")
     with falls.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert tuple(lines[0]) == report.WATERFALL_COLUMNS and [line["op"] for line in lines].count("step") == 4
+    [falls] = (tmp_path / "fake-80gb").glob("*bench-prefill-waterfall.csv")
+    with falls.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == report.PROMPT_COLUMNS and lines[-1]["op"] == "prompt" and lines[-1]["chunk"] == "40"
     [decode] = (tmp_path / "fake-80gb").glob("*bench-decode.csv")
     done = dsv4("bench", "plot", decode)
     assert done.code == 0 and decode.with_suffix(".svg").read_text().startswith("<svg")
@@ -193,6 +201,12 @@ def test_commands_print_a_table_then_one_line_of_json(dsv4: Program, tmp_path: P
 def test_wrong_arguments_are_named(dsv4: Program, args: list[str], code: int, words: str) -> None:
     done = dsv4("bench", *args)
     assert done.code == code and words in done.err
+
+
+@pytest.mark.parametrize("what", ["decode", "kernels"])
+def test_graphs_are_timed_on_a_gpu_alone(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = Program(capsys)("bench", what, "random:tiny", "--device", "cpu")
+    assert done.code == 1 and done.out == "" and "measure the GPU, not device 'cpu'" in done.err
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "kernels"])

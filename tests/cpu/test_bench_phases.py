@@ -206,7 +206,7 @@ def test_the_waterfall_of_one_launch_shows_its_phases(
     tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = importlib.import_module("dsv4.cli.bench")
-    monkeypatch.setattr(command, "make_timer", OneLaunch)
+    monkeypatch.setattr(command, "make_timer", lambda device: OneLaunch())
     monkeypatch.setattr(command, "decode_step", lambda *, chain: captured)
     monkeypatch.setattr("dsv4.bench.decode.Clock", FakeClock)
     monkeypatch.setattr("sys.argv", ["dsv4", "bench"])  # the output names the command
