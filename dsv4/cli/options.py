@@ -88,7 +88,7 @@ class LoadOptions:
         tp = self.ranks()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        elif tp is not None and tp.device == "cpu":
+        elif tp is not None:  # with GPUs too: they plan prompts together, and threads without a core are waited for
             torch.set_num_threads(max(torch.get_num_threads() // tp.size, 1))
         return load(
             model,

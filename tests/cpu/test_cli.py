@@ -16,8 +16,11 @@ from text_samples import sample_tokenizer
 
 from dsv4 import LLM, SamplingParams, load
 from dsv4.checkpoint.sizes import count
+from dsv4.cli.options import LoadOptions
 from dsv4.engine.metrics import weight_bytes_per_token
 from dsv4.model import Model
+from dsv4.parallel.comm import CpuComm
+from dsv4.parallel.mesh import Mesh
 
 TOKENIZER = sample_tokenizer()
 
@@ -148,6 +151,21 @@ def test_a_small_model_runs_on_one_thread_unless_told_otherwise(
     monkeypatch.setattr("dsv4.cli.options.SMALL_BYTES", 1)
     dsv4("generate", folder, "-p", "a", "--max-tokens", 1)
     assert chosen == [1, 3]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_ranks_share_the_threads_of_their_host(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Threads of several processes that are more than the cores wait for one another at every barrier."""
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.setattr("dsv4.cli.options.load", lambda model, **how: how["tp"])
+    mesh = Mesh(1, 2, device, CpuComm(2))
+    monkeypatch.setattr("dsv4.cli.options._ranks", lambda size, device, experts: mesh if size > 1 else None)
+    assert LoadOptions(tp=2, device=device).load("nano") is mesh
+    LoadOptions(tp=2, device=device, threads=5).load("nano")
+    LoadOptions(device=device).load("nano")
+    assert chosen == [3, 5]
 
 
 @pytest.mark.parametrize(
