@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,24 +71,59 @@ class Timer(Protocol):
         """The device, in its maker's words."""
 
 
-class CudaTimer:
+class MarkTimer(ABC):
+    """What marks alone say. copy_bytes: of a copy, read and written together; dense: rows and columns of the matrices
+    whose product is the dense rate.
+    """
+
+    def __init__(self, device: str, copy_bytes: int, dense: int):
+        self.device, self.copy_bytes, self.dense = device, copy_bytes, dense
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Waits until all that was asked for is done."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """See Timer."""
+
+    @abstractmethod
+    def between(self, first: Any, last: Any) -> float:
+        """See Timer."""
+
+    def times(self, launch: Launch, *, repeats: int, warmup: int) -> list[float]:
+        for _ in range(warmup):
+            launch()
+        self.settle()
+        marks = [self.mark()]
+        for _ in range(repeats):
+            launch()
+            marks.append(self.mark())
+        return [self.between(first, last) for first, last in itertools.pairwise(marks)]
+
+    def copy_gb_s(self) -> float:
+        source = torch.zeros(self.copy_bytes // 2, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        us = statistics.median(self.times(lambda: target.copy_(source), repeats=20, warmup=5))
+        return self.copy_bytes / us * 1e-3
+
+    def dense_tflop_s(self) -> float:
+        a, b = (torch.randn(self.dense, self.dense, device=self.device).bfloat16() for _ in range(2))
+        out = torch.empty_like(a)
+        us = statistics.median(self.times(lambda: torch.mm(a, b, out=out), repeats=10, warmup=3))
+        return 2 * self.dense**3 / us * 1e-6
+
+
+class CudaTimer(MarkTimer):
     """The current CUDA device. Raises KernelError where there is none."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise KernelError("dsv4 bench measures a CUDA GPU, and torch sees none here; nothing was measured")
+        super().__init__("cuda", COPY_BYTES, DENSE)
 
-    def times(self, launch: Launch, *, repeats: int, warmup: int) -> list[float]:
-        for _ in range(warmup):
-            launch()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    def settle(self) -> None:
         torch.cuda.synchronize()
-        events[0].record()
-        for event in events[1:]:
-            launch()
-            event.record()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -107,18 +143,6 @@ class CudaTimer:
             for launch in launches:
                 launch()
         return graph.replay
-
-    def copy_gb_s(self) -> float:
-        source = torch.zeros(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        us = statistics.median(self.times(lambda: target.copy_(source), repeats=20, warmup=5))
-        return COPY_BYTES / us * 1e-3
-
-    def dense_tflop_s(self) -> float:
-        a, b = (torch.randn(DENSE, DENSE, device="cuda").bfloat16() for _ in range(2))
-        out = torch.empty_like(a)
-        us = statistics.median(self.times(lambda: torch.mm(a, b, out=out), repeats=10, warmup=3))
-        return 2 * DENSE**3 / us * 1e-6
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
