@@ -59,8 +59,8 @@ class DecodeStep:
 
         self.layers = self._persistent(persistent)
         self.logits = torch.zeros(rows, vocab, device=self.device)
-        self.tokens, self._ring, self._count = integers(rows), integers(_LINES, rows), integers(1)
-        self._host_ring = torch.zeros(_LINES, rows, dtype=torch.int64, pin_memory=on_gpu)
+        self.tokens, self._count = integers(rows), integers(1)
+        self._ring = torch.zeros(_LINES, rows, dtype=torch.int64, pin_memory=on_gpu)  # advance writes it
         self._staging = torch.zeros(_STAGES, 3, rows, dtype=torch.int64, pin_memory=on_gpu)
         self._copied = [torch.cuda.Event() for _ in range(_STAGES)] if on_gpu else []
         self._done = torch.cuda.Event() if on_gpu else None
@@ -110,7 +110,6 @@ class DecodeStep:
         self.model.head(h, out=self.logits)
         self.sampler.sample(self.logits, out=self.tokens)
         self.sampler.advance(self.tokens, static.slots, static.tokens, static.positions, self._ring, self._count)
-        self._host_ring.copy_(self._ring, non_blocking=True)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -149,7 +148,7 @@ class DecodeStep:
         """The tokens [rows] that the last run sampled, -1 for a row whose logits were not finite."""
         while self._done is not None and not self._done.query():
             time.sleep(0)
-        line: list[int] = self._host_ring[(self._runs - 1) % _LINES].tolist()
+        line: list[int] = self._ring[(self._runs - 1) % _LINES].tolist()
         return line
 
     def outputs(self) -> Mapping[str, Tensor]:

@@ -43,7 +43,7 @@ def advance(
     not finite), inputs[b] = token and counts[b, token] += 1. Then step += 1. Rows of slot -1 are inert.
 
     slots [B], inputs [B], positions [B], counters [B], step [1] i64; counts [B, V] i32; ring [L, C] i64, C >= B: the
-    last L steps' tokens, for the host to read when it likes.
+    last L steps' tokens, for the host to read when it likes; on the device, or pinned memory of the host.
     """
     rows, (length, columns) = len(tokens), ring.shape
     if counts.dtype != torch.int32:
@@ -55,6 +55,8 @@ def advance(
         )
     tensors = {"slots": slots, "inputs": inputs, "positions": positions, "counters": counters, "counts": counts}
     contiguous("advance", tokens=tokens, **tensors, ring=ring, step=step)
-    same_device("advance", tokens.device, **tensors, ring=ring, step=step)
+    same_device("advance", tokens.device, **tensors, step=step)
+    if ring.device != tokens.device and not ring.is_pinned():
+        raise KernelError(f"advance: 'ring' is on {ring.device}, not pinned; expected {tokens.device} or pinned memory")
     vocab = counts.shape[1]
     _KERNEL(tokens.device, tokens, *tensors.values(), ring, step, rows, columns, vocab, length)
