@@ -23,7 +23,9 @@ def pages(tokens: int, ratio: int) -> int:
 
 def entry_rows(pages: Tensor, count: int) -> Tensor:
     """[..., count] i64: pool rows of entries 0..count-1 of sequences with these pages [..., P] i64."""
-    return (pages.unsqueeze(-1) * PAGE_ENTRIES + torch.arange(PAGE_ENTRIES)).flatten(-2)[..., :count]
+    return (pages.unsqueeze(-1) * PAGE_ENTRIES + torch.arange(PAGE_ENTRIES, device=pages.device)).flatten(-2)[
+        ..., :count
+    ]
 
 
 def state_tokens(kind: LayerKind, ratio: int) -> int:

@@ -1,4 +1,6 @@
-"""One step as row numbers: which cache rows each token reads and writes. Made once on the host, for all layers."""
+"""One step as row numbers: which cache rows each token reads and writes. Made once, for all layers: on the host what is
+one number a token, on the cache's device the tables of what each token sees.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,13 @@ def make_plan(batch: Sequence[tuple[int, Tensor]], cache: KVCache) -> Plan:
             raise RequestError(f"token id {token} is outside the vocabulary 0..{vocab - 1}")
     cache.reserve([(s.slot, s.length) for s in segments])
     positions = torch.cat([torch.arange(s.start, s.end) for s in segments])
-    rows = rows_decode if len(tokens) == len(segments) else rows_chunk
-    window = rows.window_rows(segments, positions, cache.config.sliding_window)
+    size, device = cache.config.sliding_window, cache.device
+    if len(tokens) == len(segments):
+        window, compress_rows = rows_decode.window_rows(segments, positions, size), rows_decode.compress_rows
+    else:
+        window, compress_rows = rows_chunk.window_rows(segments, positions, size, device), rows_chunk.compress_rows
     compressed = {
-        kind: _compressed(segments, positions, table, rows.compress_rows(segments, positions, table, kind), topk)
+        kind: _compressed(segments, positions, table, compress_rows(segments, positions, table, kind), topk, device)
         for kind, table in cache.tables.items()
         for topk in [cache.config.index_topk if kind[0] == "csa" else None]
     }
@@ -65,18 +70,24 @@ def make_plan(batch: Sequence[tuple[int, Tensor]], cache: KVCache) -> Plan:
 
 
 def _compressed(
-    segments: list[Segment], positions: Tensor, table: PageTable, compress: CompressRows, topk: int | None
+    segments: list[Segment],
+    positions: Tensor,
+    table: PageTable,
+    compress: CompressRows,
+    topk: int | None,
+    device: str,
 ) -> CompressedRows:
-    visible = (positions + 1) // table.ratio
+    """topk: of the entries a selection takes, None where all are seen. The rows [T, E] are made on `device`."""
     most = max(entries(s.end, table.ratio) for s in segments)
-    pages = table.pages([s.slot for s in segments], -(-most // PAGE_ENTRIES))
     sequence = torch.arange(len(segments))
     if len(positions) > len(segments):
         sequence = sequence.repeat_interleave(torch.tensor([s.length for s in segments]))
+    pages = table.pages([s.slot for s in segments], -(-most // PAGE_ENTRIES)).to(device)
+    visible, sequence = ((positions + 1) // table.ratio).to(device), sequence.to(device)
     width = 0 if topk is not None and most > topk else most
     all_rows = entry_rows(pages, width)
     if len(positions) > 1:
-        all_rows = all_rows[sequence].masked_fill_(torch.arange(width) >= visible.unsqueeze(-1), -1)
+        all_rows = all_rows[sequence].masked_fill_(torch.arange(width, device=device) >= visible.unsqueeze(-1), -1)
     return CompressedRows(compress, visible, pages, sequence, all_rows, most)
 
 

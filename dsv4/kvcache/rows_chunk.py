@@ -19,22 +19,25 @@ def _ring_write(segments: list[Segment], n: int) -> tuple[Tensor, Tensor]:
     return rows, to
 
 
-def window_rows(segments: list[Segment], positions: Tensor, size: int) -> WindowRows:
+def window_rows(segments: list[Segment], positions: Tensor, size: int, device: str = "cpu") -> WindowRows:
+    """The rows [T, w], more than all else of a plan, are made on `device`."""
     write_rows, write_to = _ring_write(segments, size)
     width = min(size, max(s.end for s in segments))
-    seen = (positions - size + 1).clamp_(min=0).unsqueeze(-1) + torch.arange(width)  # [T, w] oldest first
-    history, offsets, held = [], [], 0
+    history, lows, held = [], [], 0
     for s in segments:
         low = max(0, s.start - size + 1)
         history.append(s.slot * size + torch.arange(low, s.start) % size)
-        offsets.append((low, held))
+        lows.append((low, held))
         held += s.start - low
-    parts = []
-    for s, (low, base) in zip(segments, offsets, strict=True):
-        p = seen[s.first : s.first + s.length]
-        rows = torch.where(p >= s.start, p - s.start + s.first + held, p - low + base)
-        parts.append(rows.masked_fill(p > positions[s.first : s.first + s.length].unsqueeze(-1), -1))
-    return WindowRows(False, torch.cat(history), torch.cat(parts), write_rows, write_to)
+    # of each sequence: where the step begins, and from a position to its row from there on and before
+    ways = [(s.start, s.first + held - s.start, base - low) for s, (low, base) in zip(segments, lows, strict=True)]
+    lengths = torch.tensor([s.length for s in segments])
+    of_tokens = torch.tensor(ways).repeat_interleave(lengths, dim=0).to(device)
+    start, here, before = of_tokens.unsqueeze(-1).unbind(1)  # [T, 1] each
+    newest = positions.to(device).unsqueeze(-1)
+    seen = (newest - size + 1).clamp_(min=0) + torch.arange(width, device=device)  # [T, w] oldest first
+    rows = torch.where(seen >= start, here, before).add_(seen).masked_fill_(seen > newest, -1)
+    return WindowRows(False, torch.cat(history), rows, write_rows, write_to)
 
 
 def compress_rows(segments: list[Segment], positions: Tensor, table: PageTable, kind: CompressedKind) -> CompressRows:

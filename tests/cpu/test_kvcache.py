@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4.config import ModelConfig
 from dsv4.errors import CapacityError, RequestError
@@ -162,3 +164,30 @@ def test_every_row_means_the_position_it_should(chunks):
             assert rows.visible.tolist() == [(p + 1) // ratio for _, p in tokens]
         for s in plan.segments:
             cache.advance(s.slot, s.length)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor has which is made on the host."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        self.elements = max(self.elements, *(x.numel() for x in made), 0)
+        return result
+
+
+@pytest.mark.parametrize("lengths", [[700], [300, 1, 400]])
+def test_what_each_token_sees_is_made_on_the_device_of_the_cache(lengths):
+    """On `meta`, where a tensor of the host among others is an error: the host makes a few numbers a token."""
+    cache = new_cache(max_seqs=3, max_tokens=2100)
+    batch = [(cache.acquire(), torch.zeros(n, dtype=torch.int64)) for n in lengths]
+    cache.device = "meta"
+    with Largest() as host:
+        plan = make_plan(batch, cache)
+    total = sum(lengths)
+    assert plan.window.rows.device.type == "meta" and plan.window.rows.shape == (total, CONFIG.sliding_window)
+    widths = [rows.all_rows.shape[1] for rows in plan.compressed.values()]
+    assert all(rows.all_rows.device.type == "meta" for rows in plan.compressed.values())
+    assert 0 < host.elements <= 4 * total < total * max(CONFIG.sliding_window, *widths)
