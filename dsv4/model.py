@@ -17,7 +17,7 @@ from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kvcache import KVCache, make_plan
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.attention import Attention
-from dsv4.layers.mhc import Site, StreamHead, Streams
+from dsv4.layers.mhc import Site, StreamHead, Streams, whole
 from dsv4.layers.moe import MoE
 from dsv4.layers.persistent import Persistent
 from dsv4.layers.scope import Scope
@@ -128,8 +128,8 @@ class Model:
             else:
                 h = mid.leave(y, self.settings.tp)
             if observe is not None:
-                observe(f"layers.{i}.attn", mid.h)
-                observe(f"layers.{i}.ffn", h)
+                observe(f"layers.{i}.attn", whole(mid.h, len(y), self.settings.tp))
+                observe(f"layers.{i}.ffn", whole(h, len(y), self.settings.tp))
         return h
 
     def at_once(self, step: Step, cache: KVCache) -> Persistent:

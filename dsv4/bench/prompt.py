@@ -24,13 +24,15 @@ from dsv4.bench.waterfall import Bar
 from dsv4.kernels.op import REGISTRY
 from dsv4.kvcache import KVCache
 from dsv4.model import Model
-from dsv4.parallel.comm import Comm
+from dsv4.parallel.mesh import Mesh
 
 REST, WHOLE = "between calls", "prompt"
 BESIDE: dict[str, tuple[Any, str]] = {  # what is no op
     "host: plan": (dsv4.model, "make_plan"),
-    "ranks: sum": (Comm, "all_reduce"),
-    "ranks: gather": (Comm, "all_gather"),
+    "ranks: sum": (Mesh, "all_reduce"),
+    "ranks: sum of own rows": (Mesh, "add_rows"),
+    "ranks: every row": (Mesh, "every_row"),
+    "ranks: gather": (Mesh, "all_gather"),
     "ranks: exchange": (dsv4.layers.moe, "dispatch"),
 }
 

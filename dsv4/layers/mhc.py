@@ -24,7 +24,11 @@ from dsv4.parallel.mesh import Mesh
 
 
 class Streams(NamedTuple):
-    """The residual streams inside a site, between entering and leaving. There is no other residual path."""
+    """The residual streams inside a site, between entering and leaving. There is no other residual path.
+
+    Of many rows on several ranks, each rank has the streams of its part of the rows, and x of all: what a seam does to
+    a row needs no other row.
+    """
 
     h: Tensor  # [T, M, D] as the site before left them
     x: Tensor  # [T, D] collapsed and normed: the sublayer's input
@@ -33,9 +37,14 @@ class Streams(NamedTuple):
 
     def leave(self, y: Tensor, tp: Mesh | None) -> Tensor:
         """The sublayer's output y [T, D] -> the streams [T, M, D] after its site. With `tp`, y f32 is a rank's part."""
-        if tp is not None:
-            y = tp.all_reduce(y, self.h.dtype)
-        return mhc_post(y, self.h, self.post, self.comb)
+        if tp is None:
+            return mhc_post(y, self.h, self.post, self.comb)
+        return whole(mhc_post(self.added(y, tp), self.h, self.post, self.comb), len(y), tp)
+
+    def added(self, y: Tensor, tp: Mesh) -> Tensor:
+        """The ranks' parts y [T, D] f32 of an output -> the rows of their sum that belong to `h`, in its dtype."""
+        add = tp.all_reduce if len(self.h) == len(y) else tp.add_rows
+        return add(y, self.h.dtype)
 
 
 class Site:
@@ -52,21 +61,26 @@ class Site:
 
     def enter(self, h: Tensor, out: Streams | None = None) -> Streams:
         """h [T, M, D] -> inside this site. With `out`, h is out.h."""
+        rows = len(h)
+        if self.tp is not None and out is None:
+            h = h[self.tp.own_rows(rows, h.shape[-1])]
         pre = None if out is None else (torch.empty_like(out.x), out.post, out.comb)
         x, post, comb = mhc_pre(
             h, self.fn, self.base, self.scale, sinkhorn_iters=self.iters, hc_eps=self.hc_eps, norm_eps=self.eps, out=pre
         )
         x = rms_norm(x, self.norm, self.eps, out=None if out is None else out.x)
-        return Streams(h, x, post, comb)
+        return Streams(h, whole(x, rows, self.tp), post, comb)
 
     def seam(self, y: Tensor, before: Streams) -> Streams:
         """Leave the site before, with its sublayer's output y [T, D], and enter this one; `.h` lie between. With `tp`,
         y f32 is a rank's part.
         """
-        if self.tp is not None and (self.peers is None or len(y) > ROWS):
-            y = self.tp.all_reduce(y, before.h.dtype)
-        given, named = self.seam_of(y, before)
-        return Streams(*mhc_seam(*given, **named))
+        if self.tp is None or (self.peers is not None and len(y) <= ROWS):
+            given, named = self.seam_of(y, before)
+            return Streams(*mhc_seam(*given, **named))
+        given, named = self.seam_of(before.added(y, self.tp), before)
+        h, x, post, comb = mhc_seam(*given, **(named | {"peers": None}))
+        return Streams(h, whole(x, len(y), self.tp), post, comb)
 
     def seam_of(self, y: Tensor, before: Streams) -> Given:
         """What mhc_seam takes."""
@@ -74,6 +88,11 @@ class Site:
         peers = self.peers if len(y) <= ROWS else None
         site = self.fn, self.base, self.scale, self.norm
         return (y, before.h, before.post, before.comb, *site), {**norms, "peers": peers}
+
+
+def whole(x: Tensor, rows: int, tp: Mesh | None) -> Tensor:
+    """x [T, ...] of all rows of the step, of which it may have this rank's part."""
+    return x if tp is None or len(x) == rows else tp.every_row(x)
 
 
 @cache

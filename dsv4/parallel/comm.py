@@ -44,10 +44,10 @@ class Comm(ABC):
         if x.dtype != torch.float32:
             raise KernelError(f"all_reduce: partial sums are float32, got {x.dtype}")
         x = x.contiguous()
-        return self.add_apart(x, dtype) if self.apart(x) else self.add(x).to(dtype)
+        return self.add_apart(x, dtype) if self.apart(x.numel()) else self.add(x).to(dtype)
 
-    def apart(self, x: Tensor) -> bool:
-        """Whether `add_apart` is the faster way to add up x."""
+    def apart(self, elements: int) -> bool:
+        """Whether `add_apart` is the faster way to add up so many."""
         return False
 
     def add_apart(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,10 +55,18 @@ class Comm(ABC):
         adds it up, rounds it and tells the others. In bfloat16 (N - 1) / N x 6 bytes an element leave a rank, where an
         all-reduce in float32 takes 8.
         """
+        return self.every(self.add_part(x, dtype)).view(x.shape)
+
+    def add_part(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The first half of add_apart: this rank's part of the sum, [x.numel() / N]."""
         parts = x.new_empty(self.size, x.numel() // self.size)
         dist.all_to_all_single(parts, x.view(parts.shape))
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        dist.all_gather(list(out.view(parts.shape)), added(parts).to(dtype))
+        return added(parts).to(dtype)
+
+    def every(self, part: Tensor) -> Tensor:
+        """part [n, ...] of every rank -> [N * n, ...] in the order of ranks."""
+        out = part.new_empty(self.size * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(out, part.contiguous())
         return out
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -151,8 +159,8 @@ class GpuComm(Comm):
         dist.all_reduce(x)
         return x
 
-    def apart(self, x: Tensor) -> bool:
-        return self.symmetric and x.nbytes > ONE_SHOT_BYTES and x.numel() % self.size == 0
+    def apart(self, elements: int) -> bool:
+        return self.symmetric and 4 * elements > ONE_SHOT_BYTES and elements % self.size == 0
 
     def inboxes(self, words: int) -> list[int] | None:
         if not self.symmetric:

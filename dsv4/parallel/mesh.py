@@ -51,6 +51,23 @@ class Mesh:
         """The ranks' partial sums x [T, D] f32 -> their sum, rounded once to `dtype`; see Comm.all_reduce."""
         return self.comm.all_reduce(x, dtype)
 
+    def own_rows(self, rows: int, width: int) -> slice:
+        """Which rows of a step's [rows, width] this rank adds up and takes through the seams: all, or its part of them
+        where many rows divide by the ranks.
+        """
+        if rows % self.size or not self.comm.apart(rows * width):
+            return slice(0, rows)
+        part = rows // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def add_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """As all_reduce of x [T, D], of which this rank is given its part of the rows [T / N, D]."""
+        return self.comm.add_part(x.contiguous(), dtype).view(-1, x.shape[1])
+
+    def every_row(self, part: Tensor) -> Tensor:
+        """The ranks' rows [T / N, ...] -> [T, ...]."""
+        return self.comm.every(part)
+
     def inboxes(self, words: int) -> list[int] | None:
         """Memory of each rank that all of them may write; see Comm.inboxes."""
         return self.comm.inboxes(words)

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 import dsv4
+from dsv4.bench.record import recording
 from dsv4.engine.step import DecodeStep
 from dsv4.kernels.decode_layers.program import Unfit
 from dsv4.parallel.mesh import Experts, Mesh, join
@@ -81,6 +83,24 @@ def sums(mesh: Mesh) -> bool:
     return all(torch.equal(mesh.comm.add_apart(x.clone(), t), mesh.all_reduce(x.clone(), t)) for t in dtypes)
 
 
+def observed(model: dsv4.model.Model) -> torch.Tensor:
+    """Streams and logits of one chunk, float32 [.., D]."""
+    cache, seen = model.new_cache(1, 24), list[torch.Tensor]()
+    slot = cache.acquire()
+    model.forward([(slot, torch.arange(5, 29))], cache, observe=lambda _, x: seen.append(x.flatten()))
+    return torch.cat(seen)
+
+
+def by_rows(path: str, mesh: Mesh) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """As on GPUs with many rows: every rank takes its rows through the seams. Also how many rows those were given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh.comm, "apart", lambda elements: True)
+        model = dsv4.load(path, tp=mesh, **EXACT)
+        with recording(lambda: True, {"mhc_pre", "mhc_seam", "mhc_post"}) as calls:
+            found = {"rows logits": logits_of(model, 1), "rows observed": observed(model)}
+    return found, [len(call.args[0]) for call in calls]
+
+
 def main(size: int, path: str, folder: Path) -> None:
     torch.set_num_threads(1)
     mesh, logits, facts = join(size), {}, dict[str, Any]()
@@ -90,6 +110,8 @@ def main(size: int, path: str, folder: Path) -> None:
     facts["unfit"] = all_layers_at_once(dsv4.load(path, tp=replace(mesh, experts="ep")))
     facts["said"] = mesh.comm.tell("what the first says, \u00fc" if mesh.rank == 0 else "and no other")
     facts["sums"] = sums(mesh)
+    found, facts["rows"] = by_rows(path, mesh)
+    logits |= found
     save_file(logits, folder / f"{mesh.rank}.safetensors")
     (folder / f"{mesh.rank}.json").write_text(json.dumps(facts))
 

@@ -68,10 +68,25 @@ def test_ranks_give_the_logits_and_tokens_of_one_process(run, alone, experts):
 def test_ranks_agree_bit_for_bit(run):
     _, logits, facts = run
     for rank in range(1, len(logits)):
-        assert len(logits[0]) == 9 and all(torch.equal(logits[0][name], logits[rank][name]) for name in logits[0])
+        assert len(logits[0]) == 11 and all(torch.equal(logits[0][name], logits[rank][name]) for name in logits[0])
         assert facts[rank] == facts[0]
     assert facts[0]["said"] == "what the first says, \u00fc" and facts[0]["sums"]
     assert "some of the experts (ep); a program takes some of each (tp)" in facts[0]["unfit"]
+
+
+def test_many_rows_are_divided_between_seams_and_nothing_else_changes(run):
+    """Chunks of 20, 20, 8 and 24 rows; a single one is every rank's. What is divided is summed in the same order."""
+    path, logits, facts = run
+    model, size = dsv4.load(path, **parallel_ranks.EXACT), len(logits)
+    layers = len(model.config.layers)
+    sites, rows = 2 * layers + 1, [20, 20, 8, *[1] * 12, 24]
+    assert facts[0]["rows"] == [n // size if n > 1 else 1 for n in rows for _ in range(sites)]
+    for name, expected in (
+        ("logits", parallel_ranks.logits_of(model, 1)),
+        ("observed", parallel_ranks.observed(model)),
+    ):
+        assert (logits[0][f"rows {name}"] - expected).norm() / expected.norm() < 1e-5, name
+    assert (logits[0]["rows logits"] - logits[0]["tp exact"]).norm() / logits[0]["tp exact"].norm() < 1e-6
 
 
 @pytest.mark.parametrize("experts", parallel_ranks.EXPERTS)
