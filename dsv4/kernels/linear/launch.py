@@ -14,7 +14,17 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels import tiles
-from dsv4.kernels.linear.schedule import DENSE, ROUND, SPLIT, Plan, plan, tokens_at_once
+from dsv4.kernels.linear.schedule import (
+    DENSE,
+    ROUND,
+    SLICE_BLOCKS,
+    SLICE_BYTES,
+    SPLIT,
+    Plan,
+    padded_tokens,
+    plan,
+    tokens_at_once,
+)
 from dsv4.kernels.linear.schedule_few import FEW_TOKENS, plan_few
 from dsv4.kernels.linear.tiled import Tiled
 from dsv4.kernels.loader import Kernel
@@ -48,7 +58,7 @@ class _Part(ctypes.Structure):
         ("scale_columns", ctypes.c_int),
         ("x_wide", ctypes.c_int),
         ("row_scale_stride", ctypes.c_int),
-        ("unused", ctypes.c_int),
+        ("input", ctypes.c_int),
     )
 
 
@@ -153,8 +163,10 @@ class Launcher:
     def _point(
         self, rows: slice, inputs: Sequence[Tensor], row_scales: Sequence[Tensor | None], outputs: Sequence[Tensor]
     ) -> None:
+        seen: dict[tuple[int, int, bool], int] = {}  # tokens that are staged in one form
         for row, x, scale, out in zip(self.table, inputs, row_scales, outputs, strict=True):
             row.x, row.x_stride = x[rows].data_ptr(), x.stride(0)
+            row.input = seen.setdefault((row.x, row.x_stride, row.format == _FORMATS["bf16"]), len(seen))
             row.x_wide = row.x % 16 == 0 and (row.x_stride % 8 == 0 or len(x) == 1)
             row.row_scale = None if scale is None else scale[rows].data_ptr()
             row.row_scale_stride = 0 if scale is None else scale.stride(0)
@@ -163,12 +175,13 @@ class Launcher:
 
     def _launch(self, how: Plan, tokens: int) -> None:
         cuts = (ctypes.c_uint32 * len(how.cuts))(*how.cuts)
-        partials = None
+        scratch, slices, padded = None, -(-self.blocks // SLICE_BLOCKS), padded_tokens(tokens)
         if how.mode == SPLIT:
-            slices = -(-self.blocks // 8)
-            padded = next(n for n in (16, 32, 64) if n >= tokens)
-            size = self.tiles * slices * padded * tiles.ROWS
-            partials = torch.empty(size, dtype=torch.float32, device=self.device)
+            scratch = torch.empty(self.tiles * slices * padded * tiles.ROWS, dtype=torch.float32, device=self.device)
+        elif tokens > FEW_TOKENS:
+            staged = 1 + max(row.input for row in self.table)
+            size = staged * slices * padded * (SLICE_BYTES // 4 + 1)
+            scratch = torch.empty(size, dtype=torch.float32, device=self.device)
         _KERNEL(
             self.device,
             ctypes.addressof(self.table),
@@ -176,7 +189,7 @@ class Launcher:
             self.tiles,
             ctypes.addressof(cuts),
             how.grid,
-            partials,
+            scratch,
             tokens,
             self.columns,
             how.mode,

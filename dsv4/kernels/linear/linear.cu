@@ -4,7 +4,8 @@
 // waits for another warp to load, nor for the kernel in front: weights are asked for before it has ended. Tokens are
 // staged once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16
 // weights. Three ways of spreading tiles (16 rows x K) and their slices:
-//   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers
+//   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers; of more than eight tokens, a
+//          kernel in front makes what all blocks stage
 //   MEET   few tiles, up to eight tokens: a cluster takes whole tiles, its blocks and their warps the slices; sums meet
 //          in shared memory
 //   SPLIT  few tiles, more tokens: blocks take slices; sums meet in `partials`, and a second kernel adds them up: whoever
@@ -12,6 +13,8 @@
 // Up to eight tokens have a kernel of their own (linear_few.cuh), more have another (linear_many.cuh).
 #include <dsv4/linear_few.cuh>
 #include <dsv4/linear_many.cuh>
+
+#include <algorithm>
 
 using namespace dsv4;
 using namespace dsv4::linear;
@@ -26,31 +29,37 @@ __device__ __forceinline__ const Part& part_of(const Parts& parts, int tile) {
     return parts.part[which];
 }
 
-// SPLIT: adds up the slices in their order. One thread per lane and n-tile of a tile.
+// SPLIT: adds up the slices in their order. One warp per tile and eight tokens.
 constexpr int SUM_THREADS = 256, SUM_AHEAD = 16;  // loads in flight
 __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant__ Many task, int groups) {
     let_next_start();
     const int used = (task.tokens + 7) / 8, at = blockIdx.x * SUM_THREADS + threadIdx.x;
     const int lane = at % 32, n = at / 32 % used, tile = at / 32 / used, token = 8 * n + lane % 4 * 2;
     wait_for_previous();
-    if (tile >= task.parts.tiles || token >= task.tokens) return;
+    if (tile >= task.parts.tiles) return;
     const float4* from = reinterpret_cast<const float4*>(task.partials);
     from += (static_cast<int64_t>(tile) * task.slices * groups + n) * 32 + lane;
     float sum[4] = {};
-    for (int first = 0; first < task.slices; first += SUM_AHEAD) {
+    const int slices = token < task.tokens ? task.slices : 0;
+    for (int first = 0; first < slices; first += SUM_AHEAD) {
         float4 v[SUM_AHEAD];
 #pragma unroll
         for (int i = 0; i < SUM_AHEAD; ++i)
-            if (first + i < task.slices) v[i] = __ldcg(from + (first + i) * groups * 32);
+            if (first + i < slices) v[i] = __ldcg(from + (first + i) * groups * 32);
 #pragma unroll
         for (int i = 0; i < SUM_AHEAD; ++i)
-            if (first + i < task.slices) sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
+            if (first + i < slices) sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
     }
+    __syncwarp();
     const Part& part = part_of(task.parts, tile);
-    const int row = (tile - part.first_tile) * TILE_ROWS + lane / 4;
+    const int row = (tile - part.first_tile) * TILE_ROWS;
+    if (whole_rows(part, row)) {
+        put_eight(part, row, 8 * n, task.tokens, sum);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        if (token + i % 2 < task.tokens) put(part, row + i / 2 * 8, token + i % 2, sum[i]);
+        if (token + i % 2 < task.tokens) put(part, row + lane / 4 + i / 2 * 8, token + i % 2, sum[i]);
 }
 
 template <int NT, bool SPLIT>
@@ -59,6 +68,11 @@ cudaError_t run(const Many& task, int grid, size_t shared_bytes, cudaStream_t st
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
+    if (!SPLIT) {
+        const int64_t rows = static_cast<int64_t>(task.inputs) * task.slices * task.tokens;
+        error = launch_dependent(stage_tokens<NT>, (rows + MANY_WARPS - 1) / MANY_WARPS, 1, MANY_THREADS, 0, stream, task);
+        if (error != cudaSuccess) return error;
+    }
     error = launch_dependent(kernel, grid, 1, MANY_THREADS, shared_bytes, stream, task);
     if (!SPLIT || error != cudaSuccess) return error;
     const int64_t threads = static_cast<int64_t>(task.parts.tiles) * ((task.tokens + 7) / 8) * 32;
@@ -114,9 +128,10 @@ __global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Part
 
 }  // namespace
 
-// parts: `count` structures in host memory; cuts [grid / ranks + 1] in host memory, copied into the launch. ranks,
-// height, cold: of the kernel for few tokens.
-extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* partials,
+// parts: `count` structures in host memory; cuts [grid / ranks + 1] in host memory, copied into the launch. scratch: sums
+// for ROUND; of more than eight tokens, what the kernels of a launch hand on (Many), aligned to 16. ranks, height, cold: of
+// the kernel for few tokens.
+extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* scratch,
                            int tokens, int columns, int mode, int window, int batch, int stages,
                            int ranks, int height, int cold, int shared_bytes, cudaStream_t stream) {
     if (count < 1 || count > MAX_PARTS) return cudaErrorInvalidValue;
@@ -130,7 +145,7 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
     }
     if (mode == ROUND) {
         const int64_t threads = static_cast<int64_t>(tiles) * TILE_ROWS * tokens;
-        return launch(round_kernel, (threads + 255) / 256, 1, 256, 0, 1, stream, table, partials, tokens);
+        return launch(round_kernel, (threads + 255) / 256, 1, 256, 0, 1, stream, table, scratch, tokens);
     }
     if (grid < 1 || grid > MAX_GRID || tokens < 1 || tokens > 64 || ranks < 1 || grid % ranks)
         return cudaErrorInvalidValue;
@@ -147,11 +162,12 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
     Many task = {};
     task.parts = table;
     for (int i = 0; i <= grid; ++i) task.cuts[i] = cuts[i];
-    task.partials = partials;
+    task.partials = scratch, task.staged = reinterpret_cast<uint8_t*>(scratch);
+    for (int i = 0; i < count; ++i) task.inputs = std::max(task.inputs, table.part[i].input + 1);
     task.tokens = tokens, task.columns = columns, task.blocks = blocks, task.slices = slices;
     task.window = window, task.stages = stages;
     auto go = tokens <= 16   ? (mode == OWN ? run<2, false> : run<2, true>)
               : tokens <= 32 ? (mode == OWN ? run<4, false> : run<4, true>)
                              : (mode == OWN ? run<8, false> : run<8, true>);
-    return mode == MEET || window > 2 ? cudaErrorInvalidValue : go(task, grid, shared_bytes, stream);
+    return mode == MEET || window < 1 || window > slices ? cudaErrorInvalidValue : go(task, grid, shared_bytes, stream);
 }

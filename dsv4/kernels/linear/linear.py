@@ -23,8 +23,8 @@ def linear(x: Tensor, operand: LinearOperand, *, out: Tensor | Sequence[Tensor] 
     once per treatment (dsv4/quant/activations.py); accumulation is float32, NVFP4's global scale applies there, and
     each output is rounded once.
 
-    On a GPU x is BF16. After the launches that quantise, one launch makes all outputs of up to 64 rows, or two where
-    tiles are split; more rows take several. Up to 192 rows, a row has the same bits whatever rows are beside it and
+    On a GPU x is BF16. After the launches that quantise, one launch makes all outputs of up to 8 rows, two those of
+    up to 64; more rows take several. Up to 192 rows, a row has the same bits whatever rows are beside it and
     however many; beyond, weights are unpacked for cuBLAS, which adds up in an order of its own.
     """
     if operand.launcher is None:

@@ -19,8 +19,9 @@ WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of incl
 TOGETHER = 4  #: warps that multiply together, each a tile: constant of include/dsv4/linear_many.cuh
 TOKENS = 64  #: at most, in one launch
 _MAX_STAGES = 5  # of the rings
-_REQUESTS_BYTES = 48  # of each warp (ManyRequests in linear_many.cuh)
+_REQUESTS_BYTES = 56  # of each warp (ManyRequests in linear_many.cuh)
 _ALIGNMENT = 1 << 10
+_STAGED_ROWS = 64  #: tokens of slices in shared memory or on their way (OWN); at least two slices
 _ROUND, _ROUND_TOKEN = 16 << 10, 1 << 10  #: bytes that a block reads while a warp multiplies another item
 
 
@@ -52,7 +53,8 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
     tiles = sum(count for count, _ in parts)
     if slices == 1 or tiles >= (WARPS - 2) * processors:
         mode, cuts = OWN, by_tiles(parts, blocks, processors)
-        window, most = min(slices, 2), chunks * slices * -(-max(b - a for a, b in pairwise(cuts)) // WARPS)
+        window = min(slices, max(_STAGED_ROWS // padded_tokens(tokens), 2))
+        most = chunks * slices * -(-max(b - a for a, b in pairwise(cuts)) // WARPS)
     else:
         mode, cuts = SPLIT, _by_slices(parts, blocks, processors, tokens)
         window = 2 if any(a // tiles != (b - 1) // tiles for a, b in pairwise(cuts)) else 1
@@ -65,6 +67,11 @@ def plan(parts: tuple[tuple[int, int], ...], blocks: int, tokens: int, processor
     raise KernelError(f"linear: {tokens} tokens do not fit into {shared_limit} bytes of shared memory")
 
 
+def padded_tokens(tokens: int) -> int:
+    """Tokens of the form of the kernel that takes so many."""
+    return next(n for n in (16, 32, 64) if n >= tokens)
+
+
 def tokens_at_once(shared_limit: int) -> int:
     """The most tokens one launch takes: staged by the slice, they must fit beside two stages of every ring."""
     for tokens in (TOKENS, 32, 16):
@@ -74,8 +81,7 @@ def tokens_at_once(shared_limit: int) -> int:
 
 
 def _shared_bytes(tokens: int, window: int, stages: int) -> int:
-    padded = next(n for n in (16, 32, 64) if n >= tokens)
-    x = window * padded * (SLICE_BYTES + 4)
+    x = window * (padded_tokens(tokens) * (SLICE_BYTES + 4) + 12)  # a barrier and a count
     return _ALIGNMENT + x + WARPS * (stages * (CHUNK + 8) + _REQUESTS_BYTES)
 
 

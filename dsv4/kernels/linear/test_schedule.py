@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv4.errors import KernelError
-from dsv4.kernels.linear.launch import _Part
+from dsv4.kernels.linear.launch import Launcher, _Part
 from dsv4.kernels.linear.schedule import MEET, OWN, SPLIT, plan, tokens_at_once
 from dsv4.kernels.linear.schedule_few import FEW_TOKENS, plan_few
 from dsv4.kernels.linear.test_linear import weights_of
@@ -102,6 +102,22 @@ def test_large_matrices_stay_whole_and_few_tokens_meet_in_shared_memory():
     modes = {name: [spread(name, tokens, H200).mode for tokens in (1, 64)] for name in OPERANDS}
     assert modes["head"] == [OWN, OWN] and modes["wq_b"] == [MEET, OWN]
     assert modes["wo_a"] == modes["wo_b"] == modes["gate"] == [MEET, SPLIT]
+
+
+def test_few_rows_have_several_slices_on_their_way():
+    windows = {tokens: plan(*OPERANDS["head"], tokens, *H200).window for tokens in (9, 16, 17, 32, 33, 64)}
+    assert windows == {9: 4, 16: 4, 17: 2, 32: 2, 33: 2, 64: 2}
+    assert plan(*OPERANDS["wq_b"], 16, *H200).window == 2  # no more than there are
+    assert plan(*OPERANDS["head"], 16, *RTX).window == 1
+
+
+def test_equal_inputs_are_staged_once_for_each_form():
+    weights = [weights_of(16, 64)[format] for format in ("nvfp4", "fp8", "bf16", "nvfp4", "bf16")]
+    launcher = Launcher([tiled(w) for w in weights])
+    x = torch.zeros(20, 128, dtype=torch.bfloat16)
+    inputs = [x[:, :64], x[:, :64], x[:, :64], x[:, 64:], x[:, :64]]
+    launcher._point(slice(3, 20), inputs, [None] * 5, [torch.empty(20, 16)] * 5)
+    assert [row.input for row in launcher.table] == [0, 0, 1, 2, 1]
 
 
 def test_a_gpu_without_room_is_refused():

@@ -40,10 +40,17 @@ __device__ __forceinline__ void bulk_copy(uint32_t target, const void* source, u
         : "memory");
 }
 
-// One arrival, and `bytes` (a multiple of 16) from `source` to `target` (both aligned to 16) that complete the phase.
+// One arrival, and `bytes` (a multiple of 16) of weights from `source` to `target` (both aligned to 16) that complete the phase.
 __device__ __forceinline__ void bulk_load(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
     bulk_expect(barrier, bytes);
     bulk_copy(target, source, bytes, barrier);
+}
+
+// The same of what other blocks read too: activations.
+__device__ __forceinline__ void bulk_share(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+                 "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // `bytes` (a multiple of 16) from `source` on (aligned to 16) into the L2 cache.

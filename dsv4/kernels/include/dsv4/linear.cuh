@@ -33,7 +33,8 @@ struct Part {
     int first_row;      // of block_scale: where this part begins in the matrix it was cut from
     int scale_columns;  // ceil(K / 128)
     int x_wide;         // x may be read 16 bytes at a time
-    int row_scale_stride, unused;
+    int row_scale_stride;
+    int input;  // parts with equal x, whose weights are equally BF16 or not, have the same
 };
 
 static_assert(sizeof(Part) == 96, "kernels/linear/launch.py lays it out");
@@ -73,6 +74,41 @@ __device__ __forceinline__ void put(const Part& part, int row, int token, float 
     const int64_t at = token * part.out_stride + row;
     if (part.out_f32) static_cast<float*>(part.out)[at] = y;
     else static_cast<bf16*>(part.out)[at] = from_float<bf16>(y);
+}
+
+// The transposed 8 x 8 matrix of 16 bit values, of which a lane holds the columns 2 t and 2 t + 1 of row g = lane / 4.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+    uint32_t other;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
+}
+
+// Whether all rows of the tile that begins at `row` may be stored by put_eight.
+__device__ __forceinline__ bool whole_rows(const Part& part, int row) {
+    return !part.out_f32 && row + TILE_ROWS <= part.rows && part.out_stride % 4 == 0 &&
+           reinterpret_cast<uintptr_t>(part.out) % 8 == 0;
+}
+
+// `put` of what a warp holds of a tile and eight tokens from `first` on, in the order of the accumulators (rows g and
+// g + 8, tokens 2 t and 2 t + 1), as BF16: a lane stores four rows of token g, and a token's sixteen are one sector.
+__device__ __forceinline__ void put_eight(const Part& part, int row, int first, int tokens, const float (&sum)[4]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float factor[2] = {1.0f, 1.0f};
+    if (part.row_scale != nullptr)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            factor[i] = part.row_scale[min(first + 2 * t + i, tokens - 1) * part.row_scale_stride];
+    uint32_t half[2];  // of rows g, of rows g + 8; then of token g
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t even = from_float<bf16>(sum[2 * i] * part.alpha * factor[0]).bits;
+        const uint32_t odd = from_float<bf16>(sum[2 * i + 1] * part.alpha * factor[1]).bits;
+        half[i] = transposed(even | odd << 16);
+    }
+    const bool upper = t % 2;
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? half[0] : half[1], 1);
+    bf16* const to = static_cast<bf16*>(part.out) + (first + g) * part.out_stride + row + upper * 8 + t / 2 * 4;
+    if (first + g < tokens) *reinterpret_cast<uint2*>(to) = upper ? make_uint2(other, half[1]) : make_uint2(half[0], other);
 }
 
 // Where a lane's columns of up to eight staged tokens lie, beyond those of its slice: of token g. Only the tokens there are take space, and the others

@@ -1,8 +1,10 @@
-// 9 to 64 tokens: four groups of four warps; the warps of a group multiply four tiles with the same slice of the tokens,
-// together where the GPU can (wide_product.cuh). Each warp has its own ring of weights and waits for nobody else's.
+// 9 to 64 tokens: 16 warps, each with a ring of weights of its own, waiting for nobody else's. Where tokens are many and
+// the GPU can, the warps of a group multiply four tiles with the same slice of the tokens together (wide_product.cuh).
 //
-// Two slices of the tokens, in the order of wide_product.cuh, lie in shared memory: while one is multiplied the next
-// one comes as it is, and each warp converts what it has asked for. Where memory is short there is room for one only.
+// Slices of the tokens lie in shared memory in the order of wide_product.cuh, scaled FP16 (BF16 for BF16 weights).
+//   OWN    a block needs every slice once per 16 tiles: `stage_tokens` has converted them once for all blocks, the copy
+//          engine brings them one by one, and no warp waits for another but where the room for the next is not free
+//   SPLIT  a block needs one slice or two: it converts them itself, the next one while one is multiplied if there is room
 #pragma once
 #include <dsv4/dependent.cuh>
 #include <dsv4/linear.cuh>
@@ -11,43 +13,39 @@
 namespace dsv4::linear {
 
 constexpr int MANY_WARPS = 16, MANY_THREADS = MANY_WARPS * 32, TOGETHER = 4, GROUPS = MANY_WARPS / TOGETHER;
+constexpr int MEET_FROM = 4;  // tiles of eight tokens from which on warps multiply together: with fewer, alone is faster
 
 struct Many {
     Parts parts;
     uint32_t cuts[MAX_GRID + 1];  // block b takes the units cuts[b] .. cuts[b + 1]: tiles; SPLIT: slice * tiles + tile
     float* partials;              // SPLIT: [tile][slice][NT][lane][4], accumulators as they are
+    uint8_t* staged;              // OWN: [inputs][slices] as in shared memory, then what undoes their scaling [8 NT] each
     int tokens, columns, blocks, slices;
-    int window;  // slices of the tokens that shared memory has room for: 1 or 2
+    int inputs;  // OWN: of `staged`; Part::input says which is whose
+    int window;  // slices of the tokens that shared memory has room for, no more than there are
     int stages;  // of each warp's ring
 };
 
-// Consecutive tiles of one part, and the slice of them that a block multiplies next.
+// Consecutive tiles of one part: up to 16, of which a block multiplies all slices (OWN), or more and one slice (SPLIT).
 struct Pass {
     int part, tile, tiles, slice;
 };
 
-// The passes of a block, in order. With SPLIT its tiles differ from slice to slice; else it takes all slices of 16
-// tiles, then the next 16.
+// The passes of a block, in order.
 template <bool SPLIT>
 struct Passes {
     uint32_t at, end;
-    int part = 0, slice = -1;
+    int part = 0, slice = SPLIT ? -1 : 0;
     __device__ __forceinline__ explicit Passes(const Many& task)
         : at(task.cuts[blockIdx.x]), end(task.cuts[blockIdx.x + 1]) {}
 
     __device__ __forceinline__ bool next(const Many& task, Pass& p) {
-        if (!SPLIT && slice >= 0 && ++slice < task.slices) {
-            p.slice = slice;
-            return true;
-        }
         if (at >= end) return false;
         uint32_t tile = at;
         if (SPLIT) {
             const uint32_t now = at / task.parts.tiles;
             tile = at - now * task.parts.tiles;
             if (static_cast<int>(now) != slice) slice = now, part = 0;
-        } else {
-            slice = 0;
         }
         while (part + 1 < task.parts.count && tile >= static_cast<uint32_t>(task.parts.part[part + 1].first_tile)) ++part;
         const int stop = part + 1 < task.parts.count ? task.parts.part[part + 1].first_tile : task.parts.tiles;
@@ -69,7 +67,7 @@ struct ManyRequests {
     Passes<SPLIT> rest;
     Pass pass = {};
     int item;
-    int left = 0;
+    int left = 0, chunk = 0;  // bytes
     const uint8_t* from = nullptr;
 
     __device__ __forceinline__ ManyRequests(const Many& task, int warp) : rest(task), item(warp / TOGETHER) {}
@@ -84,23 +82,72 @@ struct ManyRequests {
             own = item * TOGETHER + warp % TOGETHER;
             item += GROUPS;
         } while (own >= pass.tiles);
-        const int bytes = block_bytes(task.parts.part[pass.part].format);
-        const int first = pass.slice * SLICE_BLOCKS, tile = pass.tile + own;
-        from = task.parts.part[pass.part].tiles + (static_cast<int64_t>(tile) * task.blocks + first) * bytes;
-        left = min(task.blocks - first, SLICE_BLOCKS) * bytes;
+        const Part& part = task.parts.part[pass.part];
+        const int bytes = block_bytes(part.format), first = pass.slice * SLICE_BLOCKS, tile = pass.tile + own;
+        from = part.tiles + (static_cast<int64_t>(tile) * task.blocks + first) * bytes;
+        left = (SPLIT ? min(task.blocks - first, SLICE_BLOCKS) : task.blocks) * bytes;
+        chunk = chunk_blocks(part.format) * bytes;
         return true;
     }
     __device__ __forceinline__ void request(const Many& task, int warp, uint32_t to, uint32_t full) {
         if (left == 0 && !open(task, warp)) return;
-        const int format = task.parts.part[pass.part].format, bytes = min(left, chunk_blocks(format) * block_bytes(format));
+        const int bytes = min(left, chunk);
         bulk_load(to, from, bytes, full);
         from += bytes, left -= bytes;
     }
 };
 
-static_assert(sizeof(ManyRequests<true>) == 48, "kernels/linear/schedule.py leaves so much room for each warp");
+static_assert(sizeof(ManyRequests<true>) == 56, "kernels/linear/schedule.py leaves so much room for each warp");
 
-// Which tokens: a slice of those of a part.
+template <int NT>
+constexpr int SLICE_ROOM = NT * SLICE_BLOCKS * 1024;  // bytes of a slice of the tokens
+
+// OWN: the slices of the tokens for all blocks. A warp per row of a slice; its lane 4 s + t holds the columns 16 t .. 16 t
+// + 15 of step s, whose pairs are the words t of the eight pieces there.
+template <int NT>
+__global__ void __launch_bounds__(MANY_THREADS) stage_tokens(const __grid_constant__ Many task) {
+    take_turn();
+    const int lane = threadIdx.x % 32, at = blockIdx.x * MANY_WARPS + threadIdx.x / 32;
+    const int token = at % task.tokens, place = at / task.tokens, input = place / task.slices;
+    if (input >= task.inputs) return;
+    int which = 0;
+    while (task.parts.part[which].input != input) ++which;
+    const Part& part = task.parts.part[which];
+    const int column = (place - input * task.slices) * SLICE + lane * 16;
+    uint32_t pairs[8];
+    load_columns(pairs, part.x + token * part.x_stride + column, task.columns - column, part.x_wide);
+    const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs);
+    uint8_t* const step = task.staged + place * static_cast<int64_t>(SLICE_ROOM<NT>) + lane / 4 * NT * 1024;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        *reinterpret_cast<uint32_t*>(step + wide::piece_at(token, i) + lane % 4 * 4) = pairs[i];
+    float* const undo = reinterpret_cast<float*>(task.staged + task.inputs * task.slices * static_cast<int64_t>(SLICE_ROOM<NT>));
+    if (lane == 0) undo[place * 8 * NT + token] = back;
+}
+
+// OWN: the slices of the tokens in shared memory, asked for in the order in which they are multiplied. Who is the last to
+// be done with one asks for what comes in its place.
+template <int NT>
+struct Staged {
+    uint32_t data, full;  // shared addresses: [window][SLICE_ROOM], [window] barriers
+    uint32_t undo, done;  // the same: [window][8 NT]; [window] counts of warps that are done with what lies there
+
+    __device__ __forceinline__ void ask(const Many& task, int part, int slice, int place) const {
+        const int64_t which = task.parts.part[part].input * task.slices + slice;
+        const uint8_t* all_undo = task.staged + task.inputs * task.slices * static_cast<int64_t>(SLICE_ROOM<NT>);
+        bulk_expect(full + place * 8, SLICE_ROOM<NT> + 32 * NT);
+        bulk_share(data + place * SLICE_ROOM<NT>, task.staged + which * SLICE_ROOM<NT>, SLICE_ROOM<NT>, full + place * 8);
+        bulk_share(undo + place * 32 * NT, all_undo + which * 32 * NT, 32 * NT, full + place * 8);
+    }
+    // By one lane of each warp, all of whose lanes have read what lies at `place`. True for the last warp: all have.
+    __device__ __forceinline__ bool leave(int place) const {
+        uint32_t before;
+        asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(done + place * 4) : "memory");
+        return before % MANY_WARPS == MANY_WARPS - 1;
+    }
+};
+
+// SPLIT: which tokens, a slice of those of a part.
 struct Tokens {
     int part = 0, slice = -1;
 
@@ -160,6 +207,14 @@ __device__ __forceinline__ void convert_tokens(const Many& task, bool plain, uin
     wide::publish();
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <int NT>
+constexpr bool MEETS = NT >= MEET_FROM;  // whether the warps of a group multiply NVFP4 together
+#else
+template <int NT>
+constexpr bool MEETS = false;
+#endif
+
 // sum += a block times the tokens of a step, each warp by itself. scale: of FP8.
 template <int FORMAT, int NT>
 __device__ __forceinline__ void block_alone(float (&sum)[1][NT][4], const uint8_t* block, uint32_t step, float scale) {
@@ -187,48 +242,63 @@ __device__ __forceinline__ void block_alone(float (&sum)[1][NT][4], const uint8_
 }
 
 // sum += `count` blocks of a slice of a warp's tile, times the tokens at `x`, a shared address. The caller refills the
-// ring after each chunk through `next`. live: the warp has a tile; else it multiplies what lies there, as its group does.
+// ring after each chunk through `next`. live: the warp has a tile; else it multiplies what lies there if its group meets.
 template <int NT, typename Next>
 __device__ __forceinline__ void many_product(float (&sum)[1][NT][4], const Part& part, int tile, int slice, int count,
                                              uint32_t x, bool live, Ring<1>& ring, Next&& next) {
-    if (part.format == NVFP4) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (part.format == NVFP4 && MEETS<NT>) {
         const int lane = threadIdx.x % 32;
         uint32_t a[2][1][2][4];  // halves of a block
-        for (int done = 0; done < count; done += 4) {
+        const auto multiply = [&](const w4::Lane& own, auto&& before_second) {
+            uint32_t low, high;
+            w4::scales(own.scales, low, high);
+            wide::settle<1>();
+            w4::dequantize(a[0][0][0], own.codes.x, low, high);
+            w4::dequantize(a[0][0][1], own.codes.y, low, high);
+            wide::multiply<NT>(sum, a[0], x, 0);
+            before_second();
+            wide::settle<1>();
+            w4::dequantize(a[1][0][0], own.codes.z, low, high);
+            w4::dequantize(a[1][0][1], own.codes.w, low, high);
+            wide::multiply<NT>(sum, a[1], x, 1);
+            x += NT * 1024;
+        };
+#pragma unroll 1
+        for (; count > 0; count -= 4) {
             const uint8_t* chunk = live ? ring.wait() : ring.bytes;
             __syncwarp();
+            if (count >= 4) {
+                w4::Lane own[2] = {w4::load(chunk, lane)};
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    multiply(own[k % 2], [&] {
+                        if (k < 3) own[(k + 1) % 2] = w4::load(chunk + (k + 1) * w4::BLOCK_BYTES, lane);
+                    });
+            } else {
 #pragma unroll 1
-            for (int k = 0; k < min(count - done, 4); ++k, x += NT * 1024) {
-                const w4::Lane own = w4::load(chunk + k * w4::BLOCK_BYTES, lane);
-                uint32_t low, high;
-                w4::scales(own.scales, low, high);
-                wide::settle<1>();
-                w4::dequantize(a[0][0][0], own.codes.x, low, high);
-                w4::dequantize(a[0][0][1], own.codes.y, low, high);
-                wide::multiply<NT>(sum, a[0], x, 0);
-                wide::settle<1>();
-                w4::dequantize(a[1][0][0], own.codes.z, low, high);
-                w4::dequantize(a[1][0][1], own.codes.w, low, high);
-                wide::multiply<NT>(sum, a[1], x, 1);
+                for (int k = 0; k < count; ++k) multiply(w4::load(chunk + k * w4::BLOCK_BYTES, lane), [] {});
             }
             if (live) next(ring);
         }
         wide::settle<0>();
         wide::take(sum);
-#else
-        if (!live) return;
-#pragma unroll 1
-        for (int done = 0; done < count; done += 4) {
-            const uint8_t* chunk = ring.wait();
-#pragma unroll 1
-            for (int k = 0; k < min(count - done, 4); ++k, x += NT * 1024)
-                block_alone<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x, 1.0f);
-            next(ring);
-        }
-#endif
     } else if (!live) {
         return;
+    } else if (part.format == NVFP4) {
+#pragma unroll 1
+        for (; count > 0; count -= 4) {
+            const uint8_t* chunk = ring.wait();
+            if (NT < MEET_FROM && count >= 4) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k, x += NT * 1024)
+                    block_alone<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x, 1.0f);
+            } else {
+#pragma unroll 1
+                for (int k = 0; k < min(count, 4); ++k, x += NT * 1024)
+                    block_alone<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x, 1.0f);
+            }
+            next(ring);
+        }
     } else if (part.format == FP8) {
         const int lane = threadIdx.x % 32, row = (part.first_row + tile * TILE_ROWS) / 128;
         const int column = slice * (SLICE / 128) + lane;
@@ -252,40 +322,90 @@ __device__ __forceinline__ void many_product(float (&sum)[1][NT][4], const Part&
     }
 }
 
-template <int NT, bool SPLIT>
-__global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_constant__ Many task) {
-    constexpr int WINDOW_BYTES = NT * SLICE_BLOCKS * 1024;
-    extern __shared__ uint8_t memory[];  // x, from a multiple of 1024 on | rings | undo | barriers | requests
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
-
-    uint8_t* const x = memory + (1024 - shared_address(memory) % 1024) % 1024;
-    uint8_t* const rings = x + task.window * WINDOW_BYTES;
-    float* const undo = reinterpret_cast<float*>(rings + MANY_WARPS * task.stages * CHUNK);  // [window][8 NT]
-    uint64_t* const barriers = reinterpret_cast<uint64_t*>(undo + task.window * 8 * NT) + warp * task.stages;
-    uint8_t* const ring_bytes = rings + warp * task.stages * CHUNK;
-    Ring<1> ring = {shared_address(ring_bytes), shared_address(barriers), ring_bytes, task.stages, 0, 0};
-    ManyRequests<SPLIT>* const requests =
-        reinterpret_cast<ManyRequests<SPLIT>*>(barriers + (MANY_WARPS - warp) * task.stages) + warp;
-    if (lane == 0) {
-        *requests = ManyRequests<SPLIT>(task, warp);
-        for (int i = 0; i < ring.stages; ++i) barrier_init(ring.full + i * 8, 1);
-        barriers_ready();
-        for (int i = 0; i < ring.stages; ++i) requests->request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
+// Sums of a slice, its scaling undone. undo: the slice's, [8 NT].
+template <int NT>
+__device__ __forceinline__ void undo_many(float (&sum)[NT][4], int format, const float* undo) {
+    const float scale = format == NVFP4 ? w4::UNDO : 1.0f;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        const float2 back = *reinterpret_cast<const float2*>(undo + n * 8 + threadIdx.x % 4 * 2);
+        const float even = back.x * scale, odd = back.y * scale;
+        sum[n][0] *= even, sum[n][1] *= odd, sum[n][2] *= even, sum[n][3] *= odd;
     }
-    __syncwarp();
-    wait_for_previous();
-    let_next_start();
-    const auto refill = [&](Ring<1>& r) {
-        __syncwarp();  // every lane has read the stage
-        if (lane == 0) requests->request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
-        r.advance();
-    };
+}
 
-    Passes<SPLIT> rest(task);
+// Rounds once and stores what a warp holds of a tile.
+template <int NT>
+__device__ __forceinline__ void put_many(const Part& part, int row, int tokens, float (&sum)[NT][4]) {
+    if (whole_rows(part, row)) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            if (8 * n < tokens) put_eight(part, row, 8 * n, tokens, sum[n]);
+        return;
+    }
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int n = 0; n < NT; ++n)  // the sums move up, so that this code is there once
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = 8 * n + lane % 4 * 2 + i % 2;
+            if (token < tokens) put(part, row + lane / 4 + i / 2 * 8, token, sum[0][i]);
+#pragma unroll
+            for (int k = 0; k + 1 < NT; ++k) sum[k][i] = sum[k + 1][i];
+        }
+}
+
+// OWN: whole tiles, 16 at a time, all slices of each.
+template <int NT, typename Refill>
+__device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& staged, const float* undo, Ring<1>& ring,
+                                            Refill&& refill) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Passes<false> rest(task);
+    Pass pass, then;
+    bool more = rest.next(task, pass);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < task.window; ++i) staged.ask(task, pass.part, i, i);
+    int place = 0;
+    uint32_t parity = 0;
+    while (more) {
+        more = rest.next(task, then = pass);
+        const Part& part = task.parts.part[pass.part];
+        const int tile = pass.tile + warp;
+        const bool live = warp < pass.tiles;
+        float total[NT][4] = {};
+#pragma unroll 1
+        for (int slice = 0; slice < task.slices; ++slice) {
+            const int count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
+            float sum[1][NT][4] = {};
+            barrier_wait(staged.full + place * 8, parity);
+            __syncwarp();
+            many_product<NT>(sum, part, tile, slice, count, staged.data + place * SLICE_ROOM<NT>, live, ring, refill);
+            undo_many<NT>(sum[0], part.format, undo + place * 8 * NT);
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) total[n][i] += sum[0][n][i];
+            __syncwarp();
+            if (lane == 0 && staged.leave(place)) {
+                const int ahead = slice + task.window;  // of all that are still to come
+                if (ahead < task.slices) staged.ask(task, pass.part, ahead, place);
+                else if (more) staged.ask(task, then.part, ahead - task.slices, place);
+            }
+            if (++place == task.window) place = 0, parity ^= 1;
+        }
+        if (live) put_many<NT>(part, tile * TILE_ROWS, task.tokens, total);
+        pass = then;
+    }
+}
+
+// SPLIT: slices of tiles, whose sums go to `partials`.
+template <int NT, typename Refill>
+__device__ __forceinline__ void single_slices(const Many& task, uint8_t* x, float* undo, Ring<1>& ring, Refill&& refill) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+    Passes<true> rest(task);
     Pass pass, then;
     Tokens held, before;  // at `place`; where there is room for two, at the other
     int place = 0, item = warp / TOGETHER;
-    float total[SPLIT ? 1 : NT][4] = {};
     bool more = rest.next(task, pass);
     while (more) {
         const Tokens wanted = {pass.part, pass.slice};
@@ -294,8 +414,8 @@ __global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_cons
             if (wanted.same(task, before)) {
                 before = held, place ^= 1;
             } else {
-                ask_tokens<NT>(task, task.parts.part[pass.part], pass.slice, x + place * WINDOW_BYTES);
-                convert_tokens<NT>(task, task.parts.part[pass.part].format == PLAIN, x + place * WINDOW_BYTES,
+                ask_tokens<NT>(task, task.parts.part[pass.part], pass.slice, x + place * SLICE_ROOM<NT>);
+                convert_tokens<NT>(task, task.parts.part[pass.part].format == PLAIN, x + place * SLICE_ROOM<NT>,
                                    undo + place * 8 * NT);
                 __syncthreads();
             }
@@ -304,53 +424,72 @@ __global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_cons
         more = rest.next(task, then = pass);
         const Tokens coming = {then.part, then.slice};
         const bool ahead = more && task.window == 2 && !coming.same(task, held) && !coming.same(task, before);
-        if (ahead) ask_tokens<NT>(task, task.parts.part[then.part], then.slice, x + (place ^ 1) * WINDOW_BYTES);
+        if (ahead) ask_tokens<NT>(task, task.parts.part[then.part], then.slice, x + (place ^ 1) * SLICE_ROOM<NT>);
 
         const Part& part = task.parts.part[pass.part];
         const int count = min(task.blocks - pass.slice * SLICE_BLOCKS, SLICE_BLOCKS), items = items_of(pass);
-        const uint32_t step = shared_address(x) + place * WINDOW_BYTES;
+        const uint32_t step = shared_address(x) + place * SLICE_ROOM<NT>;
         for (; item < items; item += GROUPS) {
             const int own = item * TOGETHER + warp % TOGETHER, tile = pass.tile + own;
             const bool live = own < pass.tiles;
             float sum[1][NT][4] = {};
             many_product<NT>(sum, part, tile, pass.slice, count, step, live, ring, refill);
-            const float scale = part.format == NVFP4 ? w4::UNDO : 1.0f;
+            undo_many<NT>(sum[0], part.format, undo + place * 8 * NT);
             const int64_t place_of_sums = (static_cast<int64_t>(part.first_tile + tile) * task.slices + pass.slice) * NT;
             float4* slot = reinterpret_cast<float4*>(task.partials) + place_of_sums * 32 + lane;
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                const float2 back = *reinterpret_cast<const float2*>(undo + (place * NT + n) * 8 + 2 * t);
-                const float even = back.x * scale, odd = back.y * scale;
-                float(&v)[4] = sum[0][n];
-                v[0] *= even, v[1] *= odd, v[2] *= even, v[3] *= odd;
-                if constexpr (SPLIT) {
-                    if (live && 8 * n + 2 * t < task.tokens) __stcg(slot + n * 32, make_float4(v[0], v[1], v[2], v[3]));
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) total[n][i] += v[i];
-                }
+                const float(&v)[4] = sum[0][n];
+                if (live && 8 * n + 2 * t < task.tokens) __stcg(slot + n * 32, make_float4(v[0], v[1], v[2], v[3]));
             }
-            if (SPLIT || pass.slice + 1 < task.slices) continue;
-            if constexpr (!SPLIT)
-#pragma unroll 1
-                for (int n = 0; n < NT; ++n) {  // the sums move up, so that this code is there once
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int row = tile * TILE_ROWS + lane / 4 + i / 2 * 8, token = 8 * n + 2 * t + i % 2;
-                        if (live && token < task.tokens) put(part, row, token, total[0][i]);
-#pragma unroll
-                        for (int k = 0; k < NT; ++k) total[k][i] = k + 1 < NT ? total[k + 1][i] : 0.0f;
-                    }
-                }
         }
-        item = SPLIT ? item - items : warp / TOGETHER;
+        item -= items;
         if (ahead) {
-            convert_tokens<NT>(task, task.parts.part[then.part].format == PLAIN, x + (place ^ 1) * WINDOW_BYTES,
+            convert_tokens<NT>(task, task.parts.part[then.part].format == PLAIN, x + (place ^ 1) * SLICE_ROOM<NT>,
                                undo + (place ^ 1) * 8 * NT);
             before = coming;
         }
         pass = then;
     }
+}
+
+template <int NT, bool SPLIT>
+__global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_constant__ Many task) {
+    // x, from a multiple of 1024 on | rings | undo | the rings' barriers | requests | the slices' barriers | warps done
+    extern __shared__ uint8_t memory[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    uint8_t* const x = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    uint8_t* const rings = x + task.window * SLICE_ROOM<NT>;
+    float* const undo = reinterpret_cast<float*>(rings + MANY_WARPS * task.stages * CHUNK);  // [window][8 NT]
+    uint64_t* const barriers = reinterpret_cast<uint64_t*>(undo + task.window * 8 * NT) + warp * task.stages;
+    uint8_t* const ring_bytes = rings + warp * task.stages * CHUNK;
+    Ring<1> ring = {shared_address(ring_bytes), shared_address(barriers), ring_bytes, task.stages, 0, 0};
+    ManyRequests<SPLIT>* const all_requests =
+        reinterpret_cast<ManyRequests<SPLIT>*>(barriers + (MANY_WARPS - warp) * task.stages);
+    ManyRequests<SPLIT>* const requests = all_requests + warp;
+    uint64_t* const slices = reinterpret_cast<uint64_t*>(all_requests + MANY_WARPS);
+    uint32_t* const done = reinterpret_cast<uint32_t*>(slices + task.window);
+    const Staged<NT> staged = {shared_address(x), shared_address(slices), shared_address(undo), shared_address(done)};
+    if (!SPLIT && threadIdx.x == 0)
+        for (int i = 0; i < task.window; ++i) barrier_init(staged.full + i * 8, 1), done[i] = 0;
+    if (lane == 0) {
+        *requests = ManyRequests<SPLIT>(task, warp);
+        for (int i = 0; i < ring.stages; ++i) barrier_init(ring.full + i * 8, 1);
+        barriers_ready();
+        for (int i = 0; i < ring.stages; ++i) requests->request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
+    }
+    if (SPLIT) __syncwarp();
+    else __syncthreads();  // the slices' barriers are there
+    wait_for_previous();
+    let_next_start();
+    const auto refill = [&](Ring<1>& r) {
+        __syncwarp();  // every lane has read the stage
+        if (lane == 0) requests->request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
+        r.advance();
+    };
+    if constexpr (SPLIT) single_slices<NT>(task, x, undo, ring, refill);
+    else whole_tiles<NT>(task, staged, undo, ring, refill);
 }
 
 }  // namespace dsv4::linear

@@ -79,12 +79,13 @@ template <int NT, int TILES>
 __device__ __forceinline__ void multiply(float (&sums)[TILES][NT][4], const uint32_t (&a)[TILES][2][4],
                                          uint32_t step, int h) {
     // 128-byte swizzle, groups of eight tokens 1024 bytes apart
-    const uint64_t tokens = uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | step >> 4;
+    constexpr uint64_t UPPER = uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32;
+    const uint32_t tokens = 1 << 16 | step >> 4;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) product<NT>(sums[i], a[i][j], tokens + (2 * h + j) * 2);
+        for (int i = 0; i < TILES; ++i) product<NT>(sums[i], a[i][j], UPPER | (tokens + (2 * h + j) * 2));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
