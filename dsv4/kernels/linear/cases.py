@@ -137,7 +137,7 @@ def large(make: Maker) -> Iterator[Case]:
             for rows in (1, 8, 16, 64):
                 yield joined(make, name, rows, k, parts, plain, native if name == "gate" else four, "bf16")
             yield joined(make, name, 1, k, parts, plain, native, "fp8")
-    for rows in (8, 17, 64, 192):  # blocks of one and of two passes of 16 tiles, and rings of many slices
+    for rows in (8, 16, 17, 64, 192):  # blocks of one and of two passes of 16 tiles, and rings of many slices
         yield joined(make, "wide", rows, FLASH, (32768,), 0, four, "bf16")
         yield joined(make, "ragged", rows, FLASH + 16, (37001,), 0, four, "bf16")
         yield joined(make, "ragged", rows, 1024 + 48, (3001, 999), 1, four, "bf16")
