@@ -57,9 +57,10 @@ struct Ring {
     uint32_t parity;
     bool live = true;  // else what lies at `bytes` will do
 
+    __device__ __forceinline__ const uint8_t* byte(int offset) const { return bytes + (at * STAGE + offset); }
     __device__ __forceinline__ const uint8_t* wait() const {
         if (live) barrier_wait(full + at * 8, parity);
-        return bytes + at * STAGE;
+        return byte(0);
     }
     __device__ __forceinline__ void advance() {
         if (++at == stages) at = 0, parity ^= 1;
@@ -118,9 +119,10 @@ __device__ __forceinline__ int lane_columns(int tokens, int stride) {
     return min(lane / 4, tokens - 1) * stride + lane % 4 * 32;
 }
 
-// A of a block's four products. NVFP4: x 2^-14; FP8: before its block scale.
-__device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_t* block) {
-    const w4::Lane part = w4::load(block, threadIdx.x % 32);
+// A of a block's four products, of what the lane has of it: from `codes` on, 16 bytes of a lane, and of NVFP4 at `scales`,
+// 2 bytes of a lane. NVFP4: x 2^-14; FP8: before its block scale.
+__device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_t* codes, const uint8_t* scales) {
+    const w4::Lane part = {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint16_t*>(scales)};
     const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
     uint32_t scale_g, scale_g8;
     w4::scales(part.scales, scale_g, scale_g8);
@@ -128,11 +130,11 @@ __device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_
     for (int j = 0; j < 4; ++j) w4::dequantize(a[j], words[j], scale_g, scale_g8);
 }
 
-__device__ __forceinline__ void fp8_operands(uint32_t (&a)[4][4], const uint8_t* block) {
+__device__ __forceinline__ void fp8_operands(uint32_t (&a)[4][4], const uint8_t* codes) {
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
-        const uint4 codes = reinterpret_cast<const uint4*>(block + piece * 512)[threadIdx.x % 32];
-        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const uint4 own = *reinterpret_cast<const uint4*>(codes + piece * 512);
+        const uint32_t words[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             uint32_t(&to)[4] = a[2 * piece + w / 2];
@@ -142,42 +144,51 @@ __device__ __forceinline__ void fp8_operands(uint32_t (&a)[4][4], const uint8_t*
     }
 }
 
-__device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_t* block) {
+__device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_t* codes) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const uint4 values = reinterpret_cast<const uint4*>(block + j * 512)[threadIdx.x % 32];
+        const uint4 values = *reinterpret_cast<const uint4*>(codes + j * 512);
         a[j][0] = values.x, a[j][1] = values.y, a[j][2] = values.z, a[j][3] = values.w;
     }
 }
 
-// sum += a block of each tile times up to eight tokens; columns: see lane_columns. NVFP4 or plain.
-template <int FORMAT, int TILES>
-__device__ __forceinline__ void unscaled_block(float (&sum)[TILES][4], const uint8_t* block, const uint8_t* x,
-                                               int columns) {
+// sum += a block of each tile times up to eight tokens; x: the lane's columns, see lane_columns.
+template <int TILES>
+__device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* scales,
+                                            const uint8_t* x) {
     uint32_t a[TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
-        if constexpr (FORMAT == NVFP4) nvfp4_operands(a[i], block + i * CHUNK);
-        else plain_operands(a[i], block + i * CHUNK);
+    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], codes + i * CHUNK, scales + i * CHUNK);
     uint32_t b[8];
-    load_b(b, x + columns);
+    load_b(b, x);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int i = 0; i < TILES; ++i)
-            if constexpr (FORMAT == NVFP4) mma_f16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
-            else mma_bf16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+        for (int i = 0; i < TILES; ++i) mma_f16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
 }
 
 template <int TILES>
-__device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t* block, const uint8_t* x,
-                                          int columns, const float (&scale)[TILES]) {
+__device__ __forceinline__ void plain_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* x) {
     uint32_t a[TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) fp8_operands(a[i], block + i * CHUNK);
+    for (int i = 0; i < TILES; ++i) plain_operands(a[i], codes + i * CHUNK);
+    uint32_t b[8];
+    load_b(b, x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) mma_bf16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+}
+
+template <int TILES>
+__device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* x,
+                                          const float (&scale)[TILES]) {
+    uint32_t a[TILES][4][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) fp8_operands(a[i], codes + i * CHUNK);
     float part[TILES][4] = {};
     uint32_t b[8];
-    load_b(b, x + columns);
+    load_b(b, x);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -188,62 +199,87 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t*
         for (int k = 0; k < 4; ++k) sum[i][k] = fmaf(part[i][k], scale[i], sum[i][k]);
 }
 
-// sum += a slice, of `blocks` blocks, of `tiles` tiles of `format` from `tile` on, times up to eight tokens. x: the
-// staged slice. The caller refills the ring, a Ring or what is like it, after each chunk through `next`.
+// A slice: of so many blocks, of a part, and the first of the tiles that are multiplied.
+struct Slice {
+    const Part& part;
+    int number, blocks, tile;
+};
+
+// How many blocks make a chunk that slice_product multiplies without a loop; begun: see there.
+__device__ __forceinline__ int least_of(int format, int begun) { return format == NVFP4 && begun == 0 ? 4 : SLICE_BLOCKS + 1; }
+
+// sum += a slice, of `left` blocks, of `tiles` tiles of `format`, times up to eight tokens. x: the lane's columns of the
+// staged slice. begun: so many blocks of the first chunk (of NVFP4) have been multiplied already; none has any more
+// afterwards. least: least_of them. which(): the slice, of which only some formats need to know. The caller refills the
+// ring, a Ring or what is like it, after each chunk: through next(), or, behind four blocks of NVFP4, through quickly()
+// where that is true.
 // Where fewer tiles are left than a warp multiplies at once, what the ring holds in the place of the others reaches only
-// sums that nobody takes. begun: so many blocks of the first chunk (of NVFP4) have been multiplied already.
-template <int TILES, typename Ring, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[TILES][4], const Part& part, int format, int tile, int tiles,
-                                              int slice, int blocks, const uint8_t* x, int columns, Ring& ring, Next&& next,
-                                              int begun = 0) {
-    if (format == NVFP4) {
-        for (int done = 0; done < blocks; done += 4, x += 4 * 128) {
-            const uint8_t* chunk = ring.wait();
-            if (blocks - done >= 4 && begun == 0) {
+// sums that nobody takes.
+template <int TILES, typename Which, typename Ring, typename Quickly, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format, int tiles, int left,
+                                              const uint8_t* x, int lane, Ring& ring, Which&& which, Quickly&& quickly,
+                                              Next&& next, int& begun, int& least) {
+    float scales[TILES] = {};
+    const auto whole = [&] {  // four blocks, and as many more as can be
+        do {
+            ring.wait();
+            const uint8_t *const codes = ring.byte(lane * 16), *const scale = ring.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll(TILES == 1 ? 4 : 2)
-                for (int k = 0; k < 4; ++k) unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, columns);
+            for (int k = 0; k < 4; ++k)
+                nvfp4_block(sum, codes + k * w4::BLOCK_BYTES, scale + k * w4::BLOCK_BYTES, x + k * 128);
+            left -= 4, x += 4 * 128;
+            asm volatile("" : "+r"(left));  // else it would be kept twice
+            if (!quickly(ring)) return false;
+        } while (left >= 4);
+        return true;
+    };
+#pragma unroll 1
+    do {
+        if (left >= least) {
+            if (whole()) continue;
+        } else {
+            ring.wait();
+            const uint8_t* const codes = ring.byte(lane * 16);
+            if (format == NVFP4) {
+                const uint8_t* const scale = ring.byte(lane * 2 + w4::CODE_BYTES);
+#pragma unroll 1
+                for (int k = begun; k < min(left, 4); ++k)
+                    nvfp4_block(sum, codes + k * w4::BLOCK_BYTES, scale + k * w4::BLOCK_BYTES, x + k * 128);
+                begun = 0, least = 4, left -= 4, x += 4 * 128;
+            } else if (format == FP8) {
+                const Slice slice = which();
+                if (left == slice.blocks) {
+                    const int column = slice.number * (SLICE / 128) + lane;
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) {
+                        const int row = (slice.part.first_row + (slice.tile + min(i, tiles - 1)) * TILE_ROWS) / 128;
+                        const bool exists = lane < SLICE / 128 && column < slice.part.scale_columns;
+                        scales[i] = exists ? slice.part.block_scale[row * slice.part.scale_columns + column] : 0.0f;
+                    }
+                }
+                float scale[TILES];
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, scales[i], (slice.blocks - left) / 2);
+#pragma unroll 1
+                for (int k = 0; k < min(left, 2); ++k) fp8_block(sum, codes + k * 1024, x + k * 128, scale);
+                left -= 2, x += 2 * 128;
             } else {
-#pragma unroll 1
-                for (int k = begun; k < min(blocks - done, 4); ++k)
-                    unscaled_block<NVFP4>(sum, chunk + k * w4::BLOCK_BYTES, x + k * 128, columns);
-                begun = 0;
+                plain_block(sum, codes, x);
+                left -= 1, x += 128;
             }
-            next(ring);
         }
-    } else if (format == FP8) {
-        const int lane = threadIdx.x % 32, column = slice * (SLICE / 128) + lane;
-        float scales[TILES];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const int row = (part.first_row + (tile + min(i, tiles - 1)) * TILE_ROWS) / 128;
-            const bool exists = lane < SLICE / 128 && column < part.scale_columns;
-            scales[i] = exists ? part.block_scale[row * part.scale_columns + column] : 0.0f;
-        }
-#pragma unroll 1
-        for (int done = 0; done < blocks; done += 2, x += 2 * 128) {
-            float scale[TILES];
-#pragma unroll
-            for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, scales[i], done / 2);
-            const uint8_t* chunk = ring.wait();
-#pragma unroll 1
-            for (int k = 0; k < min(blocks - done, 2); ++k) fp8_block(sum, chunk + k * 1024, x + k * 128, columns, scale);
-            next(ring);
-        }
-    } else {
-#pragma unroll 1
-        for (int done = 0; done < blocks; ++done, x += 128) {
-            const uint8_t* chunk = ring.wait();
-            unscaled_block<PLAIN>(sum, chunk, x, columns);
-            next(ring);
-        }
-    }
+        next(ring);
+    } while (left > 0);
 }
 
-// Up to eight tokens: sums of a slice, its scaling undone. undo: the slice's, of all eight.
+// What undoes the scaling of codes, beside that of tokens.
+__device__ __forceinline__ float undo_of(int format) { return format == NVFP4 ? w4::UNDO : 1.0f; }
+
+// Up to eight tokens: sums of a slice, its scaling undone. undo: the slice's, from the lane's first token on.
 template <int TILES>
-__device__ __forceinline__ void undo_scaling(float (&sum)[TILES][4], int format, const float* undo) {
-    const float2 back = *reinterpret_cast<const float2*>(undo + threadIdx.x % 4 * 2);
-    const float scale = format == NVFP4 ? w4::UNDO : 1.0f, even = back.x * scale, odd = back.y * scale;
+__device__ __forceinline__ void undo_scaling(float (&sum)[TILES][4], float scale, const float* undo) {
+    const float2 back = *reinterpret_cast<const float2*>(undo);
+    const float even = back.x * scale, odd = back.y * scale;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
         sum[i][0] *= even, sum[i][1] *= odd;

@@ -164,9 +164,12 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
 #pragma unroll
         for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
-        slice_product(sum, part, format, run.tile + group * TILES, tiles, slice, count, x + place * 1024, columns, ring,
-                      refill);
-        undo_scaling(sum, format, undo + place * FEW_TOKENS);
+        int begun = 0, least = least_of(format, begun);
+        slice_product(
+            sum, format, tiles, count, x + place * 1024 + columns, lane, ring,
+            [&] { return Slice{part, slice, count, run.tile + group * TILES}; }, [](Ring<TILES>&) { return false; }, refill,
+            begun, least);
+        undo_scaling(sum, undo_of(format), undo + place * FEW_TOKENS + 2 * t);
     };
 #pragma unroll 1
     for (int pass = task.cold ? 0 : 1; pass < 2; ++pass) {

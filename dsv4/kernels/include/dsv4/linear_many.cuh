@@ -219,9 +219,10 @@ constexpr bool MEETS = false;
 template <int FORMAT, int NT>
 __device__ __forceinline__ void block_alone(float (&sum)[1][NT][4], const uint8_t* block, uint32_t step, float scale) {
     uint32_t a[4][4];
-    if constexpr (FORMAT == NVFP4) nvfp4_operands(a, block);
-    else if constexpr (FORMAT == FP8) fp8_operands(a, block);
-    else plain_operands(a, block);
+    const int lane = threadIdx.x % 32;
+    if constexpr (FORMAT == NVFP4) nvfp4_operands(a, block + lane * 16, block + w4::CODE_BYTES + lane * 2);
+    else if constexpr (FORMAT == FP8) fp8_operands(a, block + lane * 16);
+    else plain_operands(a, block + lane * 16);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         float part[4] = {};

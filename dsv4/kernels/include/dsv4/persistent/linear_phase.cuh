@@ -25,24 +25,32 @@ struct Linear {
     mhc::Peers peers;                            // whom the result is told instead of being written; size 0: nobody
 };
 
-// A warp's units: a tile of the block, the part it belongs to, and a slice.
+// A warp's units: a tile of the block, the part it belongs to, and a slice. Every WARPS-th is its own.
 struct LinearUnit {
-    int tile, slice, part;
+    int tile, slice, part, end;       // end: the tile behind the block's last one of the part
+    int slices, tiles_on, slices_on;  // of a tile; to the next unit
 
-    __device__ __forceinline__ LinearUnit(const Linear& a, int part) : part(part) {
+    // first, tiles: the block's first tile, and how many it has.
+    __device__ __forceinline__ LinearUnit(const Linear& a, int first, int tiles, int part)
+        : part(part - 1), end(0), slices(a.slices), tiles_on(WARPS * a.per_slice >> 16), slices_on(WARPS - tiles_on * slices) {
         const int warp = threadIdx.x / 32;
-        tile = warp * a.per_slice >> 16, slice = warp - tile * a.slices;
+        tile = warp * a.per_slice >> 16, slice = warp - tile * slices;
+        if (tile < tiles) find_part(a, first, tiles);
     }
-    __device__ __forceinline__ void find_part(const Linear& a, int first) {
-        while (part + 1 < a.count && first + tile >= a.parts[part + 1].first_tile) ++part;
+    __device__ __forceinline__ void find_part(const Linear& a, int first, int tiles) {
+        do end = ++part + 1 < a.count ? min(a.parts[part + 1].first_tile - first, tiles) : tiles;
+        while (tile >= end);
     }
-    __device__ __forceinline__ void advance(const Linear& a) {
-        const int tiles_on = WARPS * a.per_slice >> 16;
-        tile += tiles_on, slice += WARPS - tiles_on * a.slices;
-        if (slice >= a.slices) slice -= a.slices, ++tile;
+    // Whether the part is another one, which is to be found, or there is no more.
+    __device__ __forceinline__ bool advance() {
+        slice += slices_on, tile += tiles_on;
+        asm("{.reg .pred over; setp.ge.s32 over, %0, %2; @over sub.s32 %0, %0, %2; @over add.s32 %1, %1, 1;}"
+            : "+r"(slice), "+r"(tile)
+            : "r"(slices));
+        return tile >= end;
     }
-    __device__ __forceinline__ int blocks(const Linear& a) const {
-        return min(a.blocks - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS);
+    static __device__ __forceinline__ int blocks(int slice, int all) {
+        return min(all - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS);
     }
 };
 
@@ -69,22 +77,24 @@ __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, A
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     ahead.ready = false, ahead.own = 0;
     while (ahead.own + 1 < a.count && first >= a.parts[ahead.own + 1].first_tile) ++ahead.own;
-    LinearUnit unit(a, ahead.own);
+    const LinearUnit unit(a, first, tiles, ahead.own);
     if (unit.tile >= tiles) return;
-    unit.find_part(a, first);
-    ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(a) == linear::SLICE_BLOCKS;
+    ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(unit.slice, a.blocks) == linear::SLICE_BLOCKS;
     if (!ahead.ready) return;
-    const uint8_t* chunk = stream.wait();
+    const int lane = threadIdx.x % 32;
+    stream.wait();
+    const uint8_t *const codes = stream.byte(lane * 16), *const scales = stream.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll
-    for (int k = 0; k < EARLY_BLOCKS; ++k) linear::nvfp4_operands(ahead.a[k], chunk + k * w4::BLOCK_BYTES);
+    for (int k = 0; k < EARLY_BLOCKS; ++k)
+        linear::nvfp4_operands(ahead.a[k], codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES);
 }
 
 // sum += the first blocks of the unit that `ahead` has begun.
-__device__ __forceinline__ void begin_unit(float (&sum)[4], const Ahead& ahead, const uint8_t* x, int columns) {
+__device__ __forceinline__ void begin_unit(float (&sum)[4], const Ahead& ahead, const uint8_t* x) {
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) {
         uint32_t b[8];
-        load_b(b, x + k * 128 + columns);
+        load_b(b, x + k * 128);
 #pragma unroll
         for (int j = 0; j < 4; ++j) mma_f16(sum, ahead.a[k][j], b[2 * j], b[2 * j + 1]);
     }
@@ -144,29 +154,48 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         stage_normed(a, a.parts[own], x, stride, undo, slots);
     else
         linear::stage_slices<WARPS, true>(a.parts[own], tokens, a.columns, 0, a.slices, a.per_slice, x, stride, undo);
-    const int columns = linear::lane_columns(tokens, stride);
+    const uint8_t* const mine = x + linear::lane_columns(tokens, stride);
     __syncthreads();
 
-    bool begun = ahead.ready;
-    for (LinearUnit unit(a, own); unit.tile < tiles; unit.advance(a)) {
-        unit.find_part(a, first);
-        const linear::Part& part = a.parts[unit.part];
+    LinearUnit unit(a, first, tiles, own);
+    if (unit.tile < tiles) {
+        const int blocks = a.blocks;
+        float* slot = slots + threadIdx.x / 32 * step + 2 * t * linear::TILE_ROWS + g;
         float sum[1][4] = {};
-        if (begun) begin_unit(sum[0], ahead, x + unit.slice * 1024, columns);
-        linear::slice_product(
-            sum, part, part.format, first + unit.tile - part.first_tile, 1, unit.slice, unit.blocks(a),
-            x + unit.slice * 1024, columns, stream,
-            [](Stream& s) {
-                s.release();
-                s.fill();
-            },
-            begun ? EARLY_BLOCKS : 0);
-        begun = false;
-        linear::undo_scaling(sum, part.format, undo + unit.slice * TOKENS);
-        float* slot = slots + (unit.tile * a.slices + unit.slice) * step + g;
+        int back = static_cast<int>(reinterpret_cast<uint8_t*>(undo + 2 * t) - memory());
+        asm volatile("" : "+r"(back));  // else its sum with what comes in front would be made in two steps, each time
+        int begun = 0, format = a.parts[unit.part].format;
+        float scale = linear::undo_of(format);
+        if (ahead.ready) begin_unit(sum[0], ahead, mine + unit.slice * 1024), begun = EARLY_BLOCKS;
+        int least = linear::least_of(format, begun);
+        const auto which = [&] {
+            int number = unit.slice, tile = unit.tile, place = unit.part;
+            asm volatile("" : "+r"(number), "+r"(tile), "+r"(place));  // else what follows would be computed for every format
+            const linear::Part& part = a.parts[place];
+            return linear::Slice{part, number, unit.blocks(number, blocks), first + tile - part.first_tile};
+        };
+#pragma unroll 1
+        while (true) {
+            linear::slice_product(
+                sum, format, 1, unit.blocks(unit.slice, blocks), mine + unit.slice * 1024, lane, stream, which,
+                [](Stream& s) { return s.replace(); },
+                [](Stream& s) {
+                    s.release();
+                    s.fill();
+                },
+                begun, least);
+            linear::undo_scaling(sum, scale, reinterpret_cast<const float*>(memory() + (back + unit.slice * TOKENS * 4)));
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (2 * t + i % 2 < tokens) slot[(2 * t + i % 2) * linear::TILE_ROWS + i / 2 * 8] = sum[0][i];
+            for (int i = 0; i < 4; ++i)
+                if (2 * t + i % 2 < tokens) slot[i % 2 * linear::TILE_ROWS + i / 2 * 8] = sum[0][i];
+            asm volatile("mov.b64 {%0, %1}, 0; mov.b64 {%2, %3}, 0;"
+                         : "=f"(sum[0][0]), "=f"(sum[0][1]), "=f"(sum[0][2]), "=f"(sum[0][3]));
+            slot += WARPS * step;
+            if (!unit.advance()) continue;
+            if (unit.tile >= tiles) break;
+            unit.find_part(a, first, tiles);
+            format = a.parts[unit.part].format, scale = linear::undo_of(format), least = linear::least_of(format, 0);
+        }
     }
     __syncthreads();
 

@@ -11,7 +11,7 @@ namespace dsv4::persistent {
 struct alignas(16) StreamState {
     const Segment* list;
     const uint8_t* from;
-    int head, tail, held, parity, place, left, chunk, unused;
+    int head, held, parity, place, left, chunk, stages;  // stages: what is read here need not be asked for anew
 };
 
 // Where a block is. A register that lives through all phases would be kept in local memory, far away.

@@ -9,28 +9,33 @@ namespace dsv4::persistent {
 // Every lane holds the same numbers. Chunks are read in the order in which they are asked for.
 // Of the list, which begins at a multiple of 128 bytes, two halves of eight segments are in shared memory.
 struct Stream {
-    int data, full;  // where in shared memory the warp's stages and their barriers lie
+    static constexpr unsigned HALF_BYTES = HALF * sizeof(Segment);
+    static constexpr int PREFETCHED = 8192;  // more is fetched ahead: BF16, far more than the ring holds, by one warp of two
+    static_assert(SEGMENTS_AT % (2 * HALF_BYTES) == 0, "a warp's segments are found by bits of their place");
+    int data, full;      // where in shared memory the warp's stages and their barriers lie
+    unsigned segments;   // and both halves
     int stages;
-    int head = 0, tail = 0, held = 0;  // the stage to be read, the one to be filled, and how many are asked for
-    uint32_t parity = 0;               // of the head's barrier
+    int head = 0, held = 0;  // the stage to be read, and how many are asked for, from that one on
+    uint32_t parity = 0;     // of the head's barrier
     const Segment* list;
-    int place = 0;  // in the list: of the segment that comes next
+    unsigned place = 0;  // in the list, in bytes: of the segment that comes next
     const uint8_t* from = nullptr;
     int left = 0, chunk = 0;  // of the segment that is being asked for
 
     // As it was parked.
     __device__ __forceinline__ explicit Stream(const Program& program)
         : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
-          stages(program.stages) {
+          segments(SEGMENTS_AT + warp() * 2 * HALF_BYTES) {
         const StreamState parked = *reinterpret_cast<const StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState));
-        head = parked.head, tail = parked.tail, held = parked.held, parity = parked.parity;
+        head = parked.head, held = parked.held, parity = parked.parity;
         list = parked.list, place = parked.place, from = parked.from, left = parked.left, chunk = parked.chunk;
+        stages = parked.stages;
         __syncwarp();  // every lane has read it
     }
     // At the beginning of its list.
     __device__ __forceinline__ Stream(const Program& program, const Segment* list)
         : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
-          stages(program.stages), list(list) {
+          segments(SEGMENTS_AT + warp() * 2 * HALF_BYTES), stages(program.stages), list(list) {
         if (threadIdx.x % 32 < BARRIERS) {
             barrier_init(shared_address(memory()) + full + threadIdx.x % 32 * 8, 1);
             barriers_ready();
@@ -43,32 +48,32 @@ struct Stream {
     __device__ __forceinline__ void park() const {
         if (threadIdx.x % 32 == 0)
             *reinterpret_cast<StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState)) = {
-                list, from, head, tail, held, static_cast<int>(parity), place, left, chunk, 0};
+                list, from, head, held, static_cast<int>(parity), static_cast<int>(place), left, chunk, stages};
         __syncwarp();
     }
 
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-    __device__ __forceinline__ int segments() const { return SEGMENTS_AT + warp() * (2 * HALF * 16); }
-    __device__ __forceinline__ uint32_t half_barrier(int number) const {
+    __device__ __forceinline__ uint32_t half_barrier(unsigned number) const {
         return shared_address(memory()) + full + (MAX_STAGES + number % 2) * 8;
     }
-    __device__ __forceinline__ void load_half(int number) const {
-        const uint32_t to = shared_address(memory()) + segments() + number % 2 * (HALF * 16);
-        if (elected()) bulk_load(to, list + number * HALF, HALF * 16, half_barrier(number));
+    __device__ __forceinline__ void load_half(unsigned number) const {
+        const uint32_t to = shared_address(memory()) + segments + number % 2 * HALF_BYTES;
+        if (elected()) bulk_load(to, list + number * HALF, HALF_BYTES, half_barrier(number));
     }
-    __device__ __forceinline__ void wait_half(int number) const { barrier_wait(half_barrier(number), number / 2 % 2); }
+    __device__ __forceinline__ void wait_half(unsigned number) const { barrier_wait(half_barrier(number), number / 2 % 2); }
 
     // The segment that comes next, and over it without reading it.
     __device__ __forceinline__ Segment ahead() const {
-        const uint4 words = *reinterpret_cast<const uint4*>(memory() + segments() + place % (2 * HALF) * 16);
+        const uint4 words = *reinterpret_cast<const uint4*>(memory() + (segments | (place & (2 * HALF_BYTES - 1))));
         return {reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x),
                 static_cast<int>(words.z), static_cast<int>(words.w)};
     }
     __device__ __forceinline__ void pass() {
-        if (++place % HALF != 0) return;
+        place += sizeof(Segment);
+        if (place % HALF_BYTES != 0) return;
         __syncwarp();  // every lane has read the half behind
-        load_half(place / HALF + 1);
-        wait_half(place / HALF);
+        load_half(place / HALF_BYTES + 1);
+        wait_half(place / HALF_BYTES);
     }
     // Begins to ask for these bytes; the last segment has been asked for.
     __device__ __forceinline__ void open(const uint8_t* bytes, int size, int piece) {
@@ -78,38 +83,73 @@ struct Stream {
     __device__ __forceinline__ bool open_next() {
         const Segment segment = ahead();
         if (segment.chunk == 0) return false;
-        // BF16: far more than the ring holds, and one warp of two has such a segment.
-        if (segment.bytes > MAX_STAGES / 2 * segment.chunk && elected()) bulk_prefetch(segment.from, segment.bytes);
+        if (segment.bytes > PREFETCHED && elected()) bulk_prefetch(segment.from, segment.bytes);
         open(segment.from, segment.bytes, segment.chunk);
         pass();
         return true;
+    }
+    // The same where that takes no more than reading what is there; false if it takes more, and nothing has changed.
+    __device__ __forceinline__ bool open_quickly() {
+        const Segment segment = ahead();
+        place += sizeof(Segment);
+        asm volatile("" : "+r"(place));  // else it would be kept twice
+        from = segment.from, left = segment.bytes, chunk = segment.chunk;
+        if (place % HALF_BYTES != 0 && segment.bytes - 1u < PREFETCHED) return true;
+        place -= sizeof(Segment), left = 0;
+        return false;
+    }
+    // Asks for the segment's next chunk, by the lane that is `elected`.
+    __device__ __forceinline__ void ask(int stage, bool elected) {
+        const int now = min(left, chunk);
+        const uint32_t base = shared_address(memory());
+        if (elected) bulk_load(base + data + stage * CHUNK, from, now, base + full + 8 * stage);
+        from += now, left -= now;
     }
     // Asks for chunks until `most` are held. more(): opens another segment, or says that none is known.
     template <typename More>
     __device__ __forceinline__ void fill(int most, More&& more) {
         while (held < most) {
             if (left == 0 && !more()) return;
-            const int now = min(left, chunk);
-            const uint32_t base = shared_address(memory());
-            if (elected()) bulk_load(base + data + tail * CHUNK, from, now, base + full + 8 * tail);
-            from += now, left -= now, ++held;
-            if (++tail == stages) tail = 0;
+            const int tail = head + held;
+            ask(tail < stages ? tail : tail - stages, elected());
+            ++held;
         }
     }
     __device__ __forceinline__ void fill() {
         fill(stages, [&] { return open_next(); });
     }
 
-    // The chunk to be read, once it is there.
+    // The chunk to be read, from byte `offset` on; once it is there.
+    __device__ __forceinline__ const uint8_t* byte(int offset) const { return memory() + (head * CHUNK + (data + offset)); }
     __device__ __forceinline__ const uint8_t* wait() const {
         barrier_wait(shared_address(memory()) + full + 8 * head, parity);
-        return memory() + data + head * CHUNK;
+        return byte(0);
     }
-    // Every lane has read it.
+    __device__ __forceinline__ void advance() {
+        asm("{.reg .pred over; add.s32 %0, %0, 1; setp.eq.s32 over, %0, %2; @over mov.s32 %0, 0; @over xor.b32 %1, %1, 1;}"
+            : "+r"(head), "+r"(parity)
+            : "r"(stages));
+    }
+    // Every lane has read it; its place is free.
     __device__ __forceinline__ void release() {
         __syncwarp();
         --held;
-        if (++head == stages) head = 0, parity ^= 1;
+        advance();
+    }
+    // The same, and asks for another one in its place: as long as it is known what comes next, all stages are asked for.
+    // known(): opens a segment as `more` of fill() does, but may leave to that what takes long. If nothing is known, false,
+    // and the chunk has still to be released. Before, all stages have been filled, as far as that was possible.
+    template <typename Known>
+    __device__ __forceinline__ bool replace(Known&& known) {
+        __syncwarp();
+        const bool one = elected();
+        if (left == 0 && !known()) return false;
+        ask(head, one);
+        advance();
+        return true;
+    }
+    __device__ __forceinline__ bool replace() {
+        return replace([&] { return open_quickly(); });
     }
 };
 
