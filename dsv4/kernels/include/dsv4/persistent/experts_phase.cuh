@@ -16,19 +16,21 @@ struct Pass {
     int place, group;     // of down: of the first row that is staged; the group behind the last one
 };
 
-// Where a lane leaves sums of slices, its rows of tokens 2 t and 2 t + 1, and then begins anew.
+// Where a lane leaves its rows g and g + 8 of tokens 2 t and 2 t + 1 of the slice, and then begins anew.
+// slice: of the piece, from its last one on.
 struct Slots {
-    float* at;
-    int step;   // to the next token
-    int count;  // of tokens that are there, from 2 t on
+    uint8_t* at;
+    int step;          // to the next token
+    int count, token;  // tokens that are there; 2 t
 
-    __device__ __forceinline__ void take(float (&even)[4], float (&odd)[4]) {
+    __device__ __forceinline__ void take(float (&even)[4], float (&odd)[4], int slice) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i % 2 < count) at[i % 2 * step + i / 2 * 8] = even[i] + odd[i];
+        for (int i = 0; i < 2; ++i) {
+            const float2 sum = make_float2(even[i] + odd[i], even[i + 2] + odd[i + 2]);
+            if (token + i < count) *reinterpret_cast<float2*>(at + i * step + slice * SLOT_BYTES) = sum;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0.0f;
-        at += 16;
     }
 };
 
@@ -38,84 +40,116 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int blocks = pass.down ? a.second.blocks : a.first.blocks, cuts = moe::cuts_of(blocks);
     const int halvings = a.halvings[pass.down], width = a.width[pass.down], stride = moe::stride_of(blocks);
-    const int end = pass.down ? units.all : units.up, most = w.plan.most;
+    const int end = (pass.down ? units.up : 0) + units.pieces(pass.to << halvings), step = SLOT_BYTES << cuts;
+    const uint8_t* const staged = work_at<uint8_t>(STAGED_AT) + 32 * t - (pass.down ? pass.place * stride : 0);
+    uint8_t* const slots_at = work_at<uint8_t>(a.parked) + (2 * t - pass.from * w.plan.most) * step + 8 * g;
+    const bool whole = __any_sync(moe::ALL, width > 0), halves = __any_sync(moe::ALL, width == 2);  // votes: known to be uniform
     Stream& stream = feed.stream;
 #pragma unroll 1
-    for (; done < end; ++done) {
-        const Routed piece = {nullptr, 0, w.list[warp][done & (PIECES - 1)].what};
-        if (piece.number() >= pass.to) break;
-        if (done > 0 && (done & (AHEAD - 1)) == 0)
+    while (done < end) {
+        if (done > 0 && (done & (AHEAD - 1)) == 0) {
             list_units(a, units, w.plan.group[lane], w.plan.group[lane + 32], done + AHEAD, AHEAD);
-        // Beyond the last token any row will do: nobody takes the sum.
-        const int place = piece.first() + min(g, piece.count() - 1), row = pass.down ? place - pass.place : w.plan.token[place];
-        const int begin = moe::piece_begin(blocks, piece.piece(), halvings);
-        const uint8_t* x = work_at<uint8_t>(STAGED_AT) + row * stride + begin * 128 + 32 * t;
-        const int slice = piece.piece() << (cuts - halvings);
-        const int slot = (((piece.number() - pass.from) * most + 2 * t) << cuts) + slice;
-        Slots slots = {work_at<float>(a.parked) + slot * 16 + g, 16 << cuts, piece.count() - 2 * t};
-        float even[4] = {}, odd[4] = {};
-        if (width > 0) {  // whole chunks: a slice is two, one or half of one
-            int left = max(width / moe::CHUNK_BLOCKS, 1);
+            place_units(a, units, done + AHEAD, AHEAD);
+        }
+        const int stop = min(end, (done | (AHEAD - 1)) + 1);  // as far as the list does not begin anew
+        const Placed* next = w.placed[warp] + (done & (PIECES - 1));
 #pragma unroll 1
-            do {
-                const uint8_t* block = stream.wait();
-                w4::Lane parts[moe::CHUNK_BLOCKS];
+        for (; done < stop; ++done, ++next) {
+            const Placed piece = *next;
+            const uint8_t* x = staged + piece.x + static_cast<int>(piece.rows >> 4 * g & 15) * stride;
+            const Slots slots = {slots_at + piece.slot, step, piece.count, 2 * t};
+            float even[4] = {}, odd[4] = {};
+            if (whole) {  // a slice is two chunks, one or half of one
+                int left = width;
+#pragma unroll 1
+                do {
+                    const uint8_t* block = stream.wait();
+                    w4::Lane parts[moe::CHUNK_BLOCKS];
 #pragma unroll
-                for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
-#pragma unroll
-                for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) {
-                    moe::multiply_block(even, odd, parts[k], x + k * 128);
-                    if (k == 1 && width == 2) slots.take(even, odd);
-                }
-                x += moe::CHUNK_BLOCKS * 128;
-                if (--left == 0) slots.take(even, odd);
-                feed.refill();
-            } while (left > 0);
-        } else {
-            const int last = (piece.piece() + 1) << (cuts - halvings), over = moe::piece_begin(blocks, piece.piece() + 1, halvings);
-            const uint8_t* block = nullptr;
-            int at = begin, used = 0;  // blocks of the row, and of the chunk
-#pragma unroll 1
-            for (int s = slice; s < last; ++s, slots.take(even, odd)) {
-                const int stop = (s + 1) * blocks >> cuts;
-#pragma unroll 1
-                for (; at < stop; x += 128) {
-                    if (used == 0) block = stream.wait();
-                    moe::multiply_block(even, odd, w4::load(block + used * w4::BLOCK_BYTES, lane), x);
-                    ++at, ++used;
-                    if (used < moe::CHUNK_BLOCKS && at < over) continue;
+                    for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
+                    moe::multiply_block(even, odd, parts[0], x);
                     feed.refill();
-                    used = 0;
+                    moe::multiply_block(even, odd, parts[1], x + 128);
+                    if (halves) slots.take(even, odd, -1);
+                    moe::multiply_block(even, odd, parts[2], x + 256);
+                    moe::multiply_block(even, odd, parts[3], x + 384);
+                    x += moe::CHUNK_BLOCKS * 128, left -= moe::CHUNK_BLOCKS;
+                } while (left > 0);
+                slots.take(even, odd, 0);
+            } else {
+                const Routed unit = {nullptr, 0, w.list[warp][done & (PIECES - 1)].what};
+                const int first = unit.piece() << (cuts - halvings), last = (unit.piece() + 1) << (cuts - halvings);
+                const int over = moe::piece_begin(blocks, unit.piece() + 1, halvings);
+                const uint8_t* block = nullptr;
+                int at = moe::piece_begin(blocks, unit.piece(), halvings), used = 0;  // blocks of the row, and of the chunk
+#pragma unroll 1
+                for (int s = first; s < last; slots.take(even, odd, ++s - last)) {
+                    const int until = (s + 1) * blocks >> cuts;
+#pragma unroll 1
+                    for (; at < until; x += 128) {
+                        if (used == 0) block = stream.wait();
+                        moe::multiply_block(even, odd, w4::load(block + used * w4::BLOCK_BYTES, lane), x);
+                        ++at, ++used;
+                        if (used < moe::CHUNK_BLOCKS && at < over) continue;
+                        feed.refill();
+                        used = 0;
+                    }
                 }
             }
         }
     }
 }
 
-// Adds up the slices of a pass. A thread has rows g and g + 8 of a tile and a token: of gate and of up, or both of down.
+// What a thread adds up of a pass: rows g and g + 8 of a tile, of a token of its group.
+struct Total {
+    int slot, place, row;
+    int2 tile;  // group, tile of it
+    bool there;
+
+    __device__ __forceinline__ Total(const Experts& a, const Units& units, const Pass& pass, int i) : there(false) {
+        const ExpertsWork& w = work<ExpertsWork>();
+        const int most = w.plan.most;
+        if (i >= (pass.to - pass.from) * most * 8) return;
+        slot = i >> 3;
+        const int number = moe::quotient(slot, most), m = slot - number * most;
+        tile = units.find(a, pass.down, pass.from + number);
+        const uint32_t group = w.plan.group[tile.x];
+        there = m < static_cast<int>(group >> 22);
+        if (!there) return;
+        place = (group >> 16 & 63) + m, row = pass.down ? place - pass.place : w.plan.token[place];
+    }
+};
+
+// Adds up the slices of a pass, when all of the block have come: of gate and of up, or both of down. Behind a barrier.
 static __device__ __forceinline__ void collect(const Experts& a, const Units& units, const Pass& pass) {
     const ExpertsWork& w = work<ExpertsWork>();
-    const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), most = w.plan.most;
+    const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), g = threadIdx.x & 7;
+    const int end = (pass.to - pass.from) * w.plan.most * 8;
+    int i = threadIdx.x;
+    Total total(a, units, pass, i);  // while others multiply
+    wait_for_copies();
+    __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (pass.to - pass.from) * most * 8; i += THREADS) {
-        const int g = i & 7, slot = i >> 3, number = moe::quotient(slot, most), m = slot - number * most;
-        const int2 tile = units.find(a, pass.down, pass.from + number);
-        const uint32_t group = w.plan.group[tile.x];
-        if (m >= static_cast<int>(group >> 22)) continue;
-        const int place = (group >> 16 & 63) + m, row = pass.down ? place - pass.place : w.plan.token[place];
-        const float* sum = work_at<float>(a.parked) + (slot << cuts) * 16 + g;
-        const float* undo = work_at<float>(a.undo) + row * moe::MOST_SLICES;
+    for (; i < end; i += THREADS, total = Total(a, units, pass, i)) {
+        if (!total.there) continue;
+        const float2* sums = work_at<float2>(a.parked) + (total.slot << cuts) * 8 + g;
+        const float4* undo = work_at<float4>(a.undo) + total.row * (moe::MOST_SLICES / 4);
+        const float* alpha = w.alpha[total.tile.x];
         float low = 0.0f, high = 0.0f;
-#pragma unroll 8
-        for (int s = 0; s < 1 << cuts; ++s) low += __fmul_rn(sum[s * 16], undo[s]), high += __fmul_rn(sum[s * 16 + 8], undo[s]);
-        const float* alpha = w.alpha[tile.x];
+#pragma unroll 2
+        for (int s = 0; s < 1 << cuts; s += 4, sums += 32) {
+            const float4 four = *undo++;
+            const float back[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) low += __fmul_rn(sums[k * 8].x, back[k]), high += __fmul_rn(sums[k * 8].y, back[k]);
+        }
         if (pass.down) {
-            bf16* result = work_at<bf16>(a.results) + (tile.y * a.tokens * a.first.topk + place) * 16 + g;
+            bf16* result = work_at<bf16>(a.results) + (total.tile.y * a.tokens * a.first.topk + total.place) * 16 + g;
             result[0] = from_float<bf16>(low * (alpha[2] * w4::UNDO));
             result[8] = from_float<bf16>(high * (alpha[2] * w4::UNDO));
         } else {
-            a.first.out[static_cast<int64_t>(place) * 8 * a.first.rows + 8 * tile.y + g] = moe::activated(
-                low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, w.plan.weight[place]);
+            a.first.out[static_cast<int64_t>(total.place) * 8 * a.first.rows + 8 * total.tile.y + g] = moe::activated(
+                low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, w.plan.weight[total.place]);
         }
     }
 }
@@ -132,14 +166,15 @@ struct Element {
     }
 };
 
-// The block's rows of the result: a token's experts by rising place, then the shared one. added: it, of the first element
-// that this thread has.
+// The block's rows of the result, when all of its results are there: a token's experts by rising place, then the shared one.
+// added: it, of the first element that this thread has.
 static __device__ __forceinline__ void add_up(const Experts& a, const Units& units, uint32_t added) {
     const ExpertsWork& w = work<ExpertsWork>();
-    const int topk = a.first.topk;
+    const int topk = a.first.topk, first = threadIdx.x, end = units.tiles * a.tokens * 16;
+    Element element(a, units, first);
+    __syncthreads();
 #pragma unroll 1
-    for (int first = threadIdx.x, i = first; i < units.tiles * a.tokens * 16; i += THREADS) {
-        const Element element(a, units, i);
+    for (int i = first; i < end; i += THREADS, element = Element(a, units, i)) {
         const int at = element.at, token = element.token;
         const bf16* result = work_at<bf16>(a.results) + element.tile * a.tokens * topk * 16 + (i & 15);
         if (i != first) added = element.bits(a);
@@ -176,6 +211,20 @@ static __device__ __forceinline__ void wait_for_plan(int turn) {
     __syncthreads();
 }
 
+// The next pass is over down, for groups whose rows have room; how many rows. By whole warps.
+static __device__ __forceinline__ int begin_down(const Experts& a, const Units& units, int groups, Pass& pass) {
+    const RoutePlan& plan = work<ExpertsWork>().plan;
+    const int lane = threadIdx.x % 32, place = plan.group[pass.group] >> 16 & 63;
+    const auto ends = [&](int group) {
+        const uint32_t word = plan.group[group];
+        return __ballot_sync(moe::ALL, group < groups && int((word >> 16 & 63) + (word >> 22)) <= place + a.room);
+    };
+    const int next = min(__popc(ends(lane)) + __popc(ends(lane + 32)), pass.group + plan.together);
+    const uint32_t last = plan.group[next - 1];
+    pass = {true, pass.group * units.tiles, next * units.tiles, place, next};
+    return (last >> 16 & 63) + (last >> 22) - place;
+}
+
 static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
     ExpertsWork& w = work<ExpertsWork>();
@@ -200,40 +249,36 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     uint32_t added = 0;
     Pass pass = {false, 0, 0, 0, 0};
     copies_wait_but<1>();
+    __syncthreads();
+    feed.fill(stream.stages);
+    place_units(a, units, 0, PIECES);
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
-        do {
-            __syncthreads();
+        while (true) {
             if (!pass.down) pass.from = pass.to, pass.to = min(units.count, pass.from + w.plan.fit);
-            if (done == 0) feed.fill(stream.stages);
             multiply(a, units, pass, done, feed);
-            wait_for_copies();
-            __syncthreads();
             collect(a, units, pass);
-        } while (!pass.down && pass.to < units.count);
-        if (pass.down) {
-            __syncthreads();  // nobody reads the rows any more, and all results are there
-        } else {
-            meetings.all();
+            if (pass.down || pass.to == units.count) break;
+            __syncthreads();
+        }
+        const bool meets = !pass.down;
+        const bool more = pass.group < head.x;
+        if (meets) meetings.come();
+        else if (more) __syncthreads();  // nobody reads the rows any more
+        const int places = more ? begin_down(a, units, head.x, pass) : 0;
+        moe::Staging<1> rows(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
+        if (meets) {
+            meetings.wait_for_all();
             if (thread < units.tiles * a.tokens * 16) added = Element(a, units, thread).bits(a);
         }
-        if (pass.group == head.x) break;
-        // Groups from this one on whose rows have room.
-        pass.place = w.plan.group[pass.group] >> 16 & 63;
-        const auto ends = [&](int group) {
-            const uint32_t word = w.plan.group[group];
-            return __ballot_sync(moe::ALL, group < head.x && int((word >> 16 & 63) + (word >> 22)) <= pass.place + a.room);
-        };
-        const int next = min(__popc(ends(lane)) + __popc(ends(lane + 32)), pass.group + w.plan.together);
-        const uint32_t last = w.plan.group[next - 1];
-        const int places = (last >> 16 & 63) + (last >> 22) - pass.place;
-        pass.down = true, pass.from = pass.group * units.tiles, pass.to = next * units.tiles, pass.group = next;
-        moe::Staging<1> rows(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
+        if (!more) break;
         rows.load(warp);
         rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+        __syncthreads();
     }
     add_up(a, units, added);
+    stream.fill();
 }
 
 // plan, shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into

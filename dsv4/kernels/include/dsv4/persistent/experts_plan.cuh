@@ -46,16 +46,23 @@ struct alignas(16) Routed {
     __device__ __forceinline__ int first() const { return what >> 21 & 63; }
     __device__ __forceinline__ int count() const { return what >> 27; }
 };
+// Where a piece finds its columns of x and leaves the sums of its last slice, in bytes: what depends on neither pass nor lane.
+struct alignas(16) Placed {
+    int x, slot;
+    uint32_t rows;  // of x, four bits a token; of down from that of the group's first place on
+    int count;      // tokens
+};
 constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at a time: work is at most AHEAD behind
 
 // The work area begins with this. Rows of x, then of mid, follow as they are multiplied, the factors that undo their
-// scaling, results of down [tile][place][16], and sums of slices [tile][pair of its group][slice][16].
+// scaling, results of down [tile][place][16], and sums of slices [tile][pair of its group][slice][8][row g, row g + 8].
 struct alignas(128) ExpertsWork {
     RoutePlan plan;
     float alpha[moe::FEW_PAIRS][4];  // by group: of gate, up and down
     Routed list[WARPS][PIECES];
+    Placed placed[WARPS][PIECES];
 };
-constexpr int STAGED_AT = sizeof(ExpertsWork);
+constexpr int STAGED_AT = sizeof(ExpertsWork), SLOT_BYTES = 64;  // of a slice's sums
 
 // fit: pairs of a tile and a token whose sums can wait, of gate and up and of down.
 struct ExpertsLayout {
@@ -94,9 +101,10 @@ struct Units {
     __device__ __forceinline__ Units(const Experts& a, int groups, int each, int more) {
         const int2 some = moe::part_of(make_int2(each, more)), rows = moe::part_of(a.of_block);
         begin = some.x, count = some.y, first_tile = rows.x, tiles = rows.y;
-        const int last = WARPS - 1 - threadIdx.x / 32;
-        up = ((count << a.halvings[0]) + last) >> 4, all = up + (((groups * tiles << a.halvings[1]) + last) >> 4);
+        up = pieces(count << a.halvings[0]), all = up + pieces(groups * tiles << a.halvings[1]);
     }
+    // The warp's, of so many that all warps take in turn.
+    static __device__ __forceinline__ int pieces(int all) { return (all + WARPS - 1 - static_cast<int>(threadIdx.x / 32)) >> 4; }
     // The group of a tile, and its number there.
     __device__ __forceinline__ int2 find(const Experts& a, bool down, int number) const {
         const int at = down ? number : begin + number, across = down ? tiles : a.first.rows, group = moe::quotient(at, across);
@@ -125,23 +133,50 @@ static __device__ __forceinline__ void list_units(const Experts& a, const Units&
     __syncwarp();
 }
 
-// A warp's ring, and what it asks for: its routed weights, then what the list of the stream has behind them.
+// The same pieces, once the plan is in shared memory.
+static __device__ __forceinline__ void place_units(const Experts& a, const Units& units, int from, int count) {
+    ExpertsWork& w = work<ExpertsWork>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = from + lane;
+    const bool down = index >= units.up;
+    const int blocks = down ? a.second.blocks : a.first.blocks, halvings = a.halvings[down], cuts = moe::cuts_of(blocks);
+    if (lane < count) {
+        const Routed piece = {nullptr, 0, w.list[warp][index & (PIECES - 1)].what};
+        const int begin = moe::piece_begin(blocks, piece.piece(), halvings);
+        const int slice = ((piece.piece() + 1) << (cuts - halvings)) - 1;
+        Placed placed = {begin * 128 + (down ? piece.first() * moe::stride_of(blocks) : 0),
+                         ((piece.number() * w.plan.most << cuts) + slice) * SLOT_BYTES, 0, piece.count()};
+#pragma unroll 1
+        for (int m = 0; m < min(piece.count(), TOKENS); ++m)
+            placed.rows |= static_cast<uint32_t>(down ? m : w.plan.token[piece.first() + m]) << 4 * m;
+        w.placed[warp][index & (PIECES - 1)] = placed;
+    }
+    __syncwarp();
+}
+
+// A warp's ring, and what it asks for: its routed weights. What the list of the stream has behind them is asked for when all
+// are multiplied: until then nobody waits for it, and here every instruction counts.
 struct Feed {
     Stream& stream;
     const Routed* list;
     int all, next = 0;
 
-    __device__ __forceinline__ void fill(int most) {
-        stream.fill(most, [&] {
-            if (next == all) return stream.open_next();
-            const Routed piece = list[next++ & (PIECES - 1)];
-            stream.open(piece.from, piece.bytes, CHUNK);
-            return true;
-        });
+    // Opens the next of its pieces, if there is one.
+    __device__ __forceinline__ bool open() {
+        if (__all_sync(moe::ALL, next == all)) return false;
+        const Routed piece = list[next++ & (PIECES - 1)];
+        stream.open(piece.from, piece.bytes, CHUNK);
+        return true;
     }
+    __device__ __forceinline__ void fill(int most) {
+        stream.fill(most, [&] { return open(); });
+    }
+    // After fill(stages): the ring is full, or all is asked for, so that the chunk's place is the one to ask for.
     __device__ __forceinline__ void refill() {
-        stream.release();
-        fill(stream.stages);
+        __syncwarp();  // every lane has read the chunk
+        const bool one = elected();
+        if (__any_sync(moe::ALL, stream.left > 0) || open()) stream.ask(stream.head, one);
+        else --stream.held;
+        stream.advance();
     }
 };
 
