@@ -68,11 +68,11 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
 #pragma unroll
                     for (int k = 0; k < moe::CHUNK_BLOCKS; ++k) parts[k] = w4::load(block + k * w4::BLOCK_BYTES, lane);
                     moe::multiply_block(even, odd, parts[0], x);
-                    feed.refill();
                     moe::multiply_block(even, odd, parts[1], x + 128);
                     if (halves) slots.take(even, odd, -1);
                     moe::multiply_block(even, odd, parts[2], x + 256);
                     moe::multiply_block(even, odd, parts[3], x + 384);
+                    feed.refill();
                     x += moe::CHUNK_BLOCKS * 128, left -= moe::CHUNK_BLOCKS;
                 } while (left > 0);
                 slots.take(even, odd, 0);
