@@ -106,7 +106,7 @@ struct Entries {
         int row = -1;
         if (lane < known) row = s.rows[slot];
         else if (lane < tiles) row = row_at(position);
-        if (lane <= TILES) s.rows[slot] = row;
+        if (known < TILES && lane >= known && lane <= TILES) s.rows[slot] = row;  // the last ones: none
         const bool packed = from.packed;
         Found found;
         const int size = packed ? kv::ENTRY_BYTES : attention::DH * 2;
