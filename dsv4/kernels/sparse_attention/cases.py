@@ -131,7 +131,7 @@ def turned(make: Maker, rows: int, heads: int, window: int, selected: int) -> Ca
 
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
     packed = True, True
-    for rows, heads in ((1, 64), (3, 4), (5, 128), (66, 64), (67, 20)):
+    for rows, heads in ((1, 64), (3, 4), (5, 128), (66, 64), (67, 20), (66, 32)):
         yield turned(make, rows, heads, 128, 100)
     yield made("[0, 64]", inputs(make, 0, 64, 128, 64, packed=packed))
     for rows, heads, window, selected, form in [

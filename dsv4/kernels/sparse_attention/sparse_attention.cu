@@ -57,7 +57,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 template <int HG, int TILES>
 struct Shared {
     static constexpr int STAGE = TILES * TILE, SCORE_ROW = STAGE + 4;  // floats; probabilities take their place as BF16
-    static constexpr int PARTS = HG == 16 ? 4 : 1;                     // partial dot products, by quarter of the channels
+    static constexpr int PARTS = 64 / HG;                              // partial dot products, by quarters of the channels
     alignas(16) uint8_t entries[STAGE * ROW];
     alignas(16) uint8_t q[HG * ROW];
     alignas(16) float scores[PARTS][HG][SCORE_ROW];
@@ -193,6 +193,16 @@ struct Block {
             float dot[TILES][4];
             dots(dot, warp % 4, 0, warp / 4, used);
             put_dots(dot, warp % 4, 0, warp / 4, used);
+        } else if constexpr (HG == 32) {
+            const int both = warp / 4, mt = warp / 2 % 2, half = warp % 2;
+            float dot[TILES][4], pair[TILES][4];
+            dots(pair, 2 * both, mt, half, used);
+            dots(dot, 2 * both + 1, mt, half, used);
+#pragma unroll
+            for (int j = 0; j < TILES; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pair[j][i] += dot[j][i];
+            put_dots(pair, both, mt, half, used);
         } else {
             static_assert(HG == 64, "four warps of 16 heads, twice");
             float sum[TILES][4], pair[TILES][4];
@@ -215,6 +225,7 @@ struct Block {
 
     __device__ float score_of(int head, int slot) const {
         if constexpr (S::PARTS == 1) return s.scores[0][head][slot];
+        if constexpr (S::PARTS == 2) return s.scores[0][head][slot] + s.scores[1][head][slot];
         return (s.scores[0][head][slot] + s.scores[1][head][slot]) +
                (s.scores[2 % S::PARTS][head][slot] + s.scores[3 % S::PARTS][head][slot]);
     }
@@ -394,5 +405,6 @@ extern "C" int dsv4_sparse_attention(const void* q, const void* local, const voi
     const bool roomy = shared >= static_cast<int>(sizeof(Shared<64, 5>));
     if (split) return few::run(a, rows, roomy, stream);
     if (!roomy) return run<16, 2>(a, rows, stream);
-    return a.heads % 64 ? run<16, 5>(a, rows, stream) : run<64, 5>(a, rows, stream);
+    if (a.heads % 32) return run<16, 5>(a, rows, stream);
+    return a.heads % 64 ? run<32, 5>(a, rows, stream) : run<64, 5>(a, rows, stream);
 }
