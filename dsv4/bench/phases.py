@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from dsv4.config import ModelConfig
 from dsv4.errors import KernelError
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
 from dsv4.kernels.decode_layers import phases as kinds
-from dsv4.kernels.decode_layers.describe import overlapped
+from dsv4.kernels.decode_layers.beside import overlapped
 from dsv4.kernels.decode_layers.program import Program
 from dsv4.kernels.grouped_linear.grouped_linear import grouped_linear
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
@@ -67,7 +67,7 @@ class Clock:
         places = [place for place, bar in enumerate(step) if bar.op == OP]
         if len(places) == len(self.noted):
             for place, (program, times) in reversed([*zip(places, self.noted, strict=True)]):
-                work = phase_work(program.phases, held, config)
+                work = phase_work(program.phases, held, config, times.shape[1])
                 found[place : place + 1] = phase_bars(step[place], work, spans(times))
         elif self.noted:
             raise KernelError(f"a step of {len(places)} launches of {OP}, of which {len(self.noted)} were timed")
@@ -99,31 +99,35 @@ def phase_bars(launch: Bar, work: Sequence[Work], spans: Sequence[Span]) -> list
     return found
 
 
-def phase_work(phases: Sequence[kinds.Phase], held: set[int], config: ModelConfig) -> list[Work]:
-    """Name, sizes and bytes of each phase, in the kernel's order: what the op of the same work moves, and of the routed
-    experts as many as so many rows are expected to choose. An Experts record is two phases.
+def phase_work(phases: Sequence[kinds.Phase], held: set[int], config: ModelConfig, grid: int) -> list[Work]:
+    """Name, sizes and bytes of each phase, in the order of a kernel of `grid` blocks: what the op of the same work
+    moves, and of the routed experts as many as so many rows are expected to choose. An Experts record is two phases.
     """
-    names = {id(phase): name for phase, name in zip(phases, _names(phases), strict=True)}
+    order, beside = overlapped(phases, grid)
     return [
-        replace(work, op=work.op or names[id(phase)])
-        for phase in overlapped(phases)[0]
+        replace(work, op=work.op or name)
+        for phase, name in zip(order, _names(order, beside), strict=True)
         for work in _work(phase, held, config)
     ]
 
 
-def _names(phases: Sequence[kinds.Phase]) -> Iterator[str]:
-    """By place in the chain of ops; products by what is around them."""
+def _names(phases: Sequence[kinds.Phase], beside: Mapping[int, kinds.Phase]) -> Iterator[str]:
+    """By place in the kernel's order; products by what is around them. beside: of `overlapped`."""
     for place, phase in enumerate(phases):
+        before, then = phases[place - 1] if place else None, phases[place + 1] if place + 1 < len(phases) else None
         if not isinstance(phase, kinds.Linear):
             yield _NAMES.get(type(phase), type(phase).__name__.lower())
-        elif place + 1 < len(phases) and isinstance(phases[place + 1], kinds.Experts):
+        elif isinstance(then, kinds.Experts):
             yield "router, w1, w3"
-        elif place == 0 or isinstance(phases[place - 1], kinds.Seam):
+        elif before is None or isinstance(before, kinds.Seam):
             yield "in_proj"
-        elif isinstance(phases[place - 1], kinds.Inputs):
-            yield "queries"
+        elif isinstance(beside.get(place), kinds.Index):
+            yield "queries beside index"
+        elif isinstance(before, kinds.Inputs) or place in beside:
+            index = place + 1 + (place in beside)
+            yield "index queries" if isinstance(beside.get(index + 1), kinds.Index) else "queries"
         else:
-            yield "wo_a" if isinstance(phases[place - 1], kinds.Attention) else "wo_b"
+            yield "wo_a" if isinstance(before, kinds.Attention) else "wo_b"
 
 
 def _work(phase: kinds.Phase, held: set[int], config: ModelConfig) -> Iterator[Work]:

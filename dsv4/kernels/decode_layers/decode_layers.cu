@@ -46,9 +46,9 @@ __device__ __forceinline__ void note_time(const Program& program, int turn, int 
     program.times[(static_cast<int64_t>(phase_at(turn).number) * gridDim.x + blockIdx.x) * 2 + end] = now;
 }
 
-// The phase at hand begins, and the next one is asked for.
-__device__ __forceinline__ void begin(const Program& program, int turn) {
-    fetch_phase(program, phase_at(turn).number + 1, turn ^ 1);
+// The phase at hand begins, and the next one is asked for, or the one behind it.
+__device__ __forceinline__ void begin(const Program& program, int turn, bool passes_over_next = false) {
+    fetch_phase(program, phase_at(turn).number + (passes_over_next ? 2 : 1), turn ^ 1);
     note_time(program, turn, 0);
 }
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         int turn = current_turn();
         const int kind = phase_at(turn).kind;
         const bool meets = !(phase_at(turn).joined & LAST);
-        if (phase_at(turn).before == SEAM) seam_rest(turn ^ 1);
+        if (among(phase_at(turn).before, SEAM)) seam_rest(turn ^ 1);
         bool multiplies = kind == LINEAR;
         if (kind == ROUTE) {
             meetings.wait_for_all();
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
             if (kind == EXPERTS) experts_ahead(turn), wait_for_plan(turn);
             if (meets) meetings.wait_for_all();
-            begin(program, turn);
+            begin(program, turn, passes_over_next(turn));
             if (kind == SEAM) {
                 seam_phase(turn);
             } else if (kind == EXPERTS) {
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         note_time(program, turn, 1);
         wait_for_copies();
         const bool last = phase_at(turn).number + 1 == program.count;
-        if (phase_at(turn).joined & NEXT) __syncthreads();
+        if (phase_at(turn).joined & NEXT && !passes_over_next(turn)) __syncthreads();
         else meetings.come();
         if (last) break;  // others may have begun, and the next phase but one comes to this one's place
         set_turn(turn ^ 1);
@@ -173,8 +173,9 @@ extern "C" int dsv4_decode_layers_inputs(Phase* phase, ATTN_INPUTS_PARAMETERS, c
     return describe_inputs(phase, ATTN_INPUTS_VALUES);
 }
 
-extern "C" int dsv4_decode_layers_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid, cudaStream_t) {
-    return describe_index(phase, INDEX_VALUES, scratch, grid);
+extern "C" int dsv4_decode_layers_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid, int joined,
+                                        cudaStream_t) {
+    return describe_index(phase, INDEX_VALUES, scratch, grid, joined);
 }
 
 extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const void* local, const void* local_rows,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
+from dsv4.kernels.decode_layers.beside import around, blocks_of
 from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Phase, Product, Seam
-from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, WARPS, Run, even_cuts, spread
+from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, Run, even_cuts, spread
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
 from dsv4.kernels.index_topk.index_topk import TOGETHER, index_topk
 from dsv4.kernels.launch import row_stride
@@ -27,7 +28,6 @@ from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.mhc_seam.peers import Peers, inbox_words
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
-from dsv4.kernels.tiles import COLUMNS
 
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
@@ -79,29 +79,30 @@ class Joined:
     run: Run
     columns: int
     most: int  # tiles of a block
-    beside: Inputs | None  # what goes on meanwhile, in blocks without tiles; whose norm is made here too
+    norm: Inputs | None  # what goes on meanwhile, in blocks without tiles, and whose norm is made here too
     told: Peers | None  # whom the result is told instead of being written
 
     def work_bytes(self, rows: int) -> int:
         """What linear_phase.cuh lays out."""
         slices = -(-self.run.blocks // SLICE_BLOCKS)
-        norm = 0 if self.beside is None else slices * 2048
+        norm = 0 if self.norm is None else slices * 2048
         return rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64 + norm
 
     def phase(self, device: torch.device, rows: int) -> bytes:
         table = (_Part * len(self.parts))(*self.parts)
         cuts = (ctypes.c_uint16 * len(self.run.cuts))(*self.run.cuts)
         given = ctypes.addressof(table), len(table), ctypes.addressof(cuts), len(cuts) - 1, rows, self.columns
-        norm = (None, 0.0, 0) if self.beside is None else (self.beside.args[1], self.beside.named["eps"], 1)
+        norm = (None, 0.0, 0) if self.norm is None else (self.norm.args[1], self.norm.named["eps"], 1)
         return _filled(_LINEAR, device, *given, *norm, *_ranks(self.told))
 
 
-def joined(phase: Linear, grid: int, beside: Inputs | None = None, told: Peers | None = None) -> Joined:
+def joined(phase: Linear, grid: int, beside: Inputs | Index | None = None, told: Peers | None = None) -> Joined:
+    """beside: what goes on meanwhile, in blocks that get no tiles."""
     products = phase.products
-    spare = 0
-    if beside is not None:
-        products = tuple(replace(product, x=beside.args[0]) for product in products)
-        spare = min(len(beside.args[0]) * (2 + 2 * len(beside.args[8])), grid // 8)
+    taken = () if beside is None else blocks_of(beside, grid)
+    norm = beside if isinstance(beside, Inputs) else None
+    if norm is not None:
+        products = tuple(replace(product, x=norm.args[0]) for product in products)
     parts = [part for product in products for part in _parts(product)]
     launchers = [_launcher(product.operand) for product in products]
     columns, blocks = launchers[0].columns, launchers[0].blocks
@@ -109,40 +110,14 @@ def joined(phase: Linear, grid: int, beside: Inputs | None = None, told: Peers |
         raise KernelError("decode_layers: products of one phase have one K")
     inputs = {address: number for number, address in enumerate(dict.fromkeys(part.x for part in parts))}
     shapes = [shape for launcher in launchers for shape in launcher.shapes]
-    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid - spare)
+    how = spread(tuple((*shape, inputs[part.x]) for shape, part in zip(shapes, parts, strict=True)), grid - len(taken))
     first = 0
     for place in how.order:
         parts[place].first_tile = first
         first += shapes[place][0]
     weights = tuple((parts[place].tiles, *shapes[place]) for place in how.order)
-    cuts = how.cuts + how.cuts[-1:] * spare
-    return Joined(
-        tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, beside, told
-    )
-
-
-def overlapped(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], dict[int, Inputs]]:
-    """The phases in the order in which the kernel takes them: products of what Inputs norm come first where they can,
-    and those go on beside them. By the place of such products: the Inputs that follow.
-    """
-    order, beside, place = list(phases), dict[int, Inputs](), 0
-    while place + 1 < len(order):
-        inputs, then = order[place : place + 2]
-        if isinstance(inputs, Inputs) and goes_on_beside(inputs, then):
-            order[place : place + 2] = then, inputs
-            beside[place] = inputs
-            place += 1
-        place += 1
-    return tuple(order), beside
-
-
-def goes_on_beside(inputs: Inputs, then: Phase) -> bool:
-    """Whether `inputs` need not be waited for: `then` multiplies what is normed there, and can norm it by itself."""
-    if not isinstance(then, Linear):
-        return False
-    (rows, columns), normed = inputs.args[0].shape, inputs.out[0].data_ptr()
-    few = rows * -(-columns // (SLICE_BLOCKS * COLUMNS)) <= WARPS
-    return few and all(product.x.data_ptr() == normed for product in then.products)
+    cuts = around(how.cuts, taken)
+    return Joined(tuple(parts[i] for i in how.order), Run(weights, blocks, cuts, False), columns, how.most, norm, told)
 
 
 def shared_run(phase: Experts, grid: int) -> Run:
@@ -224,7 +199,8 @@ def inputs(phase: Inputs, room: Room) -> bytes:
     return _like("inputs", *_launched(attn_inputs, phase, phase.out))
 
 
-def index(phase: Index, room: Room) -> bytes:
+def index(phase: Index, room: Room, joined: bool) -> bytes:
+    """joined: products that follow go on beside it."""
     keys, pages = phase.args[3:5]
     if pages.shape[1] * keys.shape[1] > TOGETHER:
         raise KernelError(
@@ -232,14 +208,14 @@ def index(phase: Index, room: Room) -> bytes:
         )
     letters, given = _launched(index_topk, phase, phase.out[0])
     room.held.append(given)  # the op's scratch among them
-    return _like("index", letters, given, room.index, room.grid)
+    return _like("index", letters, given, room.index, room.grid, int(joined))
 
 
 def attention(phase: Attention, room: Room) -> bytes:
     return _like("attention", *_launched(sparse_attention, phase, phase.out[0]), room.attention, room.grid)
 
 
-FILL: dict[type, Callable[[Any, Room], bytes]] = {Inputs: inputs, Index: index, Attention: attention}
+FILL: dict[type, Callable[[Any, Room], bytes]] = {Inputs: inputs, Attention: attention}
 
 
 def _launched(op: Callable[..., Any], phase: Call, out: Any) -> tuple[str, tuple[Any, ...]]:
@@ -264,13 +240,15 @@ def _kernel(name: str, letters: str) -> Kernel:
 
 
 def in_order(phases: Sequence[bytes]) -> list[bytes]:
-    """The phases of a program, each with its place in it: number, kind of the last one, whether they meet."""
-    kind, joined, found = -1, 0, []
+    """The phases of a program, each with its place in it: number, the kinds of those in front since blocks last met, as
+    bits, and whether blocks meet in front of it.
+    """
+    before, joined, found = 0, 0, []
     for number, phase in enumerate(phases):
-        last, beside = kind, joined
+        last = _LAST if joined & _NEXT else 0
         kind, joined = _HEADER.unpack_from(phase)[:2]
-        header = _HEADER.pack(kind, joined | (_LAST if beside & _NEXT else 0), number, last)
-        found.append(header + phase[_HEADER.size :])
+        found.append(_HEADER.pack(kind, joined | last, number, before) + phase[_HEADER.size :])
+        before = (before if last else 0) | 1 << kind
     return found
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.decode_layers import describe
+from dsv4.kernels.decode_layers.beside import overlapped
 from dsv4.kernels.decode_layers.describe import Room, joined
-from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, Seam, operands
+from dsv4.kernels.decode_layers.phases import Experts, Index, Linear, Phase, Seam, operands
 from dsv4.kernels.decode_layers.spread import WARPS, segments_on
 from dsv4.kernels.moe.operand import ExpertsOperand
 
@@ -88,7 +89,7 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     rows, device = len(h), h.device
     room = Room.on(device, grid, rows, h.shape[2], next(phase for phase in phases if isinstance(phase, Experts)))
     shared -= room.fixed_bytes
-    phases, beside = describe.overlapped(phases)
+    phases, beside = overlapped(phases, grid)
     told = [describe.whom(phase, then) for phase, then in zip_longest(phases, phases[1:])]
     products = {
         i: joined(phase, grid, beside.get(i), told[i]) for i, phase in enumerate(phases) if isinstance(phase, Linear)
@@ -110,6 +111,8 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
             case Experts():
                 made += [describe.route(phase, room, work), describe.experts(phase, room, work, told[place])]
                 runs.append(describe.shared_run(phase, grid))
+            case Index():
+                made.append(describe.index(phase, room, beside.get(place + 1) is phase))
             case Seam():
                 made.append(describe.seam(phase, room, told[place - 1] if place else None))
             case _:

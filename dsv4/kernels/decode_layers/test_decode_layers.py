@@ -3,6 +3,7 @@
 import ctypes
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from dsv4.errors import KernelError
 from dsv4.kernels.case import Maker
 from dsv4.kernels.check import check_case
 from dsv4.kernels.decode_layers import describe
+from dsv4.kernels.decode_layers.beside import overlapped
 from dsv4.kernels.decode_layers.cases import Small, cases
 from dsv4.kernels.decode_layers.decode_layers import decode_layers
-from dsv4.kernels.decode_layers.phases import Experts, Linear
+from dsv4.kernels.decode_layers.phases import Experts, Inputs, Linear
 from dsv4.kernels.decode_layers.program import CHUNK, WARPS, Program, make_tables
 from dsv4.kernels.decode_layers.spread import Run, even_cuts, segments_of, spread
 from dsv4.quant.weights import FP8Weight, NVFP4Weight, PlainWeight
@@ -99,11 +101,22 @@ def test_segments_are_the_units_of_a_warp_in_its_order():
     assert len(segments) - 16 >= starts[-1] + len(expected[-1])  # a warp loads sixteen ahead
 
 
+KINDS = ("linear", "seam", "experts", "inputs", "index", "attention", "route")  # of program.cuh
+JOINED = {  # whether C lets the next phase begin without a meeting, by what it is given
+    "linear": lambda values: values[9] or values[-1] > 0,
+    "index": lambda values: values[-1],
+    "experts": lambda values: values[-3] > 0,
+    "route": lambda values: True,
+}
+
+
 class Filled:
-    """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes."""
+    """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes.
+    `cuts`: of each LINEAR.
+    """
 
     def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096)):
-        self.calls = []
+        self.calls, self.cuts = [], []
 
         def call(kernel, device, *given):
             values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
@@ -113,7 +126,10 @@ class Filled:
             if kernel.part == "sizes":
                 (ctypes.c_int * 6).from_address(values[0])[:] = sizes
             else:
-                ctypes.memset(values[0], len(self.calls) % 251, describe.PHASE_BYTES)
+                joined = int(JOINED.get(kernel.part, lambda values: False)(values))
+                (ctypes.c_int * 2).from_address(values[0])[:] = KINDS.index(kernel.part), joined
+            if kernel.part == "linear":
+                self.cuts.append([*(ctypes.c_uint16 * (values[4] + 1)).from_address(values[3])])
             self.calls.append((kernel.part, values))
 
         class Fake(describe.Kernel):
@@ -136,26 +152,39 @@ def on_tiles(monkeypatch):
         monkeypatch.setattr(form, "device", property(lambda self: Gpu()))
 
 
-@pytest.mark.parametrize(("rows", "padding"), [(1, 0), (3, 1), (8, 2)])
-def test_tables_of_a_program(monkeypatch, rows, padding):
+@pytest.mark.parametrize(
+    ("rows", "padding", "grid"), [(1, 0, 24), (3, 1, 24), (8, 2, 24), (1, 0, 132), (4, 1, 132), (5, 0, 132)]
+)
+def test_tables_of_a_program(monkeypatch, rows, padding, grid):
     on_tiles(monkeypatch)
     small = Small(Maker(CPU), rows, padding, "nvfp4")
     filled = Filled(monkeypatch)
-    tables = make_tables(small.program.phases, small.h, 24, 231424)
+    tables = make_tables(small.program.phases, small.h, grid, 231424)
     names = [name for name, _ in filled.calls]
     layer = ["attention", "linear", "linear", "seam", "linear", "route", "experts"]
     begin = ["linear", "linear", "inputs"]  # products of what is normed beside the rest of the inputs
-    assert names == ["sizes", *begin, *layer, "seam", *begin, "index", *layer]
-    phases, beside = describe.overlapped(small.phases)
-    assert {phases[place + 1] is inputs for place, inputs in beside.items()} == {True} and len(beside) == 2
-    assert tables.count == len(small.phases) + 2 == len(names) - 1 and tables.grid == 24
+    apart = 32 * rows <= grid  # INDEX in a quarter of the blocks at most
+    scored = ["index", "linear"] if apart else ["index"]
+    assert names == ["sizes", *begin, *layer, "seam", *begin, *scored, *layer]
+    phases, beside = overlapped(small.phases, grid)
+    assert len(beside) == 2 + apart
+    assert all(phases[place + 1 if isinstance(one, Inputs) else place - 1] is one for place, one in beside.items())
+    assert tables.count == len(small.phases) + 2 + apart == len(names) - 1 and tables.grid == grid
     headers = [
         struct.unpack_from("<4i", bytes(phase)) for phase in tables.phases.view(-1, describe.PHASE_BYTES).tolist()
     ]
-    kinds = [kind for kind, *_ in headers]
-    assert [kind & 255 for kind in kinds] == list(range(1, len(names)))
-    assert [number for _, _, number, _ in headers] == list(range(len(kinds)))
-    assert [before for *_, before in headers] == [-1, *kinds[:-1]]
+    kinds = [KINDS[kind] for kind, *_ in headers]
+    assert kinds == names[1:] and [number for _, _, number, _ in headers] == list(range(len(kinds)))
+    together, since = [[]], [{name for bit, name in enumerate(KINDS) if before >> bit & 1} for *_, before in headers]
+    for kind, (_, joined, _, _) in zip(kinds, headers, strict=True):
+        together[-1].append(kind)
+        assert joined >> 1 == (len(together[-1]) > 1)
+        if not joined & 1:
+            together.append([])
+    begin, layer = [["linear"], ["linear", "inputs"]], [["attention"], ["linear"], ["linear", "seam"], ["linear"]]
+    assert together == [*begin, *layer, ["route", "experts", "seam"], *begin, scored, *layer, ["route", "experts"], []]
+    expected = [set(met[:at]) if at else set(last) for last, met in pairwise([[], *together]) for at in range(len(met))]
+    assert since == expected
     assert tables.work_bytes % 128 == 0 and tables.work_bytes >= 20000 and tables.state.tolist() == [0] * 96
     assert 2 <= tables.stages <= 8 and tables.work_bytes + WARPS * tables.stages * CHUNK <= 231424 - 4096
     told = {
@@ -173,10 +202,10 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
         name, values = next(calls)
         if isinstance(phase, Linear):
             part = (describe._Part * values[2]).from_address(values[1])
-            assert values[2] >= len(phase.products) and values[4:6] == [24, rows] and part
+            assert values[2] >= len(phase.products) and values[4:6] == [grid, rows] and part
         if isinstance(phase, Experts):
-            cuts = describe.shared_run(phase, 24).cuts
-            assert name == "route" and values[-8:-6] == [rows, 8] and cuts[:2] == (0, 2) and cuts[23:] == (32, 32)
+            cuts = describe.shared_run(phase, grid).cuts
+            assert name == "route" and values[-8:-6] == [rows, 8] and cuts[0] == 0 and cuts[grid - 1 :] == (32, 32)
             name, more = next(calls)
             assert name == "experts" and more[1] == values[14] and values[-1] == more[-1] == tables.work_bytes
     read = np.frombuffer(tables.segments.numpy().tobytes(), dtype=[("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])
@@ -186,6 +215,27 @@ def test_tables_of_a_program(monkeypatch, rows, padding):
     assert read["bytes"].sum() == every
     bounds = [*tables.starts.tolist(), len(read)]
     assert all((read["chunk"][a:b] == 0).sum() >= 1 + 2 for a, b in pairwise(bounds))
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(1, 40), (2, 72), (2, 104), (4, 132)])
+def test_products_beside_an_index_have_no_tiles_where_it_works(monkeypatch, rows, grid):
+    on_tiles(monkeypatch)
+    small = Small(Maker(CPU), rows, 0, "nvfp4")
+    filled = Filled(monkeypatch)
+    make_tables(small.program.phases, small.h, grid, 231424)
+    names = [name for name, _ in filled.calls]
+    place = names.index("index")
+    _, queries = filled.calls[place + 1]
+    cuts = filled.cuts[names[: place + 1].count("linear")]
+    header = (Path(describe.__file__).parents[1] / "include/dsv4/persistent/index_phase.cuh").read_text()
+    groups, first = grid // 8, int(header.split("constexpr int INDEX_GROUP = ")[1].split(";")[0])
+    for block, tiles in enumerate(b - a for a, b in pairwise(cuts)):
+        group = block // 8  # index_row
+        row = group - first % groups + (groups if group < first % groups else 0)
+        works = group < groups and row < rows
+        assert not (works and tiles), block
+    assert sum(a == b for a, b in pairwise(cuts)) >= 8 * rows and cuts[0] == 0 and cuts[-1] == 8 * 512 // 16
+    assert queries[7] is None and queries[9] == 0  # of what INPUTS has normed; then all meet
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -51,10 +51,10 @@ static __device__ __forceinline__ int first_unit() {
     return groups <= SEAM_GROUPS ? group : turned < 0 ? turned + groups : turned;
 }
 
-// What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, and so many tiles, with the
-// queries.
+// What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, so many tiles, and the queries.
 struct Begun {
     int rows, tiles;
+    bool queries;
 };
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
@@ -158,7 +158,7 @@ struct Entries {
         }
     }
 
-    // One tile after the other, with queries: `heads` of them from `head` on.
+    // One tile after the other, and queries: `heads` of them from `head` on.
     __device__ __forceinline__ void begin(int tiles, int head, int heads) const {
         attention::Query q = {};
         float2 turns[4] = {};
@@ -218,7 +218,7 @@ struct Unit {
             attention::Query q = {};
             float2 turns[4] = {};
             few::Bytes bytes[TILES];
-            const bool asks = stage == 0 && begun.tiles == 0, known = begun.rows == TILES;
+            const bool asks = stage == 0 && !begun.queries, known = begun.rows == TILES;
             if (asks) e.load_query(q, turns, head, HG);
             Entries::Found found = e.find(stage, begun.rows, TILES);
             unsigned bring = found.within >> begun.tiles << begun.tiles;
@@ -255,7 +255,7 @@ struct Unit {
                 block.accumulate(used);
                 memcpy(all.sums, block.sums, sizeof all.sums);
             }
-            begun = {0, 0};
+            begun = {};
             if (stage + 1 < stages) __syncthreads();  // entries are no longer read
         }
     }
@@ -346,7 +346,7 @@ struct Unit {
         const int groups = gridDim.x / GROUP, per_token = phase.a.groups;
         uint32_t turn = exchange::last_turn(phase.turns + blockIdx.x / GROUP);
 #pragma unroll 1
-        for (int unit = first_unit(), token = 0;; unit += groups, begun = {0, 0}) {
+        for (int unit = first_unit(), token = 0;; unit += groups, begun = {}) {
             for (; unit >= per_token; unit -= per_token) ++token;
             if (token >= phase.rows) break;
             run(phase, token, unit * HG, begun, turn);
@@ -386,14 +386,15 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
     return cudaSuccess;
 }
 
-// What can be done before the phase in front, of kind `before`, has ended: INDEX writes the pool's row numbers, these
-// kinds write queries and entries.
+// What can be done before the phases in front, of kinds `before`, have ended: INDEX writes the pool's row numbers, LINEAR
+// the queries. Entries are all there behind INDEX, since INPUTS was met in front of it.
 static __device__ __forceinline__ Begun begun_behind(int before, const Entries& e) {
-    if (before == INDEX) return {e.window(), e.window()};
-    return {before == LINEAR || before == INPUTS ? TILES : 0, 0};
+    const bool multiplied = among(before, LINEAR);
+    if (among(before, INDEX)) return {e.window(), e.window(), !multiplied && e.window() > 0};
+    return {multiplied || among(before, INPUTS) ? TILES : 0, 0, false};
 }
 
-// Every thread calls, after come() behind the phase in front.
+// Every thread calls, after come() behind the phases in front.
 static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
@@ -403,7 +404,7 @@ static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Entries e(phase.a, token);
     const Begun begun = begun_behind(before, e);
     if (begun.tiles > 0) {
-        e.begin(begun.tiles, unit * phase.heads, phase.heads);
+        e.begin(begun.tiles, unit * phase.heads, begun.queries ? phase.heads : 0);
     } else if (begun.rows > 0) {
         e.announce(e.find(0, 0, TILES));
         if (e.longer()) e.scan();

@@ -1,6 +1,6 @@
 // INDEX: index_topk of a decode step's rows, each by a group of blocks: every block scores a part of the entries and tells
 // the others their keys through the L2 cache in one trip (exchange.cuh), then finds the threshold of all of them and writes
-// its part of the selection.
+// its part of the selection. LINEAR may go on in the other blocks meanwhile, of what INDEX does not need.
 #pragma once
 #include <dsv4/exchange.cuh>
 #include <dsv4/index_score.cuh>
@@ -29,7 +29,7 @@ struct IndexWork {
     uint32_t turn;
 };
 
-// Away from the blocks that have most to do in other phases, which are the first and the last.
+// Away from the blocks that have most to do in other phases, which are the first and the last. (describe.py knows it.)
 constexpr int INDEX_GROUP = 12;
 
 // The row of this block's group, -1 for none.
@@ -39,14 +39,21 @@ static __device__ __forceinline__ int index_row(const Index& phase) {
     return group < groups && row < phase.of.rows ? row : -1;
 }
 
-// After come() behind the phase in front, of kind `before`: all that does not need it. Entries that it completes are not
-// read here.
+// Whether this block has no part in the next phase and passes over it: a LINEAR beside an INDEX has no tiles in the blocks
+// that work on a row. Else they would have to wait for its description and then for that of the phase behind it.
+static __device__ __forceinline__ bool passes_over_next(int turn) {
+    const Phase& phase = phase_at(turn);
+    return phase.kind == INDEX && phase.joined & NEXT && index_row(payload<Index>(turn)) >= 0;
+}
+
+// After come() behind the phases in front, of kinds `before`: all that does not need them. Entries that they complete are
+// not read here.
 static __device__ __forceinline__ void index_ahead(int turn, int before) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
     const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row < 0) return;
-    if (before == SEAM) __syncthreads();  // seam_rest has read
+    if (among(before, SEAM)) __syncthreads();  // seam_rest has read
     IndexWork& s = work<IndexWork>();
     const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&phase.words[row].turns[rank]) : 0;
     index::start_turns(a, s.heads, row);
@@ -104,8 +111,9 @@ static __device__ __forceinline__ void index_phase(int turn) {
     if (threadIdx.x == 0) words.turns[rank] = number;
 }
 
-// scratch: IndexWords for each row, zeros at first; 16-byte aligned. A row has a group of its own.
-static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid) {
+// scratch: IndexWords for each row, zeros at first; 16-byte aligned. A row has a group of its own. joined: the next phase is
+// a LINEAR that needs nothing of this and has no tiles in those groups.
+static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid, int joined) {
     const int groups = grid / GROUP;
     if (rows < 1 || rows > TOKENS || rows > groups || width < 1 || cis == nullptr || heads > 64 ||
         n_pages * index::PAGE > index::TOGETHER)
@@ -113,7 +121,9 @@ static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch,
     Index a = {};
     if (const cudaError_t error = index::arguments(a.of, INDEX_VALUES)) return error;
     a.of.blocks = GROUP, a.words = static_cast<IndexWords*>(scratch), a.first = INDEX_GROUP % groups;
-    return fill_phase(phase, INDEX, a);
+    if (const cudaError_t error = fill_phase(phase, INDEX, a)) return error;
+    phase->joined = joined ? NEXT : 0;
+    return cudaSuccess;
 }
 
 }  // namespace dsv4::persistent

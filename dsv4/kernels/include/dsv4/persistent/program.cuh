@@ -22,10 +22,13 @@ enum Joined : int { NEXT = 1, LAST = 2 };  // needs nothing of this phase; this 
 struct alignas(16) Phase {
     int kind;
     int joined;
-    int number, before;  // in the program; of what kind the last phase is
+    int number, before;  // in the program; of what kinds (as bits) the phases in front are since blocks last met
     alignas(16) uint8_t payload[PAYLOAD_BYTES];
 };
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");
+
+// Whether kind `kind` is among `kinds`.
+__host__ __device__ constexpr bool among(int kinds, Kind kind) { return kinds >> kind & 1; }
 
 // Weights that a warp reads one after the other, in pieces of `chunk` bytes. chunk 0: what comes here is not known before
 // the step (routed experts), or it is the end.
