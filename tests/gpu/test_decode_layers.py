@@ -41,7 +41,7 @@ def walked(model, rows: int, live: int, longest: int, *, persistent: bool, graph
 
 
 @pytest.mark.parametrize("longest", [1024, 200], ids=["selected", "all taken"])
-@pytest.mark.parametrize(("rows", "live"), [(1, 1), (2, 2), (5, 3), (8, 8)])
+@pytest.mark.parametrize(("rows", "live"), [(1, 1), (2, 2), (4, 3), (5, 3), (8, 8)])
 def test_one_launch_is_the_chain(model, rows, live, longest):
     chain = walked(model, rows, live, longest, persistent=False, graph=False)
     for graph in (False, True):
