@@ -64,7 +64,7 @@ class Model:
         root = Scope(weights)
         self.embed = root.tensor("embed.weight").to(settings.dtype)
         self.blocks = [Block(root.at(f"layers.{i}"), config, spec, settings) for i, spec in enumerate(config.layers)]
-        self.stream_head = StreamHead(root, config)
+        self.stream_head = StreamHead(root, config, settings.tp)
         self.lm_head = linear_operand(Projection(root.weight("head"), plain=True, f32=True), act=settings.act)
         self.rotaries = Rotaries(config, device)
 
@@ -138,17 +138,25 @@ class Model:
         """
         return Persistent(self.blocks, cache, step, self.config, self.settings)
 
-    def body_at_once(self, step: Step, layers: Persistent) -> Tensor:
-        """As `body`, bit for bit."""
+    def body_at_once(self, step: Step, layers: Persistent) -> tuple[Streams, Tensor]:
+        """As `body`, bit for bit, up to the last site, which `head_at_once` leaves: its streams, and the FFN's output y
+        [T, D], or of several ranks this one's part of it.
+        """
         streams = layers.entered
         embed(step.plan.tokens, self.embed, self.config.hc_mult, out=streams.h)
         self.blocks[0].attn_site.enter(streams.h, out=streams)
-        last, y = layers()
-        return last.leave(y, self.settings.tp)
+        return layers()
 
     def head(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """h [T, M, D] -> logits [T, V] f32."""
-        tp, x = self.settings.tp, self.stream_head(h)
+        return self._logits(self.stream_head(h), out)
+
+    def head_at_once(self, last: Streams, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """What `body_at_once` leaves -> logits [T, V] f32."""
+        return self._logits(self.stream_head.leave(y, last)[1], out)
+
+    def _logits(self, x: Tensor, out: Tensor | None) -> Tensor:
+        tp = self.settings.tp
         if tp is not None:
             return tp.all_gather(linear(x, self.lm_head)[0], out)
         (logits,) = linear(x, self.lm_head, out=None if out is None else (out,))

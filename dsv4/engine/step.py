@@ -104,10 +104,9 @@ class DecodeStep:
         static = self.static
         static.update()
         if self.layers is None:
-            h = self.model.body(self._step, self.cache)
+            self.model.head(self.model.body(self._step, self.cache), out=self.logits)
         else:
-            h = self.model.body_at_once(self._step, self.layers)
-        self.model.head(h, out=self.logits)
+            self.model.head_at_once(*self.model.body_at_once(self._step, self.layers), out=self.logits)
         self.sampler.sample(self.logits, out=self.tokens)
         self.sampler.advance(self.tokens, static.slots, static.tokens, static.positions, self._ring, self._count)
 

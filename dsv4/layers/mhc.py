@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.kernels.mhc_head.mhc_head import mhc_head
+from dsv4.kernels.mhc_last.mhc_last import mhc_last
 from dsv4.kernels.mhc_post.mhc_post import mhc_post
 from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
@@ -105,7 +106,8 @@ def peers_of(tp: Mesh) -> Peers | None:
 class StreamHead:
     """`hc_head_*` and `norm`: the streams become the lm head's input."""
 
-    def __init__(self, scope: Scope, config: ModelConfig):
+    def __init__(self, scope: Scope, config: ModelConfig, tp: Mesh | None):
+        self.peers = None if tp is None else peers_of(tp)
         self.fn, self.base, self.scale = (scope.f32(f"hc_head_{part}") for part in ("fn", "base", "scale"))
         self.norm = scope.f32("norm.weight")
         self.hc_eps, self.eps = config.hc_eps, config.rms_norm_eps
@@ -114,3 +116,11 @@ class StreamHead:
         """h [T, M, D] -> [T, D], normed."""
         x = mhc_head(h, self.fn, self.base, self.scale, hc_eps=self.hc_eps, norm_eps=self.eps)
         return rms_norm(x, self.norm, self.eps)
+
+    def leave(self, y: Tensor, last: Streams) -> tuple[Tensor, Tensor]:
+        """The last sublayer's output y [T, D] -> the streams [T, M, D] after its site and, bit for bit, what becomes of
+        them here [T, D]. Of several ranks, y f32 is a rank's part, and they can write each other's memory.
+        """
+        site = last.h, last.post, last.comb, self.fn, self.base, self.scale
+        h, x = mhc_last(y, *site, hc_eps=self.hc_eps, norm_eps=self.eps, peers=self.peers)
+        return h, rms_norm(x, self.norm, self.eps)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
+from dsv4.kernels.mhc_last.mhc_last import mhc_last
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.layers.mhc import peers_of
 from dsv4.parallel.mesh import Experts, Mesh, join
@@ -58,14 +59,15 @@ def captured_sums(mesh: Mesh, rows: int) -> dict[str, Any]:
 
 
 def captured_seams(mesh: Mesh, rows: int) -> dict[str, Any]:
-    """A graph of as many seams as a step has, each fed by the one before it, against all-reduces and seams apart."""
+    """A graph of as many seams as a step has, each fed by the one before it, and of leaving the last site, against
+    all-reduces and the ops apart."""
     generator = torch.Generator().manual_seed(rows)
     shapes = (rows, 4), (rows, 4, 4), (24, 4 * WIDTH), (24,), (24,), (WIDTH,)
     post, comb, fn, base, scale, weight = (torch.rand(s, generator=generator).to(mesh.device) for s in shapes)
     site = (fn - 0.5) / WIDTH**0.5, base, scale, weight
     streams = torch.randn(rows, 4, WIDTH, generator=generator).bfloat16().to(mesh.device)
     y, how = partial(mesh, rows, 0, mesh.rank), {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": 1e-6}
-    peers = peers_of(mesh)
+    ends, peers = {"hc_eps": 1e-6, "norm_eps": 1e-6}, peers_of(mesh)
     assert peers is not None
 
     def step(together: bool) -> tuple[torch.Tensor, ...]:
@@ -77,7 +79,10 @@ def captured_seams(mesh: Mesh, rows: int) -> dict[str, Any]:
             else:
                 found = mhc_seam(mesh.all_reduce(given.clone(), torch.bfloat16), *before, **how)
             given = found[1].float() * (mesh.rank + 1)
-        return found
+        last = found[0], *found[2:], fn[:4] / WIDTH**0.5, base[:4], scale[:1]
+        if together:
+            return *found, *mhc_last(given, *last, **ends, peers=peers)
+        return *found, *mhc_last(mesh.all_reduce(given.clone(), torch.bfloat16), *last, **ends)
 
     step(together=True)
     torch.cuda.synchronize()

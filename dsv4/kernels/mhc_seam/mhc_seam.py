@@ -1,16 +1,13 @@
 """mHC between two sublayers: leave one site, enter the next, norm its input."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from dsv4.errors import KernelError
-from dsv4.kernels.launch import contiguous, dtype_code, four_streams, result, row_stride, same_device, same_dtype
+from dsv4.kernels.launch import contiguous, dtype_code, four_streams, result, row_stride, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.mhc_pre.shares import shares_of
 from dsv4.kernels.mhc_seam.mhc_seam_ref import mhc_seam_ref
-from dsv4.kernels.mhc_seam.peers import RANKS, ROWS, Peers
+from dsv4.kernels.mhc_seam.peers import Peers, check_part, meeting
 from dsv4.kernels.op import op
 
 PAIRS = 10  # of four streams, each with itself and the others: sums of their products
@@ -60,13 +57,7 @@ def mhc_seam(
     Up to T = 64. Waits for all ranks, which must call it alike.
     """
     tokens, streams, width = four_streams("mhc_seam", h, fn, (2 + h.shape[1]) * h.shape[1])
-    if peers is None:
-        same_dtype("mhc_seam", "y", y, "h", h)
-    elif y.dtype != torch.float32 or tokens > ROWS or peers.size > RANKS:
-        raise KernelError(
-            f"mhc_seam: 'y' is {list(y.shape)} {y.dtype} of {peers.size} ranks; parts of a sum are float32, of at most "
-            f"{ROWS} rows and {RANKS} ranks"
-        )
+    check_part("mhc_seam", y, h, peers)
     contiguous("mhc_seam", h=h, post=post, comb=comb, fn=fn, base=base, scale=scale, weight=weight)
     same_device("mhc_seam", y.device, h=h, post=post, comb=comb, fn=fn, base=base, scale=scale, weight=weight)
     given = out or (None, None, None, None)
@@ -78,9 +69,5 @@ def mhc_seam(
     tensors = y, h, post, comb, fn, base, scale, weight, new, x, new_post, new_comb, shares
     stride, code = row_stride("mhc_seam", "y", y), dtype_code("mhc_seam", "h", h)
     numbers = tokens, width, stride, sinkhorn_iters, hc_eps, norm_eps, code
-    if peers is None:
-        _KERNEL(y.device, *tensors, *numbers, None, None, 0, 1)
-    else:
-        inboxes = ctypes.addressof(peers.inboxes)
-        _KERNEL(y.device, *tensors, *numbers, inboxes, peers.turns, peers.rank, peers.size)
+    _KERNEL(y.device, *tensors, *numbers, *meeting(peers))
     return new, x, new_post, new_comb

@@ -1,4 +1,4 @@
-"""The ranks whose parts make up a sublayer's output, as mhc_seam adds them up (include/dsv4/mhc.cuh)."""
+"""The ranks whose parts make up a sublayer's output, as mhc_seam and mhc_last add them up (include/dsv4/mhc.cuh)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4.errors import KernelError
+from dsv4.kernels.launch import same_dtype
 from dsv4.kernels.mhc_pre.shares import WIDEST
 
 ROWS, RANKS = 64, 8  #: that an inbox has room for; that an exchange has
@@ -42,3 +44,21 @@ class Peers:
     @property
     def size(self) -> int:
         return len(self.inboxes)
+
+
+def check_part(name: str, y: Tensor, h: Tensor, peers: Peers | None) -> None:
+    """Whether the op's y [T, D] is what leaves a site of streams h: whole, or with `peers` a rank's part."""
+    if peers is None:
+        same_dtype(name, "y", y, "h", h)
+    elif y.dtype != torch.float32 or len(y) > ROWS or peers.size > RANKS:
+        raise KernelError(
+            f"{name}: 'y' is {list(y.shape)} {y.dtype} of {peers.size} ranks; parts of a sum are float32, of at most "
+            f"{ROWS} rows and {RANKS} ranks"
+        )
+
+
+def meeting(peers: Peers | None) -> tuple[int | None, Tensor | None, int, int]:
+    """What a launcher hands on: the address of the inboxes' addresses, turns, rank, size."""
+    if peers is None:
+        return None, None, 0, 1
+    return ctypes.addressof(peers.inboxes), peers.turns, peers.rank, peers.size

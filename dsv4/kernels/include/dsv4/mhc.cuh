@@ -1,4 +1,5 @@
-// Entering an mHC site (PRE), leaving one on the way (SEAM), or the head's collapse (HEAD).
+// Entering an mHC site (PRE), leaving one on the way (SEAM), the head's collapse (HEAD), or leaving the last site on the
+// way to that (FINAL).
 //
 // A block takes 64 columns, in all M streams, of TT tokens: its share of a token's ROWS products with fn and of the sum
 // of squares; in a SEAM of the products of the streams with each other, which give the sum of squares of any mixture of
@@ -7,7 +8,7 @@
 // each other their shares and each goes on with its own columns (exchange.cuh): here is what they do, in a launch
 // (mhc_kernels.cuh) or a phase of a program (persistent/seam_phase.cuh).
 //
-// In a SEAM of several ranks y is this rank's part of a sum (Peers).
+// Where a site is left on several ranks, y is this rank's part of a sum (Peers).
 #pragma once
 #include <dsv4/launch.cuh>
 #include <dsv4/numbers.cuh>
@@ -17,34 +18,36 @@
 
 namespace dsv4::mhc {
 
-enum Kind { PRE, SEAM, HEAD };
+enum Kind { PRE, SEAM, HEAD, FINAL };
 
 constexpr int M = SITE;  // hc_mult of Flash and Pro
 constexpr int W = 4;     // columns per thread while the sums are made
 constexpr int PLACES = M * COLUMNS / W, QUADS = COLUMNS / W;
 constexpr int FEW = 8, MOST_SLICES = MOST_COLUMNS / COLUMNS;
 constexpr int PAIRS = M * (M + 1) / 2;
-constexpr int HEARD = 4;  // tokens of a block whose parts its idle warps can hear
 constexpr unsigned ALL = 0xffffffffu;
 static_assert(PLACES == 64 && QUADS == 16, "two warps hold a team's places, half a warp a slice's columns");
 
 template <Kind KIND>
 struct Shape {
-    static constexpr int ROWS = KIND == HEAD ? M : (2 + M) * M;      // pre | post | comb
+    static constexpr bool LEAVES = KIND == SEAM || KIND == FINAL;  // its streams are made on the way in
+    static constexpr bool ENTERS = KIND == PRE || KIND == SEAM;    // and has mixes to finish
+    static constexpr int ROWS = ENTERS ? (2 + M) * M : M;           // pre | post | comb
     static constexpr int SUMS = ROWS + (KIND == SEAM ? PAIRS : 1);  // and products of streams, or sum of squares
     static constexpr int WORDS = (SUMS + exchange::PER_WORD - 1) / exchange::PER_WORD;
-    static constexpr int TEAM = KIND == HEAD ? 4 : 8;  // of 64 threads, each with
+    static constexpr int TEAM = ENTERS ? 8 : 4;  // of 64 threads, each with
     static constexpr int SHARE = ROWS / TEAM;          // so many rows of fn
     static constexpr int WORKERS = TEAM * PLACES, WARPS = WORKERS / 32;
-    static constexpr int THREADS = WORKERS + (KIND == HEAD ? 0 : 32);  // of the second launch: and a warp for Sinkhorn
+    static constexpr int THREADS = WORKERS + (ENTERS ? 32 : 0);  // of the second launch: and a warp for Sinkhorn
+    static constexpr int HEARD = KIND == FINAL ? 2 : 4;  // tokens of a block whose parts its idle warps can hear
     static_assert(SHARE * TEAM == ROWS && SHARE < 4 && ROWS <= 32 && WORDS <= WARPS);
     static_assert(KIND != SEAM || exchange::PER_WORD * (WORDS - TEAM) <= WARPS, "a pair of streams to a warp");
 };
 
 template <typename T>
 struct Args {
-    const T *y, *h;                                     // y, post, comb, h_out, weight: SEAM
-    const float *post, *comb, *fn, *base, *scale, *weight;  // scale: of each row, but one for all in HEAD
+    const T *y, *h;                                     // y, post, comb, h_out: where a site is left; weight: SEAM
+    const float *post, *comb, *fn, *base, *scale, *weight;  // scale: of each row; one for all of the head
     T *h_out, *x_out;
     float *post_out, *comb_out;
     float4* shares;  // [T, WORDS, slices]: of the two launches
@@ -165,16 +168,16 @@ template <Kind KIND, int TT, typename T>
 __device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, int64_t first, int count, bool told,
                                              float (&streams)[TT][M][COLUMNS]) {
     using S = Shape<KIND>;
-    if constexpr (KIND == SEAM) {
+    if constexpr (S::LEAVES) {
         static_assert(TT <= S::TEAM);
         __shared__ __align__(8) float sums[TT][COLUMNS];
         if (p.team < count) {
-            const bool alone = TT > HEARD || !a.peers.any();
+            const bool alone = TT > S::HEARD || !a.peers.any();
             Leaving<T> leaving;
             leaving.read(a, p, first + p.team, alone);
             if (!alone) peers_heard(S::WORKERS);
             leaving.finish(a, p, first + p.team, alone, sums[p.team], streams[p.team]);
-        } else if (TT <= HEARD && a.peers.any()) {
+        } else if (TT <= S::HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
             if (t < count) {
                 const Meeting meeting(a.peers, first + t, blockIdx.x, a.D);
@@ -301,7 +304,7 @@ __device__ __forceinline__ int row_of(int lane) {
 }
 template <Kind KIND, typename T>
 __device__ __forceinline__ float scale_of(const Args<T>& a, int lane) {
-    return a.scale[KIND == HEAD ? 0 : row_of<KIND>(lane)];
+    return a.scale[Shape<KIND>::ENTERS ? row_of<KIND>(lane) : 0];
 }
 
 // In lane i mix i: (fn . v) * rsqrt(mean(v^2) + eps) * scale + base.
@@ -378,7 +381,7 @@ __device__ __forceinline__ void collapse(const Args<T>& a, int64_t token, float 
     if (left > 0) store<W>(a.x_out + token * a.D + d, x, left, wide);
 }
 
-// What a SEAM is called with. size > 1: y is this rank's part in float32, inboxes the addresses of all ranks'.
+// What a SEAM is called with, and but for weight, post_out and comb_out a FINAL. size > 1: y is this rank's part in float32, inboxes the addresses of all ranks'.
 template <typename T>
 static Args<T> seam_args(const void* y, const void* h, const float* post, const float* comb, const float* fn,
                          const float* base, const float* scale, const float* weight, void* h_out, void* x_out,

@@ -58,15 +58,15 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
         for (int t = 0; t < TT; ++t)
             if (t < count && threadIdx.x == 128 + t) words.turns[first + t] = turns[t];
         const int t = static_cast<int>(threadIdx.x) - 160;
-        if (KIND == SEAM && a.peers.any() && t >= 0 && t < count)
+        if (S::LEAVES && a.peers.any() && t >= 0 && t < count)
             a.peers.turns[first + t] = exchange::last_turn(a.peers.turns + first + t) + 1;
     }
-    const bool ends = KIND != HEAD && slice == slices - 1;  // and finishes the mixes, in warps of their own
+    const bool ends = S::ENTERS && slice == slices - 1;  // and finishes the mixes, in warps of their own
     if (warp >= count && !(ends && warp >= TT && warp < TT + count)) return;
     const int t = warp % TT;
     const int64_t token = first + t;
     const float z = mix<KIND>(a, totals[t], scale, base);
-    if constexpr (KIND != HEAD) {
+    if constexpr (S::ENTERS) {
         if (warp >= TT) {
             finish_mixes(a, token, z);
             return;
@@ -89,7 +89,7 @@ __device__ void shares_of_many(const Args<T>& a) {
     load_rows<KIND>(a, p, f);
     wait_for_previous();
     const int64_t begin = static_cast<int64_t>(blockIdx.y) * TT, step = static_cast<int64_t>(gridDim.y) * TT;
-    if (KIND == SEAM && TT <= HEARD && a.peers.any())
+    if (S::LEAVES && TT <= S::HEARD && a.peers.any())
         for (int64_t first = begin; first < a.tokens; first += step)
             if (const int64_t token = first + warp; warp < TT && token < a.tokens)
                 Meeting(a.peers, token, blockIdx.x, a.D).tell(a.peers.turn_of(token));
@@ -121,13 +121,13 @@ __device__ void enter_many(const Args<T>& a, int slices) {
     __shared__ float totals[S::WORDS * exchange::PER_WORD], mixes[S::ROWS], pre[M], norm;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t token = blockIdx.x;
-    const T* h = KIND == SEAM ? a.h_out : a.h;
+    const T* h = S::LEAVES ? a.h_out : a.h;
     union Raw {
         uint4 chunk;
         T element[N];
     } streams[ROUNDS][M];
     take_turn();
-    if (KIND == SEAM && a.peers.any() && threadIdx.x == 0) ++a.peers.turns[token];
+    if (S::LEAVES && a.peers.any() && threadIdx.x == 0) ++a.peers.turns[token];
     if (warp < S::WARPS) {
         float sums[4] = {};
         if (warp < S::WORDS) {
@@ -168,7 +168,7 @@ __device__ void enter_many(const Args<T>& a, int slices) {
         }
     }
     __syncthreads();
-    if constexpr (KIND != HEAD) {
+    if constexpr (S::ENTERS) {
         if (warp == S::WARPS) {
             finish_mixes(a, token, mixes[row_of<KIND>(lane)]);
             return;
@@ -196,10 +196,10 @@ __device__ void enter_many(const Args<T>& a, int slices) {
     }
 }
 
-// An op's kernels: of one launch, with one token or two to a block; of two, the first with four or eight.
+// An op's kernels: of one launch, with one token or two to a block; of two, the first with HEARD or twice as many.
 template <typename T>
 struct Kernels {
-    void (*one)(Args<T>), (*two)(Args<T>), (*four)(Args<T>), (*eight)(Args<T>), (*end)(Args<T>, int);
+    void (*one)(Args<T>), (*two)(Args<T>), (*some)(Args<T>), (*many)(Args<T>), (*end)(Args<T>, int);
 };
 
 // One launch where its blocks all run at once, else two.
@@ -220,11 +220,11 @@ static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t str
     if (args.tokens <= FEW && pairs <= at_once)
         return launch_dependent(kernels.two, slices, pairs, S::WORKERS, 0, stream, args);
     const bool alone = args.peers.size <= 1;
-    const int together = args.tokens <= 32 || !alone ? HEARD : 8;  // fn is read once for so many
+    const int together = args.tokens <= 32 || !alone ? S::HEARD : 2 * S::HEARD;  // fn is read once for so many
     int64_t groups = (args.tokens + together - 1) / together;
     if (!alone) groups = groups < at_once ? groups : at_once;  // peers wait for every block
     if (groups == 0) return cudaErrorInvalidConfiguration;
-    const auto first = together == HEARD ? kernels.four : kernels.eight;
+    const auto first = together == S::HEARD ? kernels.some : kernels.many;
     const cudaError_t error = launch_dependent(first, slices, groups, S::WORKERS, 0, stream, args);
     if (error != cudaSuccess) return error;
     return launch_dependent(kernels.end, args.tokens, 1, S::THREADS, 0, stream, args, slices);
