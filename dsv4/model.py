@@ -12,8 +12,6 @@ from dsv4.checkpoint.load import Policy, load_model_weights
 from dsv4.config import LayerSpec, ModelConfig
 from dsv4.errors import RequestError
 from dsv4.kernels.embed.embed import embed
-from dsv4.kernels.linear.linear import linear
-from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kvcache import KVCache, make_plan
 from dsv4.kvcache.cache import LayerCache
 from dsv4.layers.attention import Attention
@@ -23,6 +21,7 @@ from dsv4.layers.persistent import Persistent
 from dsv4.layers.scope import Scope
 from dsv4.layers.settings import Settings, check_device
 from dsv4.layers.step import Rotaries, Step
+from dsv4.layers.vocabulary import Vocabulary
 from dsv4.parallel.mesh import Mesh
 from dsv4.parallel.shard import Share
 from dsv4.quant.weights import Weight
@@ -65,7 +64,7 @@ class Model:
         self.embed = root.tensor("embed.weight").to(settings.dtype)
         self.blocks = [Block(root.at(f"layers.{i}"), config, spec, settings) for i, spec in enumerate(config.layers)]
         self.stream_head = StreamHead(root, config, settings.tp)
-        self.lm_head = linear_operand(Projection(root.weight("head"), plain=True, f32=True), act=settings.act)
+        self.vocabulary = Vocabulary(root.weight("head"), settings)
         self.rotaries = Rotaries(config, device)
 
     def new_cache(self, max_seqs: int, max_tokens: int, *, packed: bool | None = None) -> KVCache:
@@ -149,18 +148,11 @@ class Model:
 
     def head(self, h: Tensor, out: Tensor | None = None) -> Tensor:
         """h [T, M, D] -> logits [T, V] f32."""
-        return self._logits(self.stream_head(h), out)
+        return self.vocabulary(self.stream_head(h), out)
 
     def head_at_once(self, last: Streams, y: Tensor, out: Tensor | None = None) -> Tensor:
         """What `body_at_once` leaves -> logits [T, V] f32."""
-        return self._logits(self.stream_head.leave(y, last)[1], out)
-
-    def _logits(self, x: Tensor, out: Tensor | None) -> Tensor:
-        tp = self.settings.tp
-        if tp is not None:
-            return tp.all_gather(linear(x, self.lm_head)[0], out)
-        (logits,) = linear(x, self.lm_head, out=None if out is None else (out,))
-        return logits
+        return self.vocabulary(self.stream_head.leave(y, last)[1], out)
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:
         """Teacher-forced logits [T, V] f32 of one sequence: the first `prefill` tokens (default all) in chunks of

@@ -45,7 +45,7 @@ class RunMetrics:
 def weight_bytes_per_token(model: Model) -> int:
     """Stored bytes of the linears that one decoded token reads: K of the E routed experts, everything else once."""
     share = model.config.num_experts_per_tok / model.config.n_routed_experts
-    operands = [model.lm_head, *(operand for block in model.blocks for operand in _operands(block))]
+    operands = [model.vocabulary.operand, *(operand for block in model.blocks for operand in _operands(block))]
     read: dict[int, float] = {}  # operands may share a weight
     for operand in operands:
         if isinstance(operand, LinearOperand):

@@ -151,9 +151,9 @@ def test_bytes_of_a_call_are_its_tensors_its_share_of_experts_and_the_rows_it_na
     with recording(lambda: True) as calls:
         tiny.forward([(slot, torch.tensor([3]))], cache)
     held, config = storages(cache), tiny.config
-    [head] = [call for call in calls if call.op == "linear" and call.args[1] is tiny.lm_head]
+    [head] = [call for call in calls if call.op == "linear" and call.args[1] is tiny.vocabulary.operand]
     x = head.args[0]
-    assert moved_bytes(head, held) == x.numel() * 2 + tiny.lm_head.nbytes + config.vocab_size * 4
+    assert moved_bytes(head, held) == x.numel() * 2 + tiny.vocabulary.operand.nbytes + config.vocab_size * 4
     moe = next(call for call in calls if call.op == "moe")
     operand = moe.args[1].nbytes * config.num_experts_per_tok / config.n_routed_experts
     rest = sum(t.numel() * t.element_size() for t in (*moe.args, moe.result) if isinstance(t, Tensor))

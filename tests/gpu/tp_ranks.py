@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
+from dsv4.kernels.gather_columns.gather_columns import gather_columns
 from dsv4.kernels.mhc_last.mhc_last import mhc_last
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.layers.mhc import peers_of
+from dsv4.layers.vocabulary import shares_of
 from dsv4.parallel.mesh import Experts, Mesh, join
 
 EXPERTS: tuple[Experts, ...] = get_args(Experts)
@@ -97,14 +99,23 @@ def captured_seams(mesh: Mesh, rows: int) -> dict[str, Any]:
     return {"replay_equals_apart": same, "bits": out[1].flatten()[:4096].view(torch.int16).sum().item()}
 
 
-def captured_gather(mesh: Mesh, rows: int) -> bool:
+def captured_gather(mesh: Mesh, rows: int, *, in_words: bool) -> bool:
     share = VOCAB // mesh.size
+    peers = shares_of(mesh, share)
+    assert peers is not None
+
+    def gather() -> None:
+        if in_words:
+            gather_columns(x, peers, out=out)
+        else:
+            mesh.all_gather(x, out)
+
     x, out = torch.zeros(rows, share, device=mesh.device), torch.zeros(rows, VOCAB, device=mesh.device)
-    mesh.all_gather(x, out)
+    gather()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mesh.all_gather(x, out)
+        gather()
     right = True
     for turn in range(20):
         x.fill_(turn + 100 * mesh.rank)
@@ -127,7 +138,10 @@ def main(size: int, folder: Path) -> None:
         "sums": {rows: captured_sums(mesh, rows) for rows in (1, 3, 64, 300)},
         "seams": {rows: captured_seams(mesh, rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)},
         "apart": [sums_apart(mesh, rows) for rows in (1, 3, 64, 256)],
-        "gathers": [captured_gather(mesh, rows) for rows in (1, 64, 300)],
+        "gathers": [
+            *(captured_gather(mesh, rows, in_words=False) for rows in (1, 64, 300)),
+            *(captured_gather(mesh, rows, in_words=True) for rows in (1, 8, 3)),
+        ],
     }
     text, logits = load_file(folder / "text.safetensors"), {}
     facts["tokens"] = {}

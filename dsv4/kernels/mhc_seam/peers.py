@@ -25,9 +25,10 @@ def inbox_words(size: int) -> int:
 class Peers:
     """All ranks, this one among them.
 
-    inboxes: the addresses of their inboxes, zeros at first, each in memory that all of them may write. turns [ROWS]
-    i32: how often each row was added up, zeros at first and on this rank's device alone. Every rank calls for the same
-    rows in the same order. total: the same sum y [T, D] f32 -> [T, D] f32 by other means, for the twin.
+    inboxes: the addresses of their inboxes, zeros at first, each in memory that all of them may write. turns i32, in
+    seams [ROWS]: how often each row was added up, zeros at first and on this rank's device alone. Every rank calls for
+    the same rows in the same order. total: what they all give together, by other means, for the twin; in seams the sum
+    y [T, D] f32 -> [T, D] f32.
     """
 
     rank: int
@@ -36,10 +37,17 @@ class Peers:
     total: Callable[[Tensor], Tensor]
 
     @staticmethod
-    def of(rank: int, addresses: Sequence[int], device: torch.device, total: Callable[[Tensor], Tensor]) -> Peers:
-        """addresses: those of the inboxes, in the order of ranks."""
+    def of(
+        rank: int,
+        addresses: Sequence[int],
+        device: torch.device,
+        total: Callable[[Tensor], Tensor],
+        *,
+        turns: int = ROWS,
+    ) -> Peers:
+        """addresses: those of the inboxes, in the order of ranks. turns: how many are counted."""
         inboxes = (ctypes.c_uint64 * len(addresses))(*addresses)
-        return Peers(rank, inboxes, torch.zeros(ROWS, dtype=torch.int32, device=device), total)
+        return Peers(rank, inboxes, torch.zeros(turns, dtype=torch.int32, device=device), total)
 
     @property
     def size(self) -> int:
