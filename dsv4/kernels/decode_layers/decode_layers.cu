@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         if (last) break;  // others may have begun, and the next phase but one comes to this one's place
         set_turn(turn ^ 1);
     }
+    let_next_start();
     meetings.wait_for_all();
     meetings.end();
 }
