@@ -8,7 +8,7 @@ using namespace dsv4::select;
 
 namespace {
 
-constexpr int W = 4, BATCH = 4, WARPS = THREADS / 32;
+constexpr int W = 4, BATCH = 8, WARPS = THREADS / 32;
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 constexpr float LEAST_NOISE = -2.82f, MOST_NOISE = 22.9f;  // -log E for E in [2^-33, 24 ln 2]
 
@@ -109,12 +109,15 @@ struct Rules {
     const int64_t* stops = nullptr;
     float repetition, presence, frequency;
 
-    __device__ Rules(const Args& a, int64_t row) {
-        if (a.bias != nullptr && (a.biased == nullptr || a.biased[row])) bias = a.bias + row * a.vocab;
-        if (a.stops != nullptr && a.counter[row] < a.until[row]) stops = a.stops + row * a.stop_count;
-        if (a.counts == nullptr) return;
-        repetition = a.repetition[row], presence = a.presence[row], frequency = a.frequency[row];
-        if (repetition == 1.0f && presence == 0.0f && frequency == 0.0f) return;
+    __device__ Rules(const Args& a, int64_t row) {  // all that is read of the row is asked for before any is waited for
+        const bool rated = a.counts != nullptr, early = a.stops != nullptr, some = a.biased != nullptr;
+        const int64_t counter = early ? a.counter[row] : 0, until = early ? a.until[row] : 0;
+        repetition = rated ? a.repetition[row] : 1.0f;
+        presence = rated ? a.presence[row] : 0.0f, frequency = rated ? a.frequency[row] : 0.0f;
+        const bool wanted = some ? a.biased[row] : a.bias != nullptr;
+        if (a.bias != nullptr && wanted) bias = a.bias + row * a.vocab;
+        if (counter < until) stops = a.stops + row * a.stop_count;
+        if (!rated || (repetition == 1.0f && presence == 0.0f && frequency == 0.0f)) return;
         in_prompt = a.in_prompt + row * a.vocab;
         counts = a.counts + row * a.vocab;
     }
@@ -156,14 +159,41 @@ __device__ uint64_t draw(const float* scores, int begin, int count, float lowest
     return best;
 }
 
+// By one thread each: they were last read a step ago.
+__device__ __forceinline__ void ask_for_parameters(const Args& a, int64_t row) {
+    const void* const found[] = {a.temperature + row, a.seed + row, a.counter + row,
+                                 a.top_k == nullptr ? nullptr : a.top_k + row, a.top_p == nullptr ? nullptr : a.top_p + row,
+                                 a.min_p == nullptr ? nullptr : a.min_p + row,
+                                 a.biased == nullptr ? nullptr : a.biased + row,
+                                 a.until == nullptr ? nullptr : a.until + row,
+                                 a.repetition == nullptr ? nullptr : a.repetition + row,
+                                 a.presence == nullptr ? nullptr : a.presence + row,
+                                 a.frequency == nullptr ? nullptr : a.frequency + row};
+    if (threadIdx.x > 0) return;
+#pragma unroll
+    for (const void* line : found)
+        if (line != nullptr) ask_for(line);
+}
+
 __global__ void __launch_bounds__(THREADS, 2) sample(Args a) {
     extern __shared__ float scores[];  // [slice_width(V)]
     __shared__ Histogram histogram;
-    take_turn();
     const int64_t row = blockIdx.x / CLUSTER;
+    let_next_start();
+    ask_for_parameters(a, row);
+    wait_for_previous();
     const int width = slice_width(a.vocab), begin = min(cluster_rank() * width, a.vocab);
     const int count = min(width, a.vocab - begin);
     const float* logits = a.logits + row * a.stride + begin;
+    float v[BATCH][W];
+    const auto fetch = [&](int base) {
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            const int i = base + j * THREADS * W;
+            load<W>(logits + i, v[j], count - i, a.wide && i < count);
+        }
+    };
+    fetch(threadIdx.x * W);
     const float temperature = a.temperature[row];
     const bool drawn = temperature > 0.0f;
     const Rules rules(a, row);
@@ -172,29 +202,35 @@ __global__ void __launch_bounds__(THREADS, 2) sample(Args a) {
     Part part = {0, INFINITY, -INFINITY, INFINITY, 0.0f};
     float best = -INFINITY;
     int at = threadIdx.x * W;
+    const auto meet = [&](float x, int i) {
+        if (x > best) best = x, at = i;
+    };
     for (int base = threadIdx.x * W; base < count; base += THREADS * W * BATCH) {
-        float v[BATCH][W];
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-            const int i = base + j * THREADS * W;
-            load<W>(logits + i, v[j], count - i, a.wide && i < count);
-        }
+        if (base != threadIdx.x * W) fetch(base);
 #pragma unroll
         for (int j = 0; j < BATCH; ++j)
 #pragma unroll
             for (int k = 0; k < W; ++k) {
                 const int i = base + j * THREADS * W + k;
                 if (i >= count) continue;
-                float x = v[j][k];
+                const float x = v[j][k];
                 part.low = fminf(part.low, x);
                 part.high = fmaxf(part.high, x);
                 part.poison = fmaf(x, 0.0f, part.poison);  // NaN and infinities give NaN
-                if (changed) {
-                    x = rules.apply(x, begin + i, a.stop_count);
-                    if (x > -INFINITY) part.lowest = fminf(part.lowest, x);
-                }
-                if (x > best) best = x, at = i;
-                if (drawn) scores[i] = x;
+                meet(x, i);
+                if (drawn || changed) scores[i] = x;
+            }
+    }
+    if (changed) {  // apart, so that the others need not jump over it: each thread what it wrote, in rising order
+        best = -INFINITY, at = threadIdx.x * W;
+#pragma unroll 1
+        for (int base = threadIdx.x * W; base < count; base += THREADS * W)
+#pragma unroll 1
+            for (int i = base; i < min(base + W, count); ++i) {
+                const float x = rules.apply(scores[i], begin + i, a.stop_count);
+                if (x > -INFINITY) part.lowest = fminf(part.lowest, x);
+                meet(x, i);
+                scores[i] = x;
             }
     }
     if (threadIdx.x * W < count) part.best = candidate(best, begin + at);

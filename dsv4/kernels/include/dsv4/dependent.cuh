@@ -1,7 +1,7 @@
 // Kernels that start before the one in front of them has ended (programmatic dependent launch). What such a kernel owes:
 //   - Every thread waits before it reads what an earlier kernel may write and before it writes anything; no block ends
 //     without having waited. The end of a kernel is then the end of all before it.
-//   - Before the wait it may read what was written when the model was loaded: weights.
+//   - Before the wait it may read what was written when the model was loaded: weights. Anything else it may only ask for.
 // The next kernel may start once every block has said so. It waits in turn, so saying so costs nothing but the room that
 // its blocks take; they start when all of this kernel's are running, and cannot keep them from it. A kernel whose blocks
 // fill processors says so when its own turn has come: else those of the next but one lie where the next one's belong.
@@ -15,6 +15,10 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 
 // The next kernel may start once every block has said so, or has ended.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Brings to the L2 cache what will be read: what a step reads once lies in memory by then, weights having come between. It
+// reads nothing, so it may be asked for before the wait. Not for addresses that are not there.
+__device__ __forceinline__ void ask_for(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 // What a kernel begins with that has nothing to do before its turn.
 __device__ __forceinline__ void take_turn() {
