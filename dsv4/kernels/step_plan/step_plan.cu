@@ -25,36 +25,45 @@ struct Step {
     Kind kinds[MAX_KINDS];
 };
 
-__device__ __forceinline__ float2 turn(int64_t position, float freq) {
+// The first kernel of a step: its code and what it reads lie in memory, weights having come since the last step. So it is
+// short, with numbers of 32 bits where there are divisions, and all that is read is asked for at once.
+__device__ __forceinline__ float2 turn(unsigned position, float freq) {
     float2 c;
     sincosf(__fmul_rn(static_cast<float>(position), freq), &c.y, &c.x);
     return c;
 }
 
-__device__ void plan_kind(const Kind& kind, const Step& step, int b, int64_t slot, int64_t position) {
+template <typename T>
+__device__ __forceinline__ void ask_for_all(const T* from, int count) {
+    constexpr int SECTOR = 32 / sizeof(T);
+    for (int i = threadIdx.x * SECTOR; i < count; i += THREADS * SECTOR) ask_for(from + i);
+}
+
+__device__ __forceinline__ void plan_kind(const Kind& kind, const Step& step, int b, int64_t slot, unsigned position) {
     const bool live = slot >= 0;
     const int first = blockIdx.y * THREADS + threadIdx.x, every = gridDim.y * THREADS;
-    const int64_t visible = live ? (position + 1) / kind.ratio : 0;
-    const bool done = live && (position + 1) % kind.ratio == 0;
+    const unsigned ratio = kind.ratio, entries = (position + 1) / ratio, n = kind.n;
+    const bool done = live && entries * ratio == position + 1;
+    const int visible = live ? entries : 0;
     const int64_t* table = kind.table + (live ? slot : 0) * kind.table_stride;
-    assert(!live || (slot < kind.slots && "step_plan: a slot that the cache does not have"));
+    assert((!live || slot < kind.slots) && "step_plan: a slot that the cache does not have");
     assert(visible <= static_cast<int64_t>(kind.P) * PAGE && "step_plan: a position beyond the pages planned for");
     for (int p = first; p < kind.P; p += every)
         kind.pages[static_cast<int64_t>(b) * kind.P + p] = static_cast<int64_t>(p) * PAGE < visible ? table[p] : -1;
     for (int e = first; e < kind.E; e += every)
         kind.all_rows[static_cast<int64_t>(b) * kind.E + e] = e < visible ? table[e / PAGE] * PAGE + e % PAGE : -1;
     if (blockIdx.y != 0) return;
-    for (int i = threadIdx.x; i < kind.n; i += THREADS) {
-        const int64_t token = position - (kind.n - 1 - i);  // oldest first
-        kind.items[static_cast<int64_t>(b) * kind.n + i] = done && token >= 0 ? slot * kind.n + token % kind.n : -1;
+    for (unsigned i = threadIdx.x; i < n; i += THREADS) {
+        const unsigned back = n - 1 - i;  // oldest first
+        kind.items[static_cast<int64_t>(b) * n + i] = done && back <= position ? slot * n + (position - back) % n : -1;
     }
-    const int64_t entry_position = done ? position + 1 - kind.ratio : 0;
+    const unsigned entry_position = done ? position + 1 - ratio : 0;
     for (int i = threadIdx.x; i < step.half; i += THREADS)
         kind.cis[b * step.half + i] = turn(entry_position, step.freqs[kind.place * step.half + i]);
     if (threadIdx.x == 0) {
-        const int64_t entry = visible - 1;
-        kind.phase[b] = live ? position % kind.ratio : 0;
-        kind.write_to[b] = live ? slot * kind.n + position % kind.n : -1;
+        const int entry = visible - 1;
+        kind.phase[b] = live ? position % ratio : 0;
+        kind.write_to[b] = live ? slot * n + position % n : -1;
         kind.entry_positions[b] = entry_position;
         kind.entry_to[b] = done ? table[entry / PAGE] * PAGE + entry % PAGE : -1;
         kind.visible[b] = visible;
@@ -62,19 +71,27 @@ __device__ void plan_kind(const Kind& kind, const Step& step, int b, int64_t slo
 }
 
 __global__ void __launch_bounds__(THREADS) step_plan(const __grid_constant__ Step step) {
-    take_turn();
     const int b = blockIdx.x;
-    const int64_t slot = step.slots[b], position = slot >= 0 ? step.positions[b] : 0;
-    assert(position >= 0 && "step_plan: a negative position");
-#pragma unroll
+    let_next_start();
+    if (blockIdx.y == 0) ask_for_all(step.freqs, step.places * step.half);
+    wait_for_previous();
+    const int64_t slot = step.slots[b], given = step.positions[b];
+    const bool live = slot >= 0;
+    assert((!live || (given >= 0 && given < INT32_MAX)) && "step_plan: a negative position, or one of no sequence");
+    const unsigned position = live ? given : 0, window = step.W;
+#pragma unroll 1
+    for (int k = 0; k < MAX_KINDS; ++k)
+        if (live && slot < step.kinds[k].slots)
+            ask_for_all(step.kinds[k].table + slot * step.kinds[k].table_stride, step.kinds[k].P);
+#pragma unroll 1
     for (int k = 0; k < MAX_KINDS; ++k)
         if (step.kinds[k].table != nullptr) plan_kind(step.kinds[k], step, b, slot, position);
     if (blockIdx.y != 0) return;
-    const int64_t oldest = max(position - step.W + 1, static_cast<int64_t>(0));
-    for (int i = threadIdx.x; i < step.W; i += THREADS) {
-        const int64_t seen = oldest + i;
-        step.window_rows[static_cast<int64_t>(b) * step.W + i] =
-            slot >= 0 && seen <= position ? slot * step.W + seen % step.W : -1;
+    const unsigned oldest = position < window ? 0 : position - window + 1;
+    for (unsigned i = threadIdx.x; i < window; i += THREADS) {
+        const unsigned seen = oldest + i;
+        step.window_rows[static_cast<int64_t>(b) * window + i] =
+            live && seen <= position ? slot * window + seen % window : -1;
     }
     for (int i = threadIdx.x; i < step.places * step.half; i += THREADS) {
         const float2 c = turn(position, step.freqs[i]);
@@ -83,8 +100,8 @@ __global__ void __launch_bounds__(THREADS) step_plan(const __grid_constant__ Ste
         step.back_cis[at] = make_float2(c.x, -c.y);
     }
     if (threadIdx.x == 0) {
-        step.window_to[b] = slot >= 0 ? slot * step.W + position % step.W : -1;
-        step.sequence[b] = slot >= 0 ? b : -1;
+        step.window_to[b] = live ? slot * window + position % window : -1;
+        step.sequence[b] = live ? b : -1;
     }
 }
 
