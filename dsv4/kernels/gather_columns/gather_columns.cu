@@ -32,7 +32,7 @@ __device__ __forceinline__ void put(const Args& a, int from, int column, float f
 __global__ void __launch_bounds__(THREADS) gather_columns(const __grid_constant__ Args a) {
     uint32_t* number = a.turns + blockIdx.y * gridDim.x + blockIdx.x;
     let_next_start();
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(number));
+    ask_for(number);
     wait_for_previous();
     const uint32_t turn = exchange::last_turn(number) + 1;
     const auto place = [&](int owner, int from, int pair) {

@@ -22,6 +22,11 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
     float f[S::SHARE][W];
     load_rows<KIND>(a, p, f);
     const float scale = scale_of<KIND>(a, lane), base = a.base[row_of<KIND>(lane)];
+    if (KIND != SEAM && warp < S::WORDS)  // once a step: nobody has used them for long
+        for (int t = 0; t < count; ++t) {
+            ask_for(&words.turns[first + t]);
+            for (int i = lane; i < slices; i += 32) ask_for(&words.sums[first + t][warp][i]);
+        }
     wait_for_previous();
 
     uint32_t turns[TT] = {};
