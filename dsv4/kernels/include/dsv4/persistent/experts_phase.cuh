@@ -12,8 +12,27 @@ namespace dsv4::persistent {
 // A pass is over tiles of a block whose sums can wait at once: some of gate and up, or those of down for some groups.
 struct Pass {
     bool down;
-    int from, to;         // tiles
-    int place, group;     // of down: of the first row that is staged; the group behind the last one
+    int to;            // tiles, with those of the passes in front
+    int from;          // number of the first sum
+    int place, group;  // of down: of the first row that is staged; the group behind the last one
+    int parked;        // where the sums are
+};
+
+// Sums of all groups are numbered one after the other: by tile, then by pair. `across`: tiles of a group. What one is of,
+// if it is there.
+struct Sum {
+    int group, first, tile, pair;  // first: place
+    bool there;
+
+    __device__ __forceinline__ Sum(const RoutePlan& plan, int across, int number) {
+        const int place = moe::quotient(number, across);  // in its group
+        there = static_cast<unsigned>(place) < static_cast<unsigned>(plan.pairs);
+        group = plan.of[there ? place : 0];
+        const uint32_t word = plan.group[group];
+        const int count = word >> 22;
+        first = word >> 16 & 63, tile = moe::quotient(number - first * across, count);
+        pair = number - first * across - tile * count;
+    }
 };
 
 // Where a lane leaves its rows g and g + 8 of tokens 2 t and 2 t + 1 of the slice, and then begins anew.
@@ -41,8 +60,8 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
     const int blocks = pass.down ? a.second.blocks : a.first.blocks, cuts = moe::cuts_of(blocks);
     const int halvings = a.halvings[pass.down], width = a.width[pass.down], stride = moe::stride_of(blocks);
     const int end = (pass.down ? units.up : 0) + units.pieces(pass.to << halvings), step = SLOT_BYTES << cuts;
-    const uint8_t* const staged = work_at<uint8_t>(STAGED_AT) + 32 * t - (pass.down ? pass.place * stride : 0);
-    uint8_t* const slots_at = work_at<uint8_t>(a.parked) + (2 * t - pass.from * w.plan.most) * step + 8 * g;
+    const uint8_t* const staged = work_at<uint8_t>(a.staged) + 32 * t - (pass.down ? pass.place * stride : 0);
+    uint8_t* const slots_at = work_at<uint8_t>(pass.parked) + (2 * t - pass.from) * step + 8 * g;
     const bool whole = __any_sync(moe::ALL, width > 0), halves = __any_sync(moe::ALL, width == 2);  // votes: known to be uniform
     Stream& stream = feed.stream;
 #pragma unroll 1
@@ -102,21 +121,17 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
 
 // What a thread adds up of a pass: rows g and g + 8 of a tile, of a token of its group.
 struct Total {
-    int slot, place, row;
-    int2 tile;  // group, tile of it
+    int slot, place, row, group, tile;
     bool there;
 
-    __device__ __forceinline__ Total(const Experts& a, const Units& units, const Pass& pass, int i) : there(false) {
-        const ExpertsWork& w = work<ExpertsWork>();
-        const int most = w.plan.most;
-        if (i >= (pass.to - pass.from) * most * 8) return;
-        slot = i >> 3;
-        const int number = moe::quotient(slot, most), m = slot - number * most;
-        tile = units.find(a, pass.down, pass.from + number);
-        const uint32_t group = w.plan.group[tile.x];
-        there = m < static_cast<int>(group >> 22);
+    __device__ __forceinline__ Total(const Experts& a, const Units& units, const Pass& pass, int i) : slot(i >> 3) {
+        const RoutePlan& plan = work<ExpertsWork>().plan;
+        const int across = pass.down ? units.tiles : a.first.rows, begin = pass.down ? 0 : units.begin;
+        const Sum sum(plan, across, pass.from + slot);
+        there = sum.there && static_cast<unsigned>(sum.group * across + sum.tile - begin) < static_cast<unsigned>(pass.to);
         if (!there) return;
-        place = (group >> 16 & 63) + m, row = pass.down ? place - pass.place : w.plan.token[place];
+        group = sum.group, tile = sum.tile, place = sum.first + sum.pair;
+        row = pass.down ? place - pass.place : plan.token[place];
     }
 };
 
@@ -124,17 +139,15 @@ struct Total {
 static __device__ __forceinline__ void collect(const Experts& a, const Units& units, const Pass& pass) {
     const ExpertsWork& w = work<ExpertsWork>();
     const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), g = threadIdx.x & 7;
-    const int end = (pass.to - pass.from) * w.plan.most * 8;
     int i = threadIdx.x;
     Total total(a, units, pass, i);  // while others multiply
     wait_for_copies();
     __syncthreads();
 #pragma unroll 1
-    for (; i < end; i += THREADS, total = Total(a, units, pass, i)) {
-        if (!total.there) continue;
-        const float2* sums = work_at<float2>(a.parked) + (total.slot << cuts) * 8 + g;
-        const float4* undo = work_at<float4>(a.undo) + total.row * (moe::MOST_SLICES / 4);
-        const float* alpha = w.alpha[total.tile.x];
+    for (; total.there; i += THREADS, total = Total(a, units, pass, i)) {
+        const float2* sums = work_at<float2>(pass.parked) + (total.slot << cuts) * 8 + g;
+        const float4* undo = work_at<float4>(UNDO_AT) + total.row * (moe::MOST_SLICES / 4);
+        const float* alpha = w.alpha[total.group];
         float low = 0.0f, high = 0.0f;
 #pragma unroll 2
         for (int s = 0; s < 1 << cuts; s += 4, sums += 32) {
@@ -144,11 +157,11 @@ static __device__ __forceinline__ void collect(const Experts& a, const Units& un
             for (int k = 0; k < 4; ++k) low += __fmul_rn(sums[k * 8].x, back[k]), high += __fmul_rn(sums[k * 8].y, back[k]);
         }
         if (pass.down) {
-            bf16* result = work_at<bf16>(a.results) + (total.tile.y * a.tokens * a.first.topk + total.place) * 16 + g;
+            bf16* result = work_at<bf16>(a.results) + (total.tile * a.tokens * a.first.topk + total.place) * 16 + g;
             result[0] = from_float<bf16>(low * (alpha[2] * w4::UNDO));
             result[8] = from_float<bf16>(high * (alpha[2] * w4::UNDO));
         } else {
-            a.first.out[static_cast<int64_t>(total.place) * 8 * a.first.rows + 8 * total.tile.y + g] = moe::activated(
+            a.first.out[static_cast<int64_t>(total.place) * 8 * a.first.rows + 8 * total.tile + g] = moe::activated(
                 low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, w.plan.weight[total.place]);
         }
     }
@@ -199,7 +212,7 @@ static __device__ __forceinline__ void experts_ahead(int turn) {
     number_rows(a.peers, a.tokens);
     moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
     rows.load(warp);
-    rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+    rows.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
 }
 
 // The plan is there, which is all that the phase begins with: what else ROUTE leaves is read behind a meeting.
@@ -211,6 +224,41 @@ static __device__ __forceinline__ void wait_for_plan(int turn) {
     __syncthreads();
 }
 
+// Rows of x that none of the block's tiles is multiplied with leave their place to sums: those behind them move up.
+static __device__ __forceinline__ void close_up(const Experts& a, const Units& units, Pass& pass) {
+    RoutePlan& plan = work<ExpertsWork>().plan;
+    const int thread = threadIdx.x, lane = thread % 32, stride = moe::stride_of(a.first.blocks);
+    const uint32_t last = plan.group[units.find(a, false, units.count - 1).x];
+    const int first = plan.group[units.find(a, false, 0).x] >> 16 & 63, end = (last >> 16 & 63) + (last >> 22);
+    uint32_t tokens = 0;
+#pragma unroll 1
+    for (int place = first + lane; place < end; place += 32) tokens |= 1u << plan.token[place];
+    tokens = __reduce_or_sync(moe::ALL, tokens);
+    uint8_t* const rows = work_at<uint8_t>(a.staged);
+    float* const undo = work_at<float>(UNDO_AT);
+    int row = 0;
+#pragma unroll 1
+    for (uint32_t left = tokens; left != 0; left &= left - 1, ++row) {  // a thread has the same columns of every row
+        const int token = __ffs(left) - 1;
+        for (int at = 16 * thread; token != row && at < stride; at += 16 * THREADS)
+            *reinterpret_cast<uint4*>(rows + row * stride + at) = *reinterpret_cast<const uint4*>(rows + token * stride + at);
+        if (thread < moe::MOST_SLICES) undo[row * moe::MOST_SLICES + thread] = undo[token * moe::MOST_SLICES + thread];
+    }
+    __syncthreads();
+    if (thread >= first && thread < end) plan.token[thread] = __popc(tokens & ((1u << plan.token[thread]) - 1));
+    __syncthreads();
+    pass.parked -= (a.tokens - row) * stride;
+}
+
+// The next pass is over tiles of gate and up whose sums have room, which those of all that are left mostly do.
+static __device__ __forceinline__ void begin_up(const Experts& a, const Units& units, Pass& pass) {
+    const int left = units.count - pass.to, fit = (a.end - pass.parked) >> (6 + moe::cuts_of(a.first.blocks));
+    pass.to = units.count;
+    if (__all_sync(moe::ALL, left * TOKENS <= fit)) return;
+    const Sum end(work<ExpertsWork>().plan, a.first.rows, pass.from + fit);
+    if (end.there) pass.to = min(pass.to, end.group * a.first.rows + end.tile - units.begin);
+}
+
 // The next pass is over down, for groups whose rows have room; how many rows. By whole warps.
 static __device__ __forceinline__ int begin_down(const Experts& a, const Units& units, int groups, Pass& pass) {
     const RoutePlan& plan = work<ExpertsWork>().plan;
@@ -219,9 +267,9 @@ static __device__ __forceinline__ int begin_down(const Experts& a, const Units& 
         const uint32_t word = plan.group[group];
         return __ballot_sync(moe::ALL, group < groups && int((word >> 16 & 63) + (word >> 22)) <= place + a.room);
     };
-    const int next = min(__popc(ends(lane)) + __popc(ends(lane + 32)), pass.group + plan.together);
+    const int next = __popc(ends(lane)) + __popc(ends(lane + 32));
     const uint32_t last = plan.group[next - 1];
-    pass = {true, pass.group * units.tiles, next * units.tiles, place, next};
+    pass = {true, next * units.tiles, place * units.tiles, place, next, a.parked[1]};
     return (last >> 16 & 63) + (last >> 22) - place;
 }
 
@@ -232,7 +280,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     if (thread < static_cast<int>(sizeof(RoutePlan)) / 16)
         start_copy16(shared_address(&w.plan) + thread * 16, reinterpret_cast<const uint8_t*>(a.plan) + thread * 16);
     copies_commit();
-    const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, most, each, more
+    const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, pairs, each, more
     const uint32_t low = a.plan->group[lane], high = a.plan->group[lane + 32];
     stream.pass();  // what the list says of these weights
     const Units units(a, head.x, head.z, head.w);
@@ -247,23 +295,27 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     feed.fill(1);  // and no more at first: whatever else the phase begins with would wait behind full rings
     int done = 0;
     uint32_t added = 0;
-    Pass pass = {false, 0, 0, 0, 0};
     copies_wait_but<1>();
     __syncthreads();
+    Pass pass = {false, 0, w.begin, 0, 0, a.parked[0]};
     feed.fill(stream.stages);
+    if (__any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up(a, units, pass);
     place_units(a, units, 0, PIECES);
+    begin_up(a, units, pass);
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
         while (true) {
-            if (!pass.down) pass.from = pass.to, pass.to = min(units.count, pass.from + w.plan.fit);
             multiply(a, units, pass, done, feed);
             collect(a, units, pass);
             if (pass.down || pass.to == units.count) break;
             __syncthreads();
+            const int2 tile = units.find(a, false, pass.to);
+            const uint32_t group = w.plan.group[tile.x];
+            pass.from = static_cast<int>(group >> 16 & 63) * a.first.rows + tile.y * static_cast<int>(group >> 22);
+            begin_up(a, units, pass);
         }
-        const bool meets = !pass.down;
-        const bool more = pass.group < head.x;
+        const bool meets = !pass.down, more = pass.group < head.x;
         if (meets) meetings.come();
         else if (more) __syncthreads();  // nobody reads the rows any more
         const int places = more ? begin_down(a, units, head.x, pass) : 0;
@@ -274,7 +326,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
         }
         if (!more) break;
         rows.load(warp);
-        rows.finish(warp, work_at<uint8_t>(STAGED_AT), work_at<float>(a.undo));
+        rows.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
         __syncthreads();
     }
     add_up(a, units, added);
@@ -305,7 +357,8 @@ static cudaError_t describe_experts(Phase* phase, const void* plan, const void* 
         const bool whole = blocks % (1 << cuts) == 0 && (width == 2 || width == 4 || width == 8);
         a.width[down] = whole ? width : 0;
     }
-    a.room = layout.room, a.undo = layout.undo, a.results = layout.results, a.parked = layout.parked;
+    a.fit = layout.fit, a.end = work_bytes, a.room = layout.room, a.staged = layout.staged, a.results = layout.results;
+    for (int down = 0; down < 2; ++down) a.parked[down] = layout.parked[down];
     a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     if (const cudaError_t error = fill_phase(phase, EXPERTS, a)) return error;
     phase->joined = size > 0 ? NEXT : 0;

@@ -11,14 +11,14 @@ static_assert(WARPS == 16 && WARPS == moe::FEW_WARPS && TOKENS == moe::TOKENS &&
 
 // The pairs (token, expert), sorted.
 struct alignas(16) RoutePlan {
-    int groups, most;    // most: pairs of a group
-    int each, more;      // tiles of gate and up that every block has, and how many blocks have one more
-    int fit, together;   // tiles whose sums can wait at once; groups of which all tiles of down can
-    unsigned number;     // of the ROUTE that made it: see plan_number
-    int unused;
+    int groups, pairs;  // pairs: whose expert exists
+    int each, more;     // tiles of gate and up that every block has, and how many blocks have one more
+    unsigned number;    // of the ROUTE that made it: see plan_number
+    int unused[3];
     uint32_t group[moe::FEW_PAIRS];  // expert, first place (from bit 16 on), pairs (from bit 22 on)
     float weight[moe::FEW_PAIRS];    // by place
     uint8_t token[moe::FEW_PAIRS];   // by place
+    uint8_t of[moe::FEW_PAIRS];      // by place: its group
     int8_t places[moe::FEW_PAIRS];   // by token, rising; -1: none
 };
 
@@ -31,15 +31,16 @@ struct Experts {
     int out_f32, tokens;
     int halvings[2], width[2];  // of gate and up, and of down: a tile has 2^halvings pieces; blocks of a slice, or 0
     int2 of_block;              // tiles of down that every block has, and how many blocks have one more
+    int fit;                    // sums of gate and up, of a tile and a pair, that can wait at once if x has all rows
     int room;                   // rows of mid that are staged at a time
-    int undo, results, parked;  // where in the work area
+    int staged, results, parked[2], end;  // where in the work area
 };
 
 // A piece of a tile. A warp takes every WARPS-th.
 struct alignas(16) Routed {
     const uint8_t* from;
     int bytes;
-    uint32_t what;  // the tile's number in the block, piece, first place and pairs of its group
+    uint32_t what;  // the number of the tile's first sum, piece, first place and pairs of its group
 
     __device__ __forceinline__ int number() const { return what & 0x1FFFF; }
     __device__ __forceinline__ int piece() const { return what >> 17 & 15; }
@@ -54,33 +55,37 @@ struct alignas(16) Placed {
 };
 constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at a time: work is at most AHEAD behind
 
-// The work area begins with this. Rows of x, then of mid, follow as they are multiplied, the factors that undo their
-// scaling, results of down [tile][place][16], and sums of slices [tile][pair of its group][slice][8][row g, row g + 8].
+// The work area begins with this. The factors that undo the scaling of rows follow, then rows of x as they are multiplied,
+// and sums [tile, and of it pair of its group][slice][8][row g, row g + 8]; when all blocks have met, rows of mid, results of
+// down [tile][place][16], and such sums.
 struct alignas(128) ExpertsWork {
     RoutePlan plan;
     float alpha[moe::FEW_PAIRS][4];  // by group: of gate, up and down
     Routed list[WARPS][PIECES];
     Placed placed[WARPS][PIECES];
+    int begin;  // the number of the block's first sum of gate and up
 };
-constexpr int STAGED_AT = sizeof(ExpertsWork), SLOT_BYTES = 64;  // of a slice's sums
+constexpr int UNDO_AT = sizeof(ExpertsWork), SLOT_BYTES = 64;  // of a slice's sums
 
-// fit: pairs of a tile and a token whose sums can wait, of gate and up and of down.
+// Of gate and up, then of down: where rows begin (staged), sums (parked).
 struct ExpertsLayout {
-    int tiles, room, undo, results, parked, fit[2], least;  // tiles: of down, in a block at most; least: bytes
+    int tiles, fit, room, staged, results, parked[2], least;  // tiles: of down, in a block at most; least: bytes
 
     __host__ ExpertsLayout(int tokens, int topk, int D, int F, int grid, int work_bytes) {
-        const int pairs = tokens * topk, one = moe::stride_of((F + 63) / 64), rows = tokens * moe::stride_of((D + 63) / 64);
-        const int slots[] = {64 << moe::cuts_of((D + 63) / 64), 64 << moe::cuts_of((F + 63) / 64)};
-        tiles = (D / 16 + grid - 1) / grid, room = pairs < TOKENS ? pairs : TOKENS;
-        const auto fixed = [&](int room) {
-            return STAGED_AT + max(rows, room * one) + max(tokens, room) * moe::MOST_SLICES * 4 + tiles * pairs * 32;
+        const int pairs = tokens * topk, blocks[] = {(D + 63) / 64, (F + 63) / 64};
+        const int slots[] = {SLOT_BYTES << moe::cuts_of(blocks[0]), SLOT_BYTES << moe::cuts_of(blocks[1])};
+        const int some = pairs < TOKENS ? pairs : TOKENS;  // the largest group's
+        tiles = (D / 16 + grid - 1) / grid;
+        const auto lay = [&](int rows) {
+            room = rows, staged = UNDO_AT + max(tokens, room) * moe::MOST_SLICES * 4;
+            results = staged + room * moe::stride_of(blocks[1]);
+            parked[0] = staged + tokens * moe::stride_of(blocks[0]), parked[1] = results + tiles * pairs * 32;
+            least = max(parked[0] + some * slots[0], parked[1] + room * tiles * slots[1]);
         };
-        const int some = max(slots[0], tiles * slots[1]) * room;  // the largest group's
-        least = fixed(room) + some;
-        while (room < pairs && fixed(room + 1) + 2 * some <= work_bytes) ++room;
-        undo = STAGED_AT + max(rows, room * one), results = undo + max(tokens, room) * moe::MOST_SLICES * 4;
-        parked = results + tiles * pairs * 32;
-        for (int down = 0; down < 2; ++down) fit[down] = (work_bytes - parked) / slots[down];
+        int most = some;
+        while (most < pairs && (lay(most + 1), least <= work_bytes)) ++most;
+        lay(most);
+        fit = (work_bytes - parked[0]) / slots[0];
     }
 };
 
@@ -126,10 +131,12 @@ static __device__ __forceinline__ void list_units(const Experts& a, const Units&
     const int64_t row = static_cast<int64_t>(group & 0xFFFF) * job.rows + tile.y + (down ? units.first_tile : 0);
     const int begin = moe::piece_begin(blocks, piece, a.halvings[down]);
     const int end = moe::piece_begin(blocks, piece + 1, a.halvings[down]);
+    const int sum = (group >> 16 & 63) * (down ? units.tiles : a.first.rows) + tile.y * static_cast<int>(group >> 22);
+    if (warp + index == 0) work<ExpertsWork>().begin = sum;
     if (lane < count)
         work<ExpertsWork>().list[warp][index & (PIECES - 1)] = {job.tiles + (row * blocks + begin) * w4::BLOCK_BYTES,
                                                           (end - begin) * w4::BLOCK_BYTES,
-                                                          number | piece << 17 | group >> 16 << 21};
+                                                          sum | piece << 17 | group >> 16 << 21};
     __syncwarp();
 }
 
@@ -144,7 +151,7 @@ static __device__ __forceinline__ void place_units(const Experts& a, const Units
         const int begin = moe::piece_begin(blocks, piece.piece(), halvings);
         const int slice = ((piece.piece() + 1) << (cuts - halvings)) - 1;
         Placed placed = {begin * 128 + (down ? piece.first() * moe::stride_of(blocks) : 0),
-                         ((piece.number() * w.plan.most << cuts) + slice) * SLOT_BYTES, 0, piece.count()};
+                         ((piece.number() << cuts) + slice) * SLOT_BYTES, 0, piece.count()};
 #pragma unroll 1
         for (int m = 0; m < min(piece.count(), TOKENS); ++m)
             placed.rows |= static_cast<uint32_t>(down ? m : w.plan.token[piece.first() + m]) << 4 * m;

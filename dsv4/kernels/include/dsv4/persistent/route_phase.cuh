@@ -17,8 +17,7 @@ struct Route {
     int64_t gate_stride, up_stride;
     float limit;
     int keys;         // experts, rounded up to what the lanes of a warp have
-    int rows, tiles;  // of a group: tiles of gate and up; in a block at most: tiles of down
-    int fit[2];       // pairs of a tile and a token whose sums can wait in EXPERTS
+    int rows;         // tiles of gate and up of a group
     int activated;    // where in the work area: [T, F]
 };
 static_assert(sizeof(Route) <= (MOST_PARTS - 1) * sizeof(linear::Part), "there is place");
@@ -86,21 +85,19 @@ static __device__ __forceinline__ void pick(const Route& a, moe::FewPlan& pairs,
     if (there) pairs.expert[warp * topk + lane] = static_cast<int>(chosen), pairs.given[warp * topk + lane] = weight;
 }
 
-static __device__ __forceinline__ void write_plan(const Route& a, const moe::FewPlan& pairs, int groups) {
+static __device__ __forceinline__ void write_plan(const Route& a, const moe::FewPlan& pairs, const moe::Share& share) {
     const int thread = threadIdx.x;
     if (thread >= moe::FEW_PAIRS) return;
     const int4 group = pairs.groups[thread];
     RoutePlan& plan = *a.plan;
-    plan.group[thread] = thread < groups ? group.x | group.y << 16 | group.z << 22 : 0;
+    plan.group[thread] = thread < share.groups ? group.x | group.y << 16 | group.z << 22 : 0;
     plan.weight[thread] = pairs.weight[thread];
     plan.token[thread] = static_cast<uint8_t>(pairs.token[thread]);
+    plan.of[thread] = static_cast<uint8_t>(max(share.groups_before(thread + 1) - 1, 0));
     plan.places[thread] = static_cast<int8_t>(pairs.places[thread]);
-    if (thread >= 32) return;
-    const int most = max(__reduce_max_sync(moe::ALL, max(pairs.leads[thread].y, pairs.leads[thread + 32].y)), 1u);
-    const int all = groups * a.rows, each = moe::quotient(all, gridDim.x);
+    const int all = share.groups * a.rows, each = moe::quotient(all, gridDim.x);
     if (thread > 0) return;
-    *reinterpret_cast<int4*>(&plan) = make_int4(groups, most, each, all - each * gridDim.x);
-    plan.fit = moe::quotient(a.fit[0], most), plan.together = moe::quotient(a.fit[1], most * a.tiles);
+    *reinterpret_cast<int4*>(&plan) = make_int4(share.groups, share.places, each, all - each * gridDim.x);
 }
 
 // In front of linear_phase; false: the block has no part in that.
@@ -111,7 +108,7 @@ static __device__ __forceinline__ bool route_phase(int turn) {
         moe::FewPlan& pairs = work<moe::FewPlan>();
         pick(a, pairs, product.tokens);
         const moe::Share share = moe::plan_few(pairs, product.tokens, a.route.topk);
-        write_plan(a, pairs, share.groups);
+        write_plan(a, pairs, share);
         __syncthreads();
         if (threadIdx.x == 0) exchange::publish(&a.plan->number, plan_number(phase_at(turn).number));
     }
@@ -157,7 +154,7 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     a.plan = static_cast<RoutePlan*>(plan);
     a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
     a.gate_stride = gate_stride, a.up_stride = up_stride, a.limit = limit, a.keys = keys_of(experts);
-    a.rows = F / 8, a.tiles = layout.tiles, a.fit[0] = layout.fit[0], a.fit[1] = layout.fit[1];
+    a.rows = F / 8;
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
     a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE);
