@@ -14,6 +14,9 @@ namespace dsv4::linear {
 
 constexpr int MANY_WARPS = 16, MANY_THREADS = MANY_WARPS * 32, TOGETHER = 4, GROUPS = MANY_WARPS / TOGETHER;
 constexpr int MEET_FROM = 4;  // tiles of eight tokens from which on warps multiply together: with fewer, alone is faster
+// Of blocks, that a warp has unpacked at a time when warps multiply together: of 64 tokens no more have room in registers.
+template <int NT>
+constexpr int HALVES = NT == 8 ? 2 : 3;
 
 struct Many {
     Parts parts;
@@ -249,35 +252,38 @@ __device__ __forceinline__ void many_product(float (&sum)[1][NT][4], const Part&
                                              uint32_t x, bool live, Ring<1>& ring, Next&& next) {
     if (part.format == NVFP4 && MEETS<NT>) {
         const int lane = threadIdx.x % 32;
-        uint32_t a[2][1][2][4];  // halves of a block
-        const auto multiply = [&](const w4::Lane& own, auto&& before_second) {
+        uint32_t a[HALVES<NT>][1][2][4];  // while one is unpacked, the others are multiplied
+        // The half of a block whose tokens are the step at `step`; the place of it in a is free.
+        const auto multiply = [&](const w4::Lane& own, int half, int place, uint32_t step) {
             uint32_t low, high;
             w4::scales(own.scales, low, high);
-            wide::settle<1>();
-            w4::dequantize(a[0][0][0], own.codes.x, low, high);
-            w4::dequantize(a[0][0][1], own.codes.y, low, high);
-            wide::multiply<NT>(sum, a[0], x, 0);
-            before_second();
-            wide::settle<1>();
-            w4::dequantize(a[1][0][0], own.codes.z, low, high);
-            w4::dequantize(a[1][0][1], own.codes.w, low, high);
-            wide::multiply<NT>(sum, a[1], x, 1);
-            x += NT * 1024;
+            w4::dequantize(a[place][0][0], half ? own.codes.z : own.codes.x, low, high);
+            w4::dequantize(a[place][0][1], half ? own.codes.w : own.codes.y, low, high);
+            wide::multiply<NT>(sum, a[place], step, half);
         };
 #pragma unroll 1
-        for (; count > 0; count -= 4) {
+        for (; count > 0; count -= 4, x += 4 * NT * 1024) {
             const uint8_t* chunk = live ? ring.wait() : ring.bytes;
             __syncwarp();
             if (count >= 4) {
+                const uint32_t steps = __shfl_sync(0xFFFFFFFFu, x, 0);  // known to be one: descriptions need no vector
                 w4::Lane own[2] = {w4::load(chunk, lane)};
 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    multiply(own[k % 2], [&] {
-                        if (k < 3) own[(k + 1) % 2] = w4::load(chunk + (k + 1) * w4::BLOCK_BYTES, lane);
-                    });
+                for (int i = 0; i < 8; ++i) {
+                    const int next = i / 2 + 1;
+                    if (i % 2 == 0 && next < 4) own[next % 2] = w4::load(chunk + next * w4::BLOCK_BYTES, lane);
+                    if (i < 8 % HALVES<NT>) wide::settle<1>();  // what took their places is the last but one of a chunk
+                    else wide::settle<HALVES<NT> - 1>();
+                    multiply(own[i / 2 % 2], i % 2, i % HALVES<NT>, steps + i / 2 * NT * 1024);
+                }
             } else {
 #pragma unroll 1
-                for (int k = 0; k < count; ++k) multiply(w4::load(chunk + k * w4::BLOCK_BYTES, lane), [] {});
+                for (int k = 0; k < count; ++k) {
+                    const w4::Lane own = w4::load(chunk + k * w4::BLOCK_BYTES, lane);
+                    wide::settle<0>();
+                    multiply(own, 0, 0, x + k * NT * 1024);
+                    multiply(own, 1, 1, x + k * NT * 1024);
+                }
             }
             if (live) next(ring);
         }
