@@ -39,6 +39,11 @@ def tool() -> Any:
     return module
 
 
+def subjects(tool: Any) -> Any:
+    """The module that makes what `tool` measures."""
+    return sys.modules[tool.dense.__module__]
+
+
 class Fake:
     """A peer that multiplies float32 values; what it should do wrong is `fault`."""
 
@@ -122,7 +127,7 @@ def test_an_op_that_cannot_be_made_does_not_end_the_run(
     def full(*given: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(tool, "exact_experts", full)
+    monkeypatch.setattr(subjects(tool), "exact_experts", full)
     rows = run(tool, tmp_path, Fake())
     assert {r["op"] for r in rows} == {"one", "two"} and not any(r["error"] for r in rows)
     assert "experts       stopped: OutOfMemoryError: no room" in capsys.readouterr().out
@@ -131,7 +136,7 @@ def test_an_op_that_cannot_be_made_does_not_end_the_run(
 def test_weights_that_take_turns_do_not_fit_the_cache(tool: Any) -> None:
     for columns, rows in ((4096, 1536), (1024, 32768), (4096, 32768)):
         nbytes = rows * columns * 9 // 16
-        assert tool.copies(nbytes, 60 << 20) * nbytes >= min(4 * (60 << 20), 64 * nbytes)
+        assert subjects(tool).copies(nbytes, 60 << 20) * nbytes >= min(4 * (60 << 20), 64 * nbytes)
 
 
 def test_check_allows_rounding_and_nothing_else(tool: Any) -> None:
@@ -260,8 +265,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_global_scales_of_gate_and_up_are_one(tool: Any) -> None:
     make = Maker(torch.device("cpu"))
-    first = tool.nvfp4(make, 3, 16, 32)
-    second = tool.nvfp4(make, 3, 16, 32, scale=first.global_scale)
+    first = subjects(tool).nvfp4(make, 3, 16, 32)
+    second = subjects(tool).nvfp4(make, 3, 16, 32, scale=first.global_scale)
     assert first.global_scale.shape == (3,) and torch.equal(first.global_scale, second.global_scale)
     assert not torch.equal(first.codes, second.codes)
-    assert tool.nvfp4(make, 16, 32).global_scale.shape == ()
+    assert subjects(tool).nvfp4(make, 16, 32).global_scale.shape == ()
