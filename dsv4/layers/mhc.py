@@ -17,8 +17,9 @@ from dsv4.kernels.mhc_last.mhc_last import mhc_last
 from dsv4.kernels.mhc_post.mhc_post import mhc_post
 from dsv4.kernels.mhc_pre.mhc_pre import mhc_pre
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
-from dsv4.kernels.mhc_seam.peers import RANKS, ROWS, Peers, inbox_words
+from dsv4.kernels.mhc_seam.peers import ROWS, Peers, inbox_words
 from dsv4.kernels.rms_norm.rms_norm import rms_norm
+from dsv4.layers.peers import peers_among
 from dsv4.layers.scope import Scope
 from dsv4.layers.step import Given
 from dsv4.parallel.mesh import Mesh
@@ -98,9 +99,8 @@ def whole(x: Tensor, rows: int, tp: Mesh | None) -> Tensor:
 
 @cache
 def peers_of(tp: Mesh) -> Peers | None:
-    """With whom a seam adds up a few rows by itself; None where ranks cannot write each other's memory."""
-    inboxes = tp.inboxes(inbox_words(tp.size)) if tp.size <= RANKS else None
-    return None if inboxes is None else Peers.of(tp.rank, inboxes, torch.device(tp.device), tp.comm.add)
+    """With whom a seam adds up a few rows by itself, if it can."""
+    return peers_among(tp, inbox_words(tp.size), tp.comm.add)
 
 
 class StreamHead:

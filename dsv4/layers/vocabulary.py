@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from dsv4.kernels.gather_columns.gather_columns import ROWS, blocks_of, gather_columns, gather_words
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
-from dsv4.kernels.mhc_seam.peers import RANKS, Peers
+from dsv4.kernels.mhc_seam.peers import Peers
+from dsv4.layers.peers import peers_among
 from dsv4.layers.settings import Settings
 from dsv4.parallel.mesh import Mesh
 from dsv4.quant.weights import Weight
@@ -37,8 +37,5 @@ class Vocabulary:
 
 @cache
 def shares_of(tp: Mesh, columns: int) -> Peers | None:
-    """With whom a few rows are exchanged without waiting for all; None where ranks cannot write each other's memory."""
-    inboxes = tp.inboxes(gather_words(tp.size, columns)) if tp.size <= RANKS else None
-    if inboxes is None:
-        return None
-    return Peers.of(tp.rank, inboxes, torch.device(tp.device), tp.all_gather, turns=ROWS * blocks_of(columns))
+    """With whom the logits of a few rows are exchanged, if they can be."""
+    return peers_among(tp, gather_words(tp.size, columns), tp.all_gather, turns=ROWS * blocks_of(columns))

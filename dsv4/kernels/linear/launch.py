@@ -175,12 +175,11 @@ class Launcher:
 
     def _launch(self, how: Plan, tokens: int) -> None:
         cuts = (ctypes.c_uint32 * len(how.cuts))(*how.cuts)
-        scratch, slices, padded = None, -(-self.blocks // SLICE_BLOCKS), padded_tokens(tokens)
-        if how.mode == SPLIT:
-            scratch = torch.empty(self.tiles * slices * padded * tiles.ROWS, dtype=torch.float32, device=self.device)
-        elif tokens > FEW_TOKENS:
-            staged = 1 + max(row.input for row in self.table)
-            size = staged * slices * padded * (SLICE_BYTES // 4 + 1)
+        scratch = None
+        if tokens > FEW_TOKENS:  # of each token and slice: sums, or what is staged and what undoes its scaling
+            staged = (1 + max(row.input for row in self.table)) * (SLICE_BYTES // 4 + 1)
+            each = self.tiles * tiles.ROWS if how.mode == SPLIT else staged
+            size = -(-self.blocks // SLICE_BLOCKS) * padded_tokens(tokens) * each
             scratch = torch.empty(size, dtype=torch.float32, device=self.device)
         _KERNEL(
             self.device,

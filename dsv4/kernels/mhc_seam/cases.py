@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.case import DTYPES, EPS, F32_ULP, Case, Maker, Tolerances, rounding
-from dsv4.kernels.mhc_pre.shares import WIDEST
 from dsv4.kernels.mhc_pre.tolerances import LARGE, SMALL, mix_error, post_tolerance
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.mhc_seam.mhc_seam_ref import mhc_seam_ref
@@ -54,15 +53,24 @@ def _pre(args: tuple[Any, ...], new: Tensor) -> Tensor:
 
 
 def echo(rank: int, size: int, device: torch.device) -> Peers:
-    """One rank that plays all: what it tells a peer arrives in its own inbox, as what that peer tells it."""
-    inbox = torch.zeros(inbox_words(size), dtype=torch.int64, device=device)
-    addresses = [inbox.data_ptr() + (peer - rank) * ROWS * WIDEST * 8 for peer in range(size)]
+    """Of seams: all ranks give the same part of a sum."""
+    return played(rank, size, device, inbox_words(size), lambda y: sum((y for _ in range(size - 1)), start=y))
 
-    def total(y: Tensor) -> Tensor:
+
+def played(
+    rank: int, size: int, device: torch.device, words: int, total: Callable[[Tensor], Tensor], *, turns: int = ROWS
+) -> Peers:
+    """One rank that plays all: what it tells a peer arrives in its own inbox, of `words` in two halves, as what that
+    peer tells it.
+    """
+    inbox = torch.zeros(words, dtype=torch.int64, device=device)
+    addresses = [inbox.data_ptr() + (peer - rank) * (words // 2 // size) * 8 for peer in range(size)]
+
+    def whole(x: Tensor) -> Tensor:
         assert inbox.is_contiguous()  # and lives as long as the peers
-        return sum((y for _ in range(size - 1)), start=y)
+        return total(x)
 
-    return Peers.of(rank, addresses, device, total)
+    return Peers.of(rank, addresses, device, whole, turns=turns)
 
 
 def of_sum(peers: Peers) -> Callable[[tuple[Any, ...], list[Tensor]], Tolerances]:

@@ -37,7 +37,7 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
 
 }  // namespace
 
-// size > 1: y is this rank's part in float32, inboxes the addresses of all ranks' (Peers in mhc.cuh).
+// size > 1: y is this rank's part in float32, inboxes the addresses of all ranks' (Peers in peers.cuh).
 extern "C" int dsv4_mhc_seam(const void* y, const void* h, const float* post, const float* comb, const float* fn,
                              const float* base, const float* scale, const float* weight, void* h_out, void* x_out,
                              float* post_out, float* comb_out, float* shares, int64_t tokens, int D, int64_t y_stride,

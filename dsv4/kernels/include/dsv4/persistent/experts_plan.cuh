@@ -69,13 +69,13 @@ constexpr int UNDO_AT = sizeof(ExpertsWork), SLOT_BYTES = 64;  // of a slice's s
 
 // Of gate and up, then of down: where rows begin (staged), sums (parked).
 struct ExpertsLayout {
-    int tiles, fit, room, staged, results, parked[2], least;  // tiles: of down, in a block at most; least: bytes
+    int fit, room, staged, results, parked[2], least;  // least: bytes
 
     __host__ ExpertsLayout(int tokens, int topk, int D, int F, int grid, int work_bytes) {
         const int pairs = tokens * topk, blocks[] = {(D + 63) / 64, (F + 63) / 64};
         const int slots[] = {SLOT_BYTES << moe::cuts_of(blocks[0]), SLOT_BYTES << moe::cuts_of(blocks[1])};
         const int some = pairs < TOKENS ? pairs : TOKENS;  // the largest group's
-        tiles = (D / 16 + grid - 1) / grid;
+        const int tiles = (D / 16 + grid - 1) / grid;  // of down, in a block at most
         const auto lay = [&](int rows) {
             room = rows, staged = UNDO_AT + max(tokens, room) * moe::MOST_SLICES * 4;
             results = staged + room * moe::stride_of(blocks[1]);

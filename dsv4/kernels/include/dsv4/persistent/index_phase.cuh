@@ -29,7 +29,7 @@ struct IndexWork {
     uint32_t turn;
 };
 
-// Away from the blocks that have most to do in other phases, which are the first and the last. (describe.py knows it.)
+// Away from the blocks that have most to do in other phases, which are the first and the last. (beside.py knows it.)
 constexpr int INDEX_GROUP = 12;
 
 // The row of this block's group, -1 for none.
