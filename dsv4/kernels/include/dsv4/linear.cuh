@@ -152,19 +152,26 @@ __device__ __forceinline__ void plain_operands(uint32_t (&a)[4][4], const uint8_
     }
 }
 
-// sum += a block of each tile times up to eight tokens; x: the lane's columns, see lane_columns.
+// sum += a block of each tile, whose operands are `a`, times up to eight tokens; x: the lane's columns, see lane_columns.
+template <int FORMAT, int TILES>
+__device__ __forceinline__ void block_product(float (&sum)[TILES][4], const uint32_t (&a)[TILES][4][4], const uint8_t* x) {
+    uint32_t b[8];
+    load_b(b, x);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+            if constexpr (FORMAT == PLAIN) mma_bf16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+            else mma_f16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+}
+
 template <int TILES>
 __device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* scales,
                                             const uint8_t* x) {
     uint32_t a[TILES][4][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], codes + i * CHUNK, scales + i * CHUNK);
-    uint32_t b[8];
-    load_b(b, x);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) mma_f16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+    block_product<NVFP4>(sum, a, x);
 }
 
 template <int TILES>
@@ -172,12 +179,7 @@ __device__ __forceinline__ void plain_block(float (&sum)[TILES][4], const uint8_
     uint32_t a[TILES][4][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) plain_operands(a[i], codes + i * CHUNK);
-    uint32_t b[8];
-    load_b(b, x);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) mma_bf16(sum[i], a[i][j], b[2 * j], b[2 * j + 1]);
+    block_product<PLAIN>(sum, a, x);
 }
 
 template <int TILES>
@@ -187,12 +189,7 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t*
 #pragma unroll
     for (int i = 0; i < TILES; ++i) fp8_operands(a[i], codes + i * CHUNK);
     float part[TILES][4] = {};
-    uint32_t b[8];
-    load_b(b, x);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) mma_f16(part[i], a[i][j], b[2 * j], b[2 * j + 1]);
+    block_product<FP8>(part, a, x);
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll

@@ -59,7 +59,7 @@ struct LinearUnit {
 struct Ahead {
     bool ready;
     int own;
-    uint32_t a[EARLY_BLOCKS][4][4];
+    uint32_t a[EARLY_BLOCKS][1][4][4];
 };
 
 // Every thread calls, after come() behind the phase in front: the norm's weights are on their way.
@@ -86,18 +86,13 @@ __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, A
     const uint8_t *const codes = stream.byte(lane * 16), *const scales = stream.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k)
-        linear::nvfp4_operands(ahead.a[k], codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES);
+        linear::nvfp4_operands(ahead.a[k][0], codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES);
 }
 
 // sum += the first blocks of the unit that `ahead` has begun.
-__device__ __forceinline__ void begin_unit(float (&sum)[4], const Ahead& ahead, const uint8_t* x) {
+__device__ __forceinline__ void begin_unit(float (&sum)[1][4], const Ahead& ahead, const uint8_t* x) {
 #pragma unroll
-    for (int k = 0; k < EARLY_BLOCKS; ++k) {
-        uint32_t b[8];
-        load_b(b, x + k * 128);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) mma_f16(sum, ahead.a[k][j], b[2 * j], b[2 * j + 1]);
-    }
+    for (int k = 0; k < EARLY_BLOCKS; ++k) linear::block_product<linear::NVFP4>(sum, ahead.a[k], x + k * 128);
 }
 
 // A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
@@ -166,7 +161,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         asm volatile("" : "+r"(back));  // else its sum with what comes in front would be made in two steps, each time
         int begun = 0, format = a.parts[unit.part].format;
         float scale = linear::undo_of(format);
-        if (ahead.ready) begin_unit(sum[0], ahead, mine + unit.slice * 1024), begun = EARLY_BLOCKS;
+        if (ahead.ready) begin_unit(sum, ahead, mine + unit.slice * 1024), begun = EARLY_BLOCKS;
         int least = linear::least_of(format, begun);
         const auto which = [&] {
             int number = unit.slice, tile = unit.tile, place = unit.part;
