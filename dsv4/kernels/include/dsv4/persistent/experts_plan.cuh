@@ -160,8 +160,8 @@ static __device__ __forceinline__ void place_units(const Experts& a, const Units
     __syncwarp();
 }
 
-// A warp's ring, and what it asks for: its routed weights. What the list of the stream has behind them is asked for when all
-// are multiplied: until then nobody waits for it, and here every instruction counts.
+// A warp's ring, and what it asks for: its routed weights, and then what the list of the stream has behind them, chunk by
+// chunk: in one burst at the end it would be in front of what the next phase reads.
 struct Feed {
     Stream& stream;
     const Routed* list;
@@ -175,13 +175,14 @@ struct Feed {
         return true;
     }
     __device__ __forceinline__ void fill(int most) {
-        stream.fill(most, [&] { return open(); });
+        stream.fill(most, [&] { return open() || stream.open_next(); });
     }
-    // After fill(stages): the ring is full, or all is asked for, so that the chunk's place is the one to ask for.
+    // After fill(stages): the ring is full, or what comes next is not known and will not be here, so that the chunk's place is
+    // the one to ask for.
     __device__ __forceinline__ void refill() {
         __syncwarp();  // every lane has read the chunk
         const bool one = elected();
-        if (__any_sync(moe::ALL, stream.left > 0) || open()) stream.ask(stream.head, one);
+        if (__any_sync(moe::ALL, stream.left > 0) || open() || stream.open_quickly()) stream.ask(stream.head, one);
         else --stream.held;
         stream.advance();
     }
