@@ -13,25 +13,32 @@ namespace {
 enum Phase : int { ALIGN = 1, GATE_UP = 2, DOWN = 4 };  // the codes of dsv4/kernels/moe/launch.py
 
 // out = (sum over the token's places, rising) + shared, rounded once (T bf16) or not at all (float); a thread has 8
-// columns of a token.
+// columns of a token. What several places hold is asked for at once.
 template <typename T>
 __global__ void __launch_bounds__(128) moe_combine(const bf16* down, const int* places, const T* shared,
                                                    int64_t shared_row, T* out, int topk, int width, bool wide) {
+    constexpr int AT_ONCE = 8;
     wait_for_previous();
     const int64_t token = blockIdx.x;
     const int column = (blockIdx.y * 128 + threadIdx.x) * 8;
     if (column >= width) return;
-    float sum[8] = {}, one[8];
-    for (int k = 0; k < topk; ++k) {
-        const int64_t place = places[token * topk + k];
-        if (place < 0) break;
-        load<8>(down + place * width + column, one, width - column, wide);
+    float sum[8] = {}, added[8];
+    load<8>(shared + token * shared_row + column, added, width - column, wide);
+    for (int first = 0; first < topk; first += AT_ONCE) {
+        int place[AT_ONCE];
+        float one[AT_ONCE][8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] += one[i];
+        for (int k = 0; k < AT_ONCE; ++k) place[k] = first + k < topk ? places[token * topk + first + k] : -1;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+            if (place[k] >= 0) load<8>(down + static_cast<int64_t>(place[k]) * width + column, one[k], width - column, wide);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum[i] += place[k] >= 0 ? one[k][i] : 0.0f;
     }
-    load<8>(shared + token * shared_row + column, one, width - column, wide);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += one[i];
+    for (int i = 0; i < 8; ++i) sum[i] += added[i];
     store<8>(out + token * width + column, sum, width - column, wide);
 }
 
@@ -48,26 +55,29 @@ cudaError_t describe(Device& device) {
     return cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
 }
 
-template <bool FIRST, int SLICES, int BLOCKS>
-cudaError_t run_stream(const Device& device, const Job& job, int64_t pairs, cudaStream_t stream_) {
-    constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * SLICES * 512 + SLICES * MAX_STAGES * 8 + 1024;
-    const auto kernel = stream<FIRST, SLICES, BLOCKS>;
-    const int stage = SLICES * ((job.blocks + SLICES - 1) / SLICES) * w4::BLOCK_BYTES;
+template <bool FIRST, int SLICES, int BLOCKS, int TILES>
+cudaError_t run_stream(const Device& device, const Job& job, int64_t pairs, bool planned, cudaStream_t stream_) {
+    constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * TILES * SLICES * 512 + MAX_STAGES * 8 + 1024;
+    const auto kernel = stream<FIRST, SLICES, BLOCKS, TILES>;
+    const int stage = TILES * job.blocks * w4::BLOCK_BYTES;
     const int room = min(device.shared_per_processor / PER_PROCESSOR, device.shared_per_block + 1024) - OWN;
     const int stages = min(room / stage, MAX_STAGES);
     if (stages < 1) return cudaErrorInvalidConfiguration;
     const int bytes = stages * stage;
     if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
     if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100)) return e;
-    const int64_t blocks = min(pairs * job.rows, static_cast<int64_t>(device.processors) * PER_PROCESSOR);
-    return launch_dependent(kernel, blocks, 1, SLICES * 32, bytes, stream_, job, stages);
+    const int64_t steps = (job.rows + TILES - 1) / TILES;
+    const int64_t blocks = min(pairs * steps, static_cast<int64_t>(device.processors) * PER_PROCESSOR);
+    return launch_dependent(kernel, blocks, 1, SLICES * 32, bytes, stream_, job, stages, planned);
 }
 
+// A step is long enough to hide what its end costs: two tiles of few columns.
 template <bool FIRST>
-cudaError_t choose_stream(const Device& device, const Job& job, int64_t pairs, cudaStream_t stream_) {
-    if (job.blocks <= 32) return run_stream<FIRST, 8, 4>(device, job, pairs, stream_);
-    if (job.blocks <= 64) return run_stream<FIRST, 8, 8>(device, job, pairs, stream_);
-    return run_stream<FIRST, 16, 8>(device, job, pairs, stream_);
+cudaError_t choose_stream(const Device& device, const Job& job, int64_t pairs, bool planned, cudaStream_t stream_) {
+    if (job.blocks <= 16) return run_stream<FIRST, 8, 2, 2>(device, job, pairs, planned, stream_);
+    if (job.blocks <= 32) return run_stream<FIRST, 8, 4, 1>(device, job, pairs, planned, stream_);
+    if (job.blocks <= 64) return run_stream<FIRST, 8, 8, 1>(device, job, pairs, planned, stream_);
+    return run_stream<FIRST, 16, 8, 1>(device, job, pairs, planned, stream_);
 }
 
 // Shared memory of the kernels for few tokens, and who takes which tiles. False: the shared memory is too small, or the
@@ -170,10 +180,10 @@ extern "C" int dsv4_moe(const int64_t* ids, int* lists, int64_t tokens, int topk
     }
     if (e == cudaSuccess && phases & GATE_UP)
         e = wide ? run_tiles<true>(device, gate_up, tokens, groups, half, scale, stream_)
-                 : choose_stream<true>(device, gate_up, pairs, stream_);
+                 : choose_stream<true>(device, gate_up, pairs, false, stream_);
     if (e == cudaSuccess && phases & DOWN) {
         e = wide ? run_tiles<false>(device, down, pairs, groups, half, scale, stream_)
-                 : choose_stream<false>(device, down, pairs, stream_);
+                 : choose_stream<false>(device, down, pairs, phases & GATE_UP, stream_);
         const int width = 16 * down.rows;
         const bool whole = shared_row % 8 == 0 && aligned16(shared) && aligned16(out);
         const int across = (width + 1023) / 1024;

@@ -1,8 +1,8 @@
 // Few tokens: every byte of the active experts is read once, and reading is all the time there is.
-// A block takes tiles of 16 rows one after the other; its warps share a tile's columns, each with its own ring, into
-// which the copy engine brings the blocks of later tiles. A warp keeps its columns of up to 8 tokens in registers, as
-// FP16 scaled by a power of two per token (half.cuh), until the group of tokens changes. The warps' sums are
-// added in their order, so a token's result depends neither on the tokens beside it nor on the size of the grid.
+// A block takes steps of TILES tiles of 16 rows one after the other, each brought whole by one copy of the copy engine into
+// a ring of stages; nothing else is loaded between two steps of a group. Its warps share a tile's columns and keep theirs
+// of up to 8 tokens in registers, as FP16 scaled by a power of two per token (half.cuh), until the group changes. The
+// warps' sums are added in their order, so a token's result depends neither on the tokens beside it nor on the grid.
 #pragma once
 #include <dsv4/bulk.cuh>
 #include <dsv4/dependent.cuh>
@@ -40,41 +40,61 @@ __device__ __forceinline__ float load_slice(uint32_t (&x)[BLOCKS][8], const bf16
     return power_of_two(-shift);
 }
 
-template <bool FIRST, int SLICES, int BLOCKS>
-__global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int stages) {
-    extern __shared__ __align__(128) uint8_t rings[];
-    __shared__ float4 parts[2][SLICES][32];
-    __shared__ uint64_t barriers[SLICES][MAX_STAGES];
+// What a block has asked for: the tiles of a group in their order, then those of the next.
+template <int TILES>
+struct Asked {
+    const uint8_t* from;
+    int group, row, tile_bytes;
+
+    __device__ __forceinline__ void open(const Job& job) {
+        const int64_t tile = group_at(job.plan, group).expert * static_cast<int64_t>(job.rows) + row;
+        from = job.tiles + tile * tile_bytes;
+    }
+    __device__ __forceinline__ void ask(const Job& job, uint32_t to, uint32_t barrier) {
+        if (row >= job.rows) row = 0, ++group, open(job);
+        const int bytes = min(TILES, job.rows - row) * tile_bytes;
+        bulk_load(to, from, bytes, barrier);
+        from += bytes, row += TILES;
+    }
+};
+
+// planned: the plan was there before the kernel in front of this one began, so the first weights need not wait for it.
+template <bool FIRST, int SLICES, int BLOCKS, int TILES>
+__global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int stages, bool planned) {
+    constexpr int QUARTERS = SLICES / 4;  // of the block: each finishes a tile
+    extern __shared__ __align__(128) uint8_t ring[];
+    __shared__ float4 parts[2][TILES][SLICES][32];
+    __shared__ uint64_t barriers[MAX_STAGES];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first = warp * job.blocks / SLICES, blocks = (warp + 1) * job.blocks / SLICES - first;
-    const uint32_t stage_bytes = (job.blocks + SLICES - 1) / SLICES * w4::BLOCK_BYTES;
-    const uint8_t* ring = rings + warp * stages * stage_bytes;
-    const uint32_t ring_address = shared_address(ring), barrier = shared_address(barriers[warp]);
-    if (lane == 0) {
+    const int tile_bytes = job.blocks * w4::BLOCK_BYTES;
+    const uint32_t ring_address = shared_address(ring), barrier = shared_address(barriers);
+    if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) barrier_init(barrier + 8 * s, 1);
         barriers_ready();
     }
-    __syncwarp();
-    wait_for_previous();  // also the second projection: who is in front of it may be align itself
+    if (!planned) wait_for_previous();
+    const int steps = (job.rows + TILES - 1) / TILES, total = __ldcg(job.plan.count) * steps;
+    const int each = total / gridDim.x, more = total - each * gridDim.x, block = blockIdx.x;
+    const int begin = each * block + min(block, more), end = begin + each + (block < more);
+    int group = begin / steps, row = (begin - group * steps) * TILES;
+    Asked<TILES> asked = {nullptr, group, row, tile_bytes};
+    if (threadIdx.x == 0 && begin < end) {
+        asked.open(job);
+        for (int s = 0; s < stages && begin + s < end; ++s)
+            asked.ask(job, ring_address + s * TILES * tile_bytes, barrier + 8 * s);
+    }
+    if (planned) wait_for_previous();
     let_next_start();
-    const int64_t total = static_cast<int64_t>(__ldcg(job.plan.count)) * job.rows;
-    const int begin = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
-    const auto fetch = [&](int tile, int stage) {
-        const int group = tile / job.rows, row = tile - group * job.rows;
-        const int64_t at = (group_at(job.plan, group).expert * static_cast<int64_t>(job.rows) + row) * job.blocks;
-        bulk_load(ring_address + stage * stage_bytes, job.tiles + (at + first) * w4::BLOCK_BYTES,
-                  blocks * w4::BLOCK_BYTES, barrier + 8 * stage);
-    };
-    if (lane == 0 && blocks > 0)
-        for (int s = 0; s < stages && begin + s < end; ++s) fetch(begin + s, s);
+    __syncthreads();
 
-    // The element of a tile that this thread finishes: token m, row `row`, or `row` of gate (half 0) and up (half 1).
-    const int l = warp % 4 * 8 + lane / 4, row = l / 4, half = lane / 2 % 2, m = 2 * (l % 4) + lane % 2;
+    // The element of a tile that this thread finishes: token m, row `mine`, or `mine` of gate (half 0) and up (half 1).
+    const int l = warp % 4 * 8 + lane / 4, mine = l / 4, half = lane / 2 % 2, m = 2 * (l % 4) + lane % 2;
     uint32_t x[BLOCKS][8];
     float undo[2], alpha = 0.0f, row_scale = 1.0f, weight = 1.0f;
-    int held = -2, place = -1, stage = 0, phase = 0, group = begin / job.rows, r = begin - group * job.rows;
+    int held = -2, place = -1, stage = 0, phase = 0;
     bool fresh = true;
-    for (int tile = begin; tile < end; ++tile) {
+    for (int step = begin; step < end; ++step) {
         if (fresh) {
             const Group now = group_at(job.plan, group);
             const int from = g < now.count ? source<FIRST>(job, now.first + g) : -1;
@@ -90,14 +110,17 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
             if (place >= 0 && job.row_scale != nullptr) row_scale = job.row_scale[source<FIRST>(job, place)];
             if (FIRST && place >= 0) weight = job.weights[__ldcg(job.plan.pairs + place)];
         }
-        float even[4] = {}, odd[4] = {};
-        if (blocks > 0) {
-            barrier_wait(barrier + 8 * stage, phase);
-            const uint8_t* block = ring + stage * stage_bytes;
+        const int buffer = (step - begin) % 2, tiles = min(TILES, job.rows - row);
+        const uint8_t* slice = ring + stage * TILES * tile_bytes + first * w4::BLOCK_BYTES;
+        barrier_wait(barrier + 8 * stage, phase);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            if (tile >= tiles) break;
+            float even[4] = {}, odd[4] = {};
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
                 if (i >= blocks) break;
-                const w4::Lane part = w4::load(block + i * w4::BLOCK_BYTES, lane);
+                const w4::Lane part = w4::load(slice + tile * tile_bytes + i * w4::BLOCK_BYTES, lane);
                 const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
                 uint32_t scale, scale8, a[4];
                 w4::scales(part.scales, scale, scale8);
@@ -107,31 +130,33 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
                     mma_f16(j % 2 ? odd : even, a, x[i][2 * j], x[i][2 * j + 1]);
                 }
             }
-            __syncwarp();
-            if (lane == 0 && tile + stages < end) fetch(tile + stages, stage);
-            if (++stage == stages) stage = 0, phase ^= 1;
+            parts[buffer][tile][warp][lane] =
+                make_float4((even[0] + odd[0]) * undo[0], (even[1] + odd[1]) * undo[1], (even[2] + odd[2]) * undo[0],
+                            (even[3] + odd[3]) * undo[1]);
         }
-        const int buffer = (tile - begin) % 2;
-        parts[buffer][warp][lane] = make_float4((even[0] + odd[0]) * undo[0], (even[1] + odd[1]) * undo[1],
-                                                (even[2] + odd[2]) * undo[0], (even[3] + odd[3]) * undo[1]);
         __syncthreads();
-        if (warp / 4 == (tile - begin) % (SLICES / 4)) {  // the quarters of the block take turns
+        if (threadIdx.x == 0 && step + stages < end)
+            asked.ask(job, ring_address + stage * TILES * tile_bytes, barrier + 8 * stage);
+        if (++stage == stages) stage = 0, phase ^= 1;
+        for (int tile = (warp / 4 + step) % QUARTERS; tile < tiles; tile += QUARTERS) {  // the quarters take turns
             float sum = 0.0f;
 #pragma unroll
             for (int s = 0; s < SLICES; ++s)
-                sum += reinterpret_cast<const float*>(parts[buffer][s])[4 * l + 2 * half + lane % 2];
+                sum += reinterpret_cast<const float*>(parts[buffer][tile][s])[4 * l + 2 * half + lane % 2];
             sum = sum * alpha * row_scale;
             if constexpr (FIRST) {
                 const float up = __shfl_xor_sync(ALL, sum, 2);
                 if (half == 0 && place >= 0)
-                    job.out[static_cast<int64_t>(place) * 8 * job.rows + 8 * r + row] =
+                    job.out[static_cast<int64_t>(place) * 8 * job.rows + 8 * (row + tile) + mine] =
                         activated(sum, up, job.limit, weight);
             } else if (place >= 0) {
-                job.out[static_cast<int64_t>(place) * 16 * job.rows + 16 * r + row + 8 * half] = from_float<bf16>(sum);
+                job.out[static_cast<int64_t>(place) * 16 * job.rows + 16 * (row + tile) + mine + 8 * half] =
+                    from_float<bf16>(sum);
             }
         }
-        fresh = ++r == job.rows;
-        if (fresh) r = 0, ++group;
+        row += TILES;
+        fresh = row >= job.rows;
+        if (fresh) row = 0, ++group;
     }
 }
 
