@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
     float undo[2], alpha = 0.0f, row_scale = 1.0f, weight = 1.0f;
     int place = -1, stage = 0, phase = 0;
     bool fresh = true;
+#pragma unroll 1
     for (int step = begin; step < end; ++step) {
         if (fresh) {
             const Group now = group_at(job.plan, group);
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
             if (place >= 0 && job.row_scale != nullptr) row_scale = job.row_scale[source<FIRST>(job, place)];
             if (FIRST && place >= 0) weight = job.weights[__ldcg(job.plan.pairs + place)];
         }
-        const int buffer = step % 2, tiles = min(TILES, job.rows - row);
+        const int buffer = step & 1, tiles = min(TILES, job.rows - row);
         const uint8_t* slice = ring + stage * TILES * tile_bytes + first * w4::BLOCK_BYTES;
         const auto multiply = [&](auto whole) {
             constexpr bool WHOLE = decltype(whole)::value;  // all tiles, all blocks, and so nothing to decide
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
         if (threadIdx.x == 0 && step + stages < end)
             asked.ask(job, ring_address + stage * TILES * tile_bytes, barrier + 8 * stage);
         if (++stage == stages) stage = 0, phase ^= 1;
-        const int tile = (warp / 4 + step) % QUARTERS;  // the quarters of the block take turns
+        const int tile = (warp / 4 + step) & (QUARTERS - 1);  // the quarters of the block take turns
         if (tile < tiles) {
             float sum = 0.0f;
 #pragma unroll
@@ -157,10 +158,10 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
             if constexpr (FIRST) {
                 const float up = __shfl_xor_sync(ALL, sum, 2);
                 if (half == 0 && place >= 0)
-                    job.out[static_cast<int64_t>(place) * 8 * job.rows + 8 * (row + tile) + mine] =
+                    job.out[(static_cast<int64_t>(place) * job.rows + row + tile) * 8 + mine] =
                         activated(sum, up, job.limit, weight);
             } else if (place >= 0) {
-                job.out[static_cast<int64_t>(place) * 16 * job.rows + 16 * (row + tile) + mine + 8 * half] =
+                job.out[(static_cast<int64_t>(place) * job.rows + row + tile) * 16 + mine + 8 * half] =
                     from_float<bf16>(sum);
             }
         }
