@@ -41,8 +41,8 @@ QUICK = (
 )
 FLASH = Size("Flash", 256, 4096, 2048, 6, (1, 2, 7, 8, 9, 64, 128, 200, 512, 1024, 4096))
 FULL = (
-    Size("Flash of two GPUs, 32 experts", 32, 4096, 1024, 6, (1, 2, 8, 20)),
-    Size("Flash of four GPUs, 32 experts", 32, 4096, 512, 6, (1, 3)),
+    Size("Flash of two GPUs, 32 experts", 32, 4096, 1024, 6, (1, 2, 8, 20, 128)),
+    Size("Flash of four GPUs, 32 experts", 32, 4096, 512, 6, (1, 3, 20)),
     FLASH,
     Size("Pro, 16 experts", 16, 7168, 3072, 6, (1, 2, 8, 64, 200)),
 )

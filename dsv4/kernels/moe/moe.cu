@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(128) moe_combine(const bf16* down, const int* 
         for (int k = 0; k < AT_ONCE; ++k) place[k] = first + k < topk ? places[token * topk + first + k] : -1;
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k)
-            if (place[k] >= 0) load<8>(down + static_cast<int64_t>(place[k]) * width + column, one[k], width - column, wide);
+            if (place[k] >= 0)
+                load<8>(down + static_cast<int64_t>(place[k]) * width + column, one[k], width - column, wide);
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k)
 #pragma unroll
@@ -57,7 +58,7 @@ cudaError_t describe(Device& device) {
 
 template <bool FIRST, int SLICES, int BLOCKS, int TILES>
 cudaError_t run_stream(const Device& device, const Job& job, int64_t pairs, bool planned, cudaStream_t stream_) {
-    constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * TILES * SLICES * 512 + MAX_STAGES * 8 + 1024;
+    constexpr int PER_PROCESSOR = 16 / SLICES, OWN = 2 * TILES * SLICES * 512 + 256 + 1024;  // the last: the device's
     const auto kernel = stream<FIRST, SLICES, BLOCKS, TILES>;
     const int stage = TILES * job.blocks * w4::BLOCK_BYTES;
     const int room = min(device.shared_per_processor / PER_PROCESSOR, device.shared_per_block + 1024) - OWN;

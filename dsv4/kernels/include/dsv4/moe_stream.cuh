@@ -1,8 +1,9 @@
 // Few tokens: every byte of the active experts is read once, and reading is all the time there is.
-// A block takes steps of TILES tiles of 16 rows one after the other, each brought whole by one copy of the copy engine into
-// a ring of stages; nothing else is loaded between two steps of a group. Its warps share a tile's columns and keep theirs
-// of up to 8 tokens in registers, as FP16 scaled by a power of two per token (half.cuh), until the group changes. The
-// warps' sums are added in their order, so a token's result depends neither on the tokens beside it nor on the grid.
+// A block takes steps of TILES tiles of 16 rows one after the other. One copy of the copy engine brings a step whole
+// into a ring of stages, across the ends of groups of tokens. The warps share a tile's columns and keep theirs of up
+// to 8 tokens in registers, as FP16 scaled by a power of two per token (half.cuh), until the group changes; between
+// two steps of a group nothing is loaded from memory. The warps' sums are added in their order, so a token's result
+// depends neither on the tokens beside it nor on the size of the grid.
 #pragma once
 #include <type_traits>
 #include <dsv4/bulk.cuh>
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(SLICES * 32, 16 / SLICES) stream(Job job, int 
             }
         };
         barrier_wait(barrier + 8 * stage, phase);
-        if (BLOCKS <= 4 && blocks == BLOCKS && tiles == TILES)  // more hide their latencies as they are
+        if (BLOCKS <= 4 && blocks == BLOCKS && tiles == TILES)  // more blocks hide each other's latency
             multiply(std::true_type());
         else
             multiply(std::false_type());
