@@ -1,7 +1,8 @@
 // Kernels that start before the one in front of them has ended (programmatic dependent launch). What such a kernel owes:
 //   - Every thread waits before it reads what an earlier kernel may write and before it writes anything; no block ends
 //     without having waited. The end of a kernel is then the end of all before it.
-//   - Before the wait it may read what was written when the model was loaded: weights. Anything else it may only ask for.
+//   - Before the wait it may read what was written when the model was loaded: weights; and what the kernel in front had
+//     waited for before it let this one start. Anything else it may only ask for.
 // The next kernel may start once every block has said so. It waits in turn, so saying so costs nothing but the room that
 // its blocks take; they start when all of this kernel's are running, and cannot keep them from it. A kernel whose blocks
 // fill processors says so when its own turn has come: else those of the next but one lie where the next one's belong.
