@@ -6,7 +6,7 @@ from functools import cache
 
 from torch import Tensor
 
-from dsv4.kernels.gather_columns.gather_columns import ROWS, blocks_of, gather_columns, gather_words
+from dsv4.kernels.gather_columns.gather_columns import ROWS, TURNS, gather_columns, gather_words
 from dsv4.kernels.linear.linear import linear
 from dsv4.kernels.linear.operand import Projection, linear_operand
 from dsv4.kernels.mhc_seam.peers import Peers
@@ -37,5 +37,5 @@ class Vocabulary:
 
 @cache
 def shares_of(tp: Mesh, columns: int) -> Peers | None:
-    """With whom the logits of a few rows are exchanged, if they can be."""
-    return peers_among(tp, gather_words(tp.size, columns), tp.all_gather, turns=ROWS * blocks_of(columns))
+    """With whom the logits of a decode step are exchanged, if they can be."""
+    return peers_among(tp, gather_words(tp.size, columns), tp.all_gather, turns=TURNS)

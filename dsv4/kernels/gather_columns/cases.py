@@ -5,19 +5,19 @@ from collections.abc import Iterator
 import torch
 
 from dsv4.kernels.case import Case, Maker, bits
-from dsv4.kernels.gather_columns.gather_columns import ROWS, blocks_of, gather_columns, gather_words
+from dsv4.kernels.gather_columns.gather_columns import TURNS, gather_columns, gather_words
 from dsv4.kernels.gather_columns.gather_columns_ref import gather_columns_ref
 from dsv4.kernels.mhc_seam.cases import played
 from dsv4.kernels.mhc_seam.peers import Peers
 
-SMALL = [(1, 64, 0, 2), (3, 1025, 1, 2), (8, 100, 2, 4), (0, 64, 0, 2)]  # T, N, rank, ranks
-LARGE = [(1, 64640, 0, 2), (5, 64640, 1, 2), (8, 64640, 0, 2), (8, 32320, 3, 4), (2, 16160, 7, 8)]
+SMALL = [(1, 64, 0, 2), (3, 1025, 1, 2), (8, 100, 2, 4), (21, 7, 0, 2), (0, 64, 0, 2)]  # T, N, rank, ranks
+LARGE = [(1, 64640, 0, 2), (5, 64640, 1, 2), (8, 64640, 0, 2), (8, 32320, 3, 4), (2, 16160, 7, 8), (128, 64640, 1, 2)]
 
 
 def echo(rank: int, size: int, columns: int, device: torch.device) -> Peers:
     """All ranks give the same columns."""
-    turns = ROWS * blocks_of(columns)
-    return played(rank, size, device, gather_words(size, columns), lambda x: torch.cat([x] * size, dim=1), turns=turns)
+    words = gather_words(size, columns)
+    return played(rank, size, device, words, lambda x: torch.cat([x] * size, dim=1), turns=TURNS)
 
 
 def cases(make: Maker, quick: bool) -> Iterator[Case]:

@@ -1,74 +1,102 @@
-// gather_columns: a block tells 1024 columns of a row to the other ranks, in words that carry the number of their turn
-// (exchange.cuh), and hears theirs of the same place.
+// gather_columns: half of a block's threads tell this rank's columns to the other ranks, in plain words (exchange.cuh), and
+// the others hear theirs.
 #include <dsv4/dependent.cuh>
 #include <dsv4/exchange.cuh>
+#include <dsv4/numbers.cuh>
 
 using namespace dsv4;
 
 namespace {
 
-constexpr int THREADS = 256, PAIRS = 2, COLUMNS = 2 * PAIRS * THREADS, MOST_ROWS = 8, MOST_RANKS = 8;
+constexpr int THREADS = 512, HALF = THREADS / 2, MOST_ROWS = 128, MOST_RANKS = 8, W = 4, AHEAD = 4;
 
-// inboxes [2][size][MOST_ROWS][width], width: columns up to a whole block's; turns [MOST_ROWS][width / COLUMNS]: the last of
-// each block, which alone counts it. The two halves take turns as those of a seam do (peers.cuh).
+// inboxes [2][size][MOST_ROWS][width], width: columns up to a multiple of W; turns [2]: the last turn, and how many blocks
+// of this one have ended. The two halves of an inbox take turns. A rank writes turn n + 2 where turn n was once its launch
+// of turn n + 1 has ended, in which it has heard every peer, whose launch of turn n had then ended: all its words are 0.
 struct Args {
     const float* x;
     float* out;
     uint64_t* inboxes[MOST_RANKS];
     uint32_t* turns;
-    int columns, rank, size;
+    int rows, columns, width, rank, size;
+    bool wide;
 };
 
-// The two columns of number `pair` of this thread, first those of this rank.
-__device__ __forceinline__ int column_of(int pair) { return (blockIdx.x * PAIRS + pair) * 2 * THREADS + 2 * threadIdx.x; }
+// W columns of a row, by their number in the inbox.
+struct Quad {
+    int row, column;
+    __device__ Quad(const Args& a, int number) {
+        const int quads = a.width / W;
+        row = number / quads, column = number % quads * W;
+    }
+    __device__ int left(const Args& a) const { return a.columns - column; }
+    __device__ const float* in(const Args& a) const { return a.x + static_cast<int64_t>(row) * a.columns + column; }
+    __device__ void put(const Args& a, int from, const float (&values)[W]) const {
+        float* to = a.out + (static_cast<int64_t>(row) * a.size + from) * a.columns + column;
+        store<W>(to, values, left(a), a.wide);
+    }
+};
 
-__device__ __forceinline__ void put(const Args& a, int from, int column, float first, float second) {
-    float* to = a.out + (static_cast<int64_t>(blockIdx.y) * a.size + from) * a.columns + column;
-    if (column < a.columns) to[0] = first;
-    if (column + 1 < a.columns) to[1] = second;
-}
-
-// All blocks run at once: each hears what another rank's block of its place tells.
-__global__ void __launch_bounds__(THREADS) gather_columns(const __grid_constant__ Args a) {
-    uint32_t* number = a.turns + blockIdx.y * gridDim.x + blockIdx.x;
+// All blocks run at once: each hears what other ranks' blocks tell.
+__global__ void __launch_bounds__(THREADS, 2) gather_columns(const __grid_constant__ Args a) {
     let_next_start();
-    ask_for(number);
+    ask_for(a.turns);
     wait_for_previous();
-    const uint32_t turn = exchange::last_turn(number) + 1;
-    const auto place = [&](int owner, int from, int pair) {
-        const int64_t row = (static_cast<int64_t>(turn & 1) * a.size + from) * MOST_ROWS + blockIdx.y;
-        return a.inboxes[owner] + row * gridDim.x * COLUMNS + column_of(pair);
+    const uint32_t turn = exchange::last_turn(a.turns) + 1;
+    const int quads = a.rows * (a.width / W), step = gridDim.x * HALF;
+    const int begin = blockIdx.x * HALF + threadIdx.x % HALF;
+    const auto words = [&](int owner, int from) {
+        uint32_t* inbox = reinterpret_cast<uint32_t*>(a.inboxes[owner]);
+        return inbox + (static_cast<int64_t>(turn & 1) * a.size + from) * MOST_ROWS * a.width;
     };
-    float own[PAIRS][2];
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-        const int column = column_of(i);
-        const float* from = a.x + static_cast<int64_t>(blockIdx.y) * a.columns + column;
-        own[i][0] = column < a.columns ? from[0] : 0.0f;
-        own[i][1] = column + 1 < a.columns ? from[1] : 0.0f;
-    }
+    if (threadIdx.x < HALF) {
 #pragma unroll 1
-    for (int step = 1; step < a.size; ++step) {  // not all to one at a time
-        const int to = a.rank + step < a.size ? a.rank + step : a.rank + step - a.size;
+        for (int first = begin; first < quads; first += AHEAD * step) {
+            float own[AHEAD][W];
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) exchange::tell_peer(place(to, a.rank, i), own[i][0], own[i][1], turn);
-    }
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) put(a, a.rank, column_of(i), own[i][0], own[i][1]);
+            for (int i = 0; i < AHEAD; ++i)
+                if (first + i * step < quads) {
+                    const Quad quad(a, first + i * step);
+                    load<W>(quad.in(a), own[i], quad.left(a), a.wide);
+                }
 #pragma unroll 1
-    for (int step = 1; step < a.size; ++step) {
-        const int from = a.rank + step < a.size ? a.rank + step : a.rank + step - a.size;
-        exchange::Pair heard[PAIRS];
+            for (int away = 1; away < a.size; ++away) {  // not all to one at a time
+                const int to = a.rank + away < a.size ? a.rank + away : a.rank + away - a.size;
+                uint32_t* at = words(to, a.rank) + static_cast<int64_t>(first) * W;
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) heard[i] = exchange::look_at_peer(place(a.rank, from, i));
+                for (int i = 0; i < AHEAD; ++i)
+                    if (first + i * step < quads) exchange::tell_four(at + static_cast<int64_t>(i) * step * W, own[i]);
+            }
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            while (!heard[i].of(turn)) heard[i] = exchange::look_at_peer(place(a.rank, from, i));
-            put(a, from, column_of(i), heard[i].value(0), heard[i].value(1));
+            for (int i = 0; i < AHEAD; ++i)
+                if (first + i * step < quads) Quad(a, first + i * step).put(a, a.rank, own[i]);
         }
+    } else {
+#pragma unroll 1
+        for (int first = begin; first < quads; first += AHEAD * step)
+#pragma unroll 1
+            for (int away = 1; away < a.size; ++away) {
+                const int from = a.rank >= away ? a.rank - away : a.rank - away + a.size;
+                uint32_t* at = words(a.rank, from) + static_cast<int64_t>(first) * W;
+                exchange::Four heard[AHEAD] = {};
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i)
+                    if (first + i * step < quads) heard[i] = exchange::look_at_four(at + static_cast<int64_t>(i) * step * W);
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i)
+                    if (first + i * step < quads) {
+                        uint32_t* place = at + static_cast<int64_t>(i) * step * W;
+                        while (!heard[i].here()) heard[i] = exchange::look_at_four(place);
+                        exchange::clear_four(place);
+                        const float values[W] = {heard[i].value(0), heard[i].value(1), heard[i].value(2), heard[i].value(3)};
+                        Quad(a, first + i * step).put(a, from, values);
+                    }
+            }
     }
     __syncthreads();
-    if (threadIdx.x == 0) *number = turn;
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(a.turns + 1, 1u) == gridDim.x - 1) a.turns[0] = turn, a.turns[1] = 0;  // all blocks have read the last
 }
 
 }  // namespace
@@ -76,15 +104,16 @@ __global__ void __launch_bounds__(THREADS) gather_columns(const __grid_constant_
 extern "C" int dsv4_gather_columns(const float* x, float* out, int rows, int columns, uint64_t* const* inboxes,
                                    uint32_t* turns, int rank, int size, cudaStream_t stream) {
     if (rows == 0 || columns == 0) return cudaSuccess;
-    if (rows > MOST_ROWS || size < 1 || size > MOST_RANKS) return cudaErrorInvalidValue;
-    Args args = {x, out, {}, turns, columns, rank, size};
+    const int width = (columns + W - 1) / W * W;
+    if (rows > MOST_ROWS || size < 1 || size > MOST_RANKS || width > INT32_MAX / MOST_ROWS) return cudaErrorInvalidValue;
+    Args args = {x, out, {}, turns, rows, columns, width, rank, size, columns == width && aligned16(x) && aligned16(out)};
     for (int i = 0; i < size; ++i) args.inboxes[i] = inboxes[i];
-    const int blocks = (columns + COLUMNS - 1) / COLUMNS;
     int device = 0, processors = 0, together = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
     if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&together, gather_columns, THREADS, 0))
         return error;
-    if (blocks * rows > processors * together) return cudaErrorCooperativeLaunchTooLarge;
-    return launch_dependent(gather_columns, blocks, rows, THREADS, 0, stream, args);
+    const int wanted = (rows * (width / W) + HALF - 1) / HALF, most = processors * together;
+    if (most == 0) return cudaErrorCooperativeLaunchTooLarge;
+    return launch_dependent(gather_columns, wanted < most ? wanted : most, 1, THREADS, 0, stream, args);
 }

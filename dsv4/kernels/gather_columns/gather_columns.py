@@ -1,4 +1,4 @@
-"""Each rank's columns side by side on every rank: the logits of a few rows."""
+"""Each rank's columns side by side on every rank: the logits of a decode step."""
 
 from torch import Tensor
 
@@ -9,33 +9,28 @@ from dsv4.kernels.loader import Kernel
 from dsv4.kernels.mhc_seam.peers import RANKS, Peers, meeting
 from dsv4.kernels.op import op
 
-ROWS, COLUMNS = 8, 1024  # rows that an inbox has room for; columns of a block
+ROWS, TURNS = 128, 2  # rows that an inbox has room for; numbers to count turns with
 _KERNEL = Kernel("gather_columns", "ppiippii")
 
 
-def blocks_of(columns: int) -> int:
-    """Of a row; each counts its own turns."""
-    return -(-columns // COLUMNS)
-
-
 def gather_words(size: int, columns: int) -> int:
-    """int64 of one rank's inbox [2, size, ROWS, whole blocks of columns]."""
-    return 2 * size * ROWS * blocks_of(columns) * COLUMNS
+    """int64 of one rank's inbox [2, size, ROWS, columns in fours] of 4 bytes."""
+    return 2 * size * ROWS * -(-columns // 4) * 2  # two values each
 
 
 @op("gather_columns", ref=gather_columns_ref, shapes={"x": "T N : f32"})
 def gather_columns(x: Tensor, peers: Peers, *, out: Tensor | None = None) -> Tensor:
     """x [T, N] f32 of every rank -> [T, size * N] f32 in the order of ranks, on each of them. T = 0 to ROWS.
 
-    peers: all ranks, with inboxes of gather_words(size, N) int64 that serve no other op, and as many turns as there are
-    rows and blocks. Every rank calls for the same rows in the same order, and waits for all. One launch, in which each
-    float32 takes 8 bytes to another rank.
+    peers: all ranks, with inboxes of gather_words(size, N) int64 that serve no other op, and TURNS turns. Every rank
+    calls for the same rows in the same order, and waits for all. One launch, in which each float32 takes 4 bytes to
+    another rank.
     """
     rows, columns = x.shape
-    if rows > ROWS or peers.size > RANKS or len(peers.turns) < ROWS * blocks_of(columns):
+    if rows > ROWS or peers.size > RANKS or len(peers.turns) < TURNS:
         raise KernelError(
             f"gather_columns: 'x' is {list(x.shape)} of {peers.size} ranks with {len(peers.turns)} turns; expected at "
-            f"most {ROWS} rows and {RANKS} ranks, with {ROWS * blocks_of(columns)} turns"
+            f"most {ROWS} rows and {RANKS} ranks, with {TURNS} turns"
         )
     contiguous("gather_columns", x=x)
     out = result("gather_columns", out, (rows, peers.size * columns), x.dtype, x.device)

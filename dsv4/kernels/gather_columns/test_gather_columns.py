@@ -21,9 +21,9 @@ def test_ranks_lie_side_by_side(rows, columns, size):
     assert torch.equal(out, x.repeat(1, size))
 
 
-def test_an_inbox_holds_two_turns_of_whole_blocks():
-    assert gather_words(2, 64640) == 2 * 2 * 8 * 65536
-    assert gather_words(4, 1025) == 2 * 4 * 8 * 2048
+def test_an_inbox_holds_two_turns_of_whole_fours():
+    assert gather_words(2, 64640) == 2 * 2 * 128 * 64640 // 2
+    assert gather_words(4, 1025) == 2 * 4 * 128 * 1028 // 2
 
 
 def test_columns_of_another_dtype_are_refused():

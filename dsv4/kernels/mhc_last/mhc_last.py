@@ -43,7 +43,7 @@ def mhc_last(
 
     y [T, D], h [T, M, D] bf16|f32, post [T, M], comb [T, M, M] f32 of the last site; fn [M, M*D], base [M], scale [1]:
     `hc_head_{fn,base,scale}` -> h' [T, M, D], x [T, D] in h's dtype. Launches as mhc_seam does. peers: as there, y
-    [T, D] f32 is then this rank's part, up to T = 64, and all ranks must call alike.
+    [T, D] f32 is then this rank's part, up to T = ROWS, and all ranks must call alike.
     """
     tokens, streams, width = four_streams("mhc_last", h, fn, h.shape[1])
     check_part("mhc_last", y, h, peers)

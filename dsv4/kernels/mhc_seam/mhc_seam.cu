@@ -7,6 +7,7 @@ using namespace dsv4::mhc;
 namespace {
 
 __device__ Words<SEAM> words;
+__device__ WordsOfMany<SEAM> words_of_many;
 
 template <int TT, typename T>
 __global__ void __launch_bounds__(Shape<SEAM>::WORKERS, 2) mhc_seam(const __grid_constant__ Args<T> a) {
@@ -24,6 +25,11 @@ __global__ void __launch_bounds__(Shape<SEAM>::THREADS, ENDS<T>) mhc_enter(const
 }
 
 template <typename T>
+__global__ void __launch_bounds__(Together<SEAM>::THREADS, 2) mhc_seam_together(const __grid_constant__ Args<T> a, int together) {
+    enter_together<SEAM>(a, words_of_many, together);
+}
+
+template <typename T>
 cudaError_t go(const void* y, const void* h, const float* post, const float* comb, const float* fn, const float* base,
                const float* scale, const float* weight, void* h_out, void* x_out, float* post_out, float* comb_out,
                float* shares, int64_t tokens, int D, int64_t y_stride, int iters, float hc_eps, float norm_eps,
@@ -31,7 +37,7 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
     Args<T> args = seam_args<T>(y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens, D,
                                 y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size);
     args.shares = reinterpret_cast<float4*>(shares);
-    const Kernels<T> kernels = {mhc_seam<1, T>, mhc_seam<2, T>, mhc_leave<4, T>, mhc_leave<8, T>, mhc_enter<T>};
+    const Kernels<T> kernels = {mhc_seam<1, T>, mhc_seam<2, T>, mhc_leave<4, T>, mhc_leave<8, T>, mhc_enter<T>, mhc_seam_together<T>};
     return run<SEAM>(kernels, args, stream);
 }
 

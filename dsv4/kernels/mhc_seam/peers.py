@@ -13,12 +13,12 @@ from dsv4.errors import KernelError
 from dsv4.kernels.launch import same_dtype
 from dsv4.kernels.mhc_pre.shares import WIDEST
 
-ROWS, RANKS = 64, 8  #: that an inbox has room for; that an exchange has
+ROWS, RANKS = 128, 8  #: that an exchange has room for
 
 
 def inbox_words(size: int) -> int:
-    """int64 of one rank's inbox [2, size, ROWS, WIDEST]: what each rank tells it, of this turn and the last."""
-    return 2 * size * ROWS * WIDEST
+    """int64 of one rank's inbox [2, size, 128, WIDEST]: what each rank tells it, of this turn and the last."""
+    return 2 * size * 128 * WIDEST  # INBOX_ROWS in peers.cuh, where they are shared out
 
 
 @dataclass(frozen=True)

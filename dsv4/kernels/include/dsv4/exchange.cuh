@@ -3,7 +3,8 @@
 // running at once, and launches that use the same words must follow one another.
 //
 // Blocks of one launch meet in the L2 cache, with three values to a word of 16 bytes. Ranks meet in each other's memory,
-// over NVLink, with two values that bring the number each: 8 bytes arrive together there.
+// over NVLink, with two values that bring the number each: 8 bytes arrive together there. Many values need half of that
+// in plain words: a value's bits inverted, where 0 says that nothing is there yet. Who has read such a word puts 0 back.
 #pragma once
 #include <cstdint>
 
@@ -71,6 +72,37 @@ __device__ __forceinline__ Pair look_at_peer(const uint64_t* from) {
                  : "memory");
     return pair;
 }
+
+// Four plain words. The NaN whose inverted bits are 0, which no operation makes, becomes another.
+struct Four {
+    uint32_t words[4];
+    __device__ bool here() const { return words[0] != 0 && words[1] != 0 && words[2] != 0 && words[3] != 0; }
+    __device__ float value(int i) const { return __uint_as_float(~words[i]); }
+};
+
+__device__ __forceinline__ void put_words(uint32_t* to, const uint32_t (&words)[4]) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void tell_four(uint32_t* to, const float (&values)[4]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = max(~__float_as_uint(values[i]), 1u);
+    put_words(to, words);
+}
+
+__device__ __forceinline__ Four look_at_four(const uint32_t* from) {
+    Four four;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four.words[0]), "=r"(four.words[1]), "=r"(four.words[2]), "=r"(four.words[3])
+                 : "l"(from)
+                 : "memory");
+    return four;
+}
+
+__device__ __forceinline__ void clear_four(uint32_t* at) { put_words(at, {0, 0, 0, 0}); }
 
 // Who sees the number with arrived() sees all that this thread's block has written before it met for the last time.
 __device__ __forceinline__ void publish(unsigned* number, unsigned value) {

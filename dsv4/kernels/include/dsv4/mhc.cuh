@@ -6,7 +6,7 @@
 // them, so that the norm of the collapsed x needs no sum of its own. A token's shares are added up always in the same
 // order, and then: mixes, collapse, norm; Sinkhorn beside them, in one warp. For a few tokens the blocks of a token tell
 // each other their shares and each goes on with its own columns (exchange.cuh): here is what they do, in a launch
-// (mhc_kernels.cuh) or a phase of a program (persistent/seam_phase.cuh).
+// (mhc_kernels.cuh; of more tokens mhc_together.cuh) or a phase of a program (persistent/seam_phase.cuh).
 //
 // Where a site is left on several ranks, y is this rank's part of a sum (Peers).
 #pragma once
@@ -23,6 +23,7 @@ enum Kind { PRE, SEAM, HEAD, FINAL };
 constexpr int M = SITE;  // hc_mult of Flash and Pro
 constexpr int W = 4;     // columns per thread while the sums are made
 constexpr int PLACES = M * COLUMNS / W, QUADS = COLUMNS / W;
+constexpr int HEARD = 2;  // tokens of a block whose parts its idle warps hear
 constexpr int FEW = 8, MOST_SLICES = MOST_COLUMNS / COLUMNS;
 constexpr int PAIRS = M * (M + 1) / 2;
 constexpr unsigned ALL = 0xffffffffu;
@@ -39,7 +40,7 @@ struct Shape {
     static constexpr int SHARE = ROWS / TEAM;          // so many rows of fn
     static constexpr int WORKERS = TEAM * PLACES, WARPS = WORKERS / 32;
     static constexpr int THREADS = WORKERS + (ENTERS ? 32 : 0);  // of the second launch: and a warp for Sinkhorn
-    static constexpr int HEARD = KIND == FINAL ? 2 : 4;  // tokens of a block whose parts its idle warps can hear
+    static constexpr int SOME = KIND == FINAL ? 2 : 4;  // tokens of a block of two launches, or twice as many
     static_assert(SHARE * TEAM == ROWS && SHARE < 4 && ROWS <= 32 && WORDS <= WARPS);
     static_assert(KIND != SEAM || exchange::PER_WORD * (WORDS - TEAM) <= WARPS, "a pair of streams to a warp");
 };
@@ -163,26 +164,26 @@ struct Leaving {
 };
 
 // The site's streams of the block's columns and tokens `first`.. into `streams`; of each token by one team, so that all
-// are loaded at once. told: the peers have this rank's parts.
+// are loaded at once. More than HEARD have no peers.
 template <Kind KIND, int TT, typename T>
-__device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, int64_t first, int count, bool told,
+__device__ __forceinline__ void load_streams(const Args<T>& a, const Place& p, int64_t first, int count,
                                              float (&streams)[TT][M][COLUMNS]) {
     using S = Shape<KIND>;
     if constexpr (S::LEAVES) {
         static_assert(TT <= S::TEAM);
         __shared__ __align__(8) float sums[TT][COLUMNS];
         if (p.team < count) {
-            const bool alone = TT > S::HEARD || !a.peers.any();
+            const bool alone = TT > HEARD || !a.peers.any();
             Leaving<T> leaving;
             leaving.read(a, p, first + p.team, alone);
             if (!alone) peers_heard(S::WORKERS);
             leaving.finish(a, p, first + p.team, alone, sums[p.team], streams[p.team]);
-        } else if (TT <= S::HEARD && a.peers.any()) {
+        } else if (TT <= HEARD && a.peers.any()) {
             const int t = S::WARPS - 1 - threadIdx.x / 32;
             if (t < count) {
                 const Meeting meeting(a.peers, first + t, blockIdx.x, a.D);
                 const uint32_t turn = a.peers.turn_of(first + t);
-                if (!told) meeting.tell(turn);
+                meeting.tell(turn);
                 *reinterpret_cast<float2*>(&sums[t][threadIdx.x % 32 * 2]) = meeting.hear<4>(turn);
             }
             peers_heard(S::WORKERS);

@@ -1,8 +1,9 @@
-// The kernels of mhc.cuh: for a few tokens one launch, whose blocks tell each other their shares of the sums; for many a
-// second one, of one block per token. A row's bits are the same either way.
+// The kernels of mhc.cuh: for a few tokens one launch, whose blocks tell each other their shares of the sums, and where a
+// site is left for more of them as well (mhc_together.cuh); for many a second one, of one block per token. A row's bits are
+// the same either way.
 #pragma once
 #include <dsv4/dependent.cuh>
-#include <dsv4/mhc.cuh>
+#include <dsv4/mhc_together.cuh>
 
 namespace dsv4::mhc {
 
@@ -33,7 +34,7 @@ __device__ void enter_few(const Args<T>& a, Words<KIND>& words) {
 #pragma unroll
     for (int t = 0; t < TT; ++t)
         if (t < count) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
-    load_streams<KIND, TT>(a, p, first, count, false, streams);
+    load_streams<KIND, TT>(a, p, first, count, streams);
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < TT; ++t)
@@ -94,13 +95,9 @@ __device__ void shares_of_many(const Args<T>& a) {
     load_rows<KIND>(a, p, f);
     wait_for_previous();
     const int64_t begin = static_cast<int64_t>(blockIdx.y) * TT, step = static_cast<int64_t>(gridDim.y) * TT;
-    if (S::LEAVES && TT <= S::HEARD && a.peers.any())
-        for (int64_t first = begin; first < a.tokens; first += step)
-            if (const int64_t token = first + warp; warp < TT && token < a.tokens)
-                Meeting(a.peers, token, blockIdx.x, a.D).tell(a.peers.turn_of(token));
     for (int64_t first = begin; first < a.tokens; first += step) {
         const int count = min(static_cast<int64_t>(TT), a.tokens - first);
-        load_streams<KIND, TT>(a, p, first, count, true, streams);
+        load_streams<KIND, TT>(a, p, first, count, streams);
         __syncthreads();
 #pragma unroll 2
         for (int t = 0; t < count; ++t) part_of_sums<KIND>(f, p, streams[t], parts[t][warp]);
@@ -132,7 +129,6 @@ __device__ void enter_many(const Args<T>& a, int slices) {
         T element[N];
     } streams[ROUNDS][M];
     take_turn();
-    if (S::LEAVES && a.peers.any() && threadIdx.x == 0) ++a.peers.turns[token];
     if (warp < S::WARPS) {
         float sums[4] = {};
         if (warp < S::WORDS) {
@@ -201,10 +197,12 @@ __device__ void enter_many(const Args<T>& a, int slices) {
     }
 }
 
-// An op's kernels: of one launch, with one token or two to a block; of two, the first with HEARD or twice as many.
+// An op's kernels: of one launch, with one token or two to a block; of two, the first with SOME or twice as many; of one
+// launch, where a site is left, with any number.
 template <typename T>
 struct Kernels {
     void (*one)(Args<T>), (*two)(Args<T>), (*some)(Args<T>), (*many)(Args<T>), (*end)(Args<T>, int);
+    void (*together)(Args<T>, int) = nullptr;
 };
 
 // One launch where its blocks all run at once, else two.
@@ -212,7 +210,7 @@ template <Kind KIND, typename T>
 static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t stream) {
     using S = Shape<KIND>;
     args.mean = 1.0f / static_cast<float>(args.D);
-    if (args.D > MOST_COLUMNS || (args.peers.size > 1 && args.tokens > INBOX_ROWS) || args.peers.size > MOST_RANKS)
+    if (args.D > MOST_COLUMNS || args.peers.size > MOST_RANKS)
         return cudaErrorInvalidValue;
     const int slices = (args.D + COLUMNS - 1) / COLUMNS;
     int device = 0, processors = 0;
@@ -224,12 +222,15 @@ static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t str
         return launch_dependent(kernels.one, slices, args.tokens, S::WORKERS, 0, stream, args);
     if (args.tokens <= FEW && pairs <= at_once)
         return launch_dependent(kernels.two, slices, pairs, S::WORKERS, 0, stream, args);
-    const bool alone = args.peers.size <= 1;
-    const int together = args.tokens <= 32 || !alone ? S::HEARD : 2 * S::HEARD;  // fn is read once for so many
-    int64_t groups = (args.tokens + together - 1) / together;
-    if (!alone) groups = groups < at_once ? groups : at_once;  // peers wait for every block
-    if (groups == 0) return cudaErrorInvalidConfiguration;
-    const auto first = together == S::HEARD ? kernels.some : kernels.many;
+    if constexpr (S::LEAVES) {
+        bool fits = false;
+        const cudaError_t error = run_together<KIND>(kernels.together, args, slices, processors, stream, fits);
+        if (fits || error != cudaSuccess) return error;
+        if (args.peers.size > 1) return cudaErrorCooperativeLaunchTooLarge;
+    }
+    const int together = args.tokens <= 32 ? S::SOME : 2 * S::SOME;  // fn is read once for so many
+    const int64_t groups = (args.tokens + together - 1) / together;
+    const auto first = together == S::SOME ? kernels.some : kernels.many;
     const cudaError_t error = launch_dependent(first, slices, groups, S::WORKERS, 0, stream, args);
     if (error != cudaSuccess) return error;
     return launch_dependent(kernels.end, args.tokens, 1, S::THREADS, 0, stream, args, slices);

@@ -5,19 +5,20 @@
 namespace dsv4::mhc {
 
 constexpr int COLUMNS = 64, MOST_COLUMNS = 8192;  // of a block; of a row
-constexpr int MOST_RANKS = 8, INBOX_ROWS = 64;
+constexpr int MOST_RANKS = 8, INBOX_ROWS = 128, NUMBERED_ROWS = 8, MANY_ROWS = 128;
 
 // The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
-// values with the number of the turn, which the others write. A rank tells its part of turn n to all and hears theirs in
-// its own inbox; it adds them in the order of ranks and rounds the sum once.
+// 8 bytes, which the others write: NUMBERED_ROWS of values with the number of the turn, for launches of few rows, and behind
+// them MANY_ROWS of plain words (exchange.cuh), for those of more. A rank tells its part of turn n to all and hears theirs
+// in its own inbox; it adds them in the order of ranks and rounds the sum once.
 //
 // The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
-// it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read. Every row has its
-// own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
+// it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read, and plain words are
+// 0 again. Every row has its own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
 // and all of its blocks run at once.
 struct Peers {
     uint64_t* inboxes[MOST_RANKS];
-    uint32_t* turns;    // [INBOX_ROWS] the last turn of each row
+    uint32_t* turns;    // [MANY_ROWS] the last turn of each row
     const float* part;  // [T, D]: what this rank gives
     int64_t stride;     // of its rows
     int rank, size;
@@ -35,6 +36,47 @@ struct Peers {
             const int next = rank + i, to = next < size ? next : next - size;
             exchange::tell_peer(at(to, rank, token, column, turn), value, turn);
         }
+    }
+    __device__ uint32_t* plain_at(int owner, int from, int64_t token, int column, uint32_t turn) const {
+        return reinterpret_cast<uint32_t*>(at(owner, from, NUMBERED_ROWS, 0, turn)) + token * MOST_COLUMNS + column;
+    }
+    // This rank's part of four columns, in plain words.
+    __device__ __forceinline__ void tell_four(int64_t token, int column, const float (&own)[4], uint32_t turn) const {
+#pragma unroll 1
+        for (int i = 1; i < size; ++i) {
+            const int next = rank + i, to = next < size ? next : next - size;  // not all to one at a time
+            exchange::tell_four(plain_at(to, rank, token, column, turn), own);
+        }
+    }
+    // This rank's part of four columns becomes the sum of all. Those of TOGETHER ranks are asked for at once.
+    __device__ __forceinline__ void hear_four(int64_t token, int column, float (&part)[4], uint32_t turn) const {
+        constexpr int TOGETHER = 2;
+        constexpr int64_t NEXT = 2 * INBOX_ROWS * MOST_COLUMNS;
+        uint32_t* from = plain_at(rank, 0, token, column, turn);
+        float sum[4] = {};
+#pragma unroll 1
+        for (int first = 0; first < size; first += TOGETHER, from += TOGETHER * NEXT) {
+            exchange::Four heard[TOGETHER] = {};
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < size && first + i != rank) heard[i] = exchange::look_at_four(from + i * NEXT);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (first + i < size) {
+                    const bool known = first + i == rank;
+                    if (!known) {
+                        while (!heard[i].here()) heard[i] = exchange::look_at_four(from + i * NEXT);
+                        exchange::clear_four(from + i * NEXT);
+                    }
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        const float value = known ? part[k] : heard[i].value(k);
+                        sum[k] = first + i == 0 ? value : sum[k] + value;
+                    }
+                }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) part[k] = sum[k];
     }
 };
 
