@@ -117,19 +117,28 @@ class Model:
 
         Everything that depends on a length is in `step`, so on a plan of fixed shapes this is fixed work.
         """
+        last, y = self.body_apart(step, cache, observe)
+        h = last.leave(y, self.settings.tp)
+        if observe is not None:
+            observe(f"layers.{len(self.blocks) - 1}.ffn", whole(h, len(y), self.settings.tp))
+        return h
+
+    def body_apart(self, step: Step, cache: KVCache, observe: Observe | None = None) -> tuple[Streams, Tensor]:
+        """As `body`, up to the last site, which `head_at_once` leaves: its streams, and the FFN's output y [T, D], or
+        of several ranks this one's part of it.
+        """
         h = embed(step.plan.tokens, self.embed, self.config.hc_mult)
         streams = self.blocks[0].attn_site.enter(h)
         for i, block in enumerate(self.blocks):
             mid, y = block(streams, cache.layers[i], step)
-            if i + 1 < len(self.blocks):  # out of this layer and into the next
-                streams = self.blocks[i + 1].attn_site.seam(y, mid)
-                h = streams.h
-            else:
-                h = mid.leave(y, self.settings.tp)
             if observe is not None:
                 observe(f"layers.{i}.attn", whole(mid.h, len(y), self.settings.tp))
-                observe(f"layers.{i}.ffn", whole(h, len(y), self.settings.tp))
-        return h
+            if i + 1 == len(self.blocks):
+                return mid, y
+            streams = self.blocks[i + 1].attn_site.seam(y, mid)  # out of this layer and into the next
+            if observe is not None:
+                observe(f"layers.{i}.ffn", whole(streams.h, len(y), self.settings.tp))
+        raise AssertionError("a model has layers")
 
     def at_once(self, step: Step, cache: KVCache) -> Persistent:
         """All layers of a decode step at fixed shapes as one op, for `body_at_once`. Unfit where that cannot be;
@@ -138,9 +147,7 @@ class Model:
         return Persistent(self.blocks, cache, step, self.config, self.settings)
 
     def body_at_once(self, step: Step, layers: Persistent) -> tuple[Streams, Tensor]:
-        """As `body`, bit for bit, up to the last site, which `head_at_once` leaves: its streams, and the FFN's output y
-        [T, D], or of several ranks this one's part of it.
-        """
+        """As `body_apart`, bit for bit, in one op."""
         streams = layers.entered
         embed(step.plan.tokens, self.embed, self.config.hc_mult, out=streams.h)
         self.blocks[0].attn_site.enter(streams.h, out=streams)
@@ -151,7 +158,7 @@ class Model:
         return self.vocabulary(self.stream_head(h), out)
 
     def head_at_once(self, last: Streams, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """What `body_at_once` leaves -> logits [T, V] f32."""
+        """What `body_apart` or `body_at_once` leaves -> logits [T, V] f32."""
         return self.vocabulary(self.stream_head.leave(y, last)[1], out)
 
     def logits(self, ids: Sequence[int] | Tensor, prefill: int | None = None, chunk: int | None = None) -> Tensor:

@@ -104,9 +104,10 @@ class DecodeStep:
         static = self.static
         static.update()
         if self.layers is None:
-            self.model.head(self.model.body(self._step, self.cache), out=self.logits)
+            last, y = self.model.body_apart(self._step, self.cache)
         else:
-            self.model.head_at_once(*self.model.body_at_once(self._step, self.layers), out=self.logits)
+            last, y = self.model.body_at_once(self._step, self.layers)
+        self.model.head_at_once(last, y, out=self.logits)
         self.sampler.sample(self.logits, out=self.tokens)
         self.sampler.advance(self.tokens, static.slots, static.tokens, static.positions, self._ring, self._count)
 

@@ -99,7 +99,7 @@ def whole(x: Tensor, rows: int, tp: Mesh | None) -> Tensor:
 
 @cache
 def peers_of(tp: Mesh) -> Peers | None:
-    """With whom a seam adds up a few rows by itself, if it can."""
+    """With whom a seam adds up the rows of a decode step by itself, if it can."""
     return peers_among(tp, inbox_words(tp.size), tp.comm.add)
 
 
@@ -107,7 +107,7 @@ class StreamHead:
     """`hc_head_*` and `norm`: the streams become the lm head's input."""
 
     def __init__(self, scope: Scope, config: ModelConfig, tp: Mesh | None):
-        self.peers = None if tp is None else peers_of(tp)
+        self.tp, self.peers = tp, None if tp is None else peers_of(tp)
         self.fn, self.base, self.scale = (scope.f32(f"hc_head_{part}") for part in ("fn", "base", "scale"))
         self.norm = scope.f32("norm.weight")
         self.hc_eps, self.eps = config.hc_eps, config.rms_norm_eps
@@ -119,8 +119,11 @@ class StreamHead:
 
     def leave(self, y: Tensor, last: Streams) -> tuple[Tensor, Tensor]:
         """The last sublayer's output y [T, D] -> the streams [T, M, D] after its site and, bit for bit, what becomes of
-        them here [T, D]. Of several ranks, y f32 is a rank's part, and they can write each other's memory.
+        them here [T, D]. Of several ranks, y f32 is a rank's part.
         """
+        if self.tp is not None and (self.peers is None or len(y) > ROWS):
+            h = last.leave(y, self.tp)
+            return h, self(h)
         site = last.h, last.post, last.comb, self.fn, self.base, self.scale
         h, x = mhc_last(y, *site, hc_eps=self.hc_eps, norm_eps=self.eps, peers=self.peers)
         return h, rms_norm(x, self.norm, self.eps)

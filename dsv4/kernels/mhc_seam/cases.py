@@ -12,10 +12,11 @@ from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.mhc_seam.mhc_seam_ref import mhc_seam_ref
 from dsv4.kernels.mhc_seam.peers import ROWS, Peers, inbox_words
 
+SIZES = [(5, 4096), (2, 7168), (8, 4096), (16, 4096), (33, 4096), (128, 4096)]  # T, D
 RANKS = [(1, 256, 0, 2), (3, 100, 1, 2), (35, 64, 2, 4)]  # T, D, rank, ranks
 LARGE_RANKS = [
-    (1, 4096, 1, 2), (6, 4096, 0, 2), (16, 4096, 0, 2), (64, 4096, 3, 4), (2, 7168, 5, 8), (64, 7168, 0, 2), (65, 4096, 1, 2),
-    (128, 4096, 0, 2), (128, 7168, 1, 2),
+    (1, 4096, 1, 2), (6, 4096, 0, 2), (16, 4096, 0, 2), (64, 4096, 3, 4), (2, 7168, 5, 8), (64, 7168, 0, 2),
+    (65, 4096, 1, 2), (128, 4096, 0, 2), (128, 7168, 1, 2),
 ]  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def arguments(make: Maker, rows: int, width: int, dtype: str, part: str) -> tupl
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
     how = {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": EPS}
     for dtype in DTYPES:
-        for rows, width in SMALL if quick else [*SMALL, (5, 4096), (2, 7168), (8, 4096), (16, 4096), (33, 4096), (128, 4096), *LARGE]:
+        for rows, width in SMALL if quick else SMALL + SIZES + LARGE:
             args = arguments(make, rows, width, dtype, dtype)
             yield Case("mhc_seam", f"[{rows}, 4, {width}]", dtype, mhc_seam, mhc_seam_ref, args, tolerance, how)
         for rows, width, rank, size in RANKS if quick else RANKS + LARGE_RANKS:

@@ -49,8 +49,8 @@ def mhc_seam(
     y [T, D], h [T, M, D] bf16|f32, post [T, M], comb [T, M, M] f32 of the site that ends; fn [O, M*D], base, scale [O],
     weight [D] f32 of the one that begins -> h' [T, M, D], x [T, D] in h's dtype, post' [T, M], comb' [T, M, M] f32.
     Rounded where the three ops round: h', the collapsed x, the normed x; the norm's sum of squares is that of x before
-    its rounding. A row's bits do not depend on T. One launch up to T = 128, two beyond, or where the blocks of one do not
-    all run at once; launches of a device must follow one another (blocks of one launch tell each other sums in one
+    its rounding. A row's bits do not depend on T. One launch up to T = 128, two beyond, or where the blocks of one do
+    not all run at once; launches of a device must follow one another (blocks of one launch tell each other sums in one
     place). Reads T*(M+1)*D*2 + (2+M)*M*M*D*4 bytes and writes T*(M+1)*D*2.
 
     peers: y [T, D] f32 is this rank's part; the parts are added in the order of ranks and rounded once to h's dtype.
