@@ -136,11 +136,11 @@ def main(size: int, folder: Path) -> None:
     mesh = join(size, "cuda")
     facts: dict[str, Any] = {
         "sums": {rows: captured_sums(mesh, rows) for rows in (1, 3, 64, 300)},
-        "seams": {rows: captured_seams(mesh, rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64)},
+        "seams": {rows: captured_seams(mesh, rows) for rows in (1, 2, 3, 5, 8, 9, 17, 64, 65, 128)},
         "apart": [sums_apart(mesh, rows) for rows in (1, 3, 64, 256)],
         "gathers": [
             *(captured_gather(mesh, rows, in_words=False) for rows in (1, 64, 300)),
-            *(captured_gather(mesh, rows, in_words=True) for rows in (1, 8, 3)),
+            *(captured_gather(mesh, rows, in_words=True) for rows in (1, 8, 64, 3, 128)),
         ],
     }
     text, logits = load_file(folder / "text.safetensors"), {}

@@ -13,12 +13,12 @@ from dsv4.errors import KernelError
 from dsv4.kernels.launch import same_dtype
 from dsv4.kernels.mhc_pre.shares import WIDEST
 
-ROWS, RANKS = 128, 8  #: that an exchange has room for
+ROWS, COLUMNS, RANKS = 128, 7168, 8  #: that an exchange has room for
 
 
 def inbox_words(size: int) -> int:
-    """int64 of one rank's inbox [2, size, 128, WIDEST]: what each rank tells it, of this turn and the last."""
-    return 2 * size * 128 * WIDEST  # INBOX_ROWS in peers.cuh, where they are shared out
+    """int64 of one rank's inbox [2, size, 64, WIDEST]: what each rank tells it, of this turn and the last."""
+    return 2 * size * 64 * WIDEST  # INBOX_ROWS in peers.cuh, where they are shared out
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def check_part(name: str, y: Tensor, h: Tensor, peers: Peers | None) -> None:
     """Whether the op's y [T, D] is what leaves a site of streams h: whole, or with `peers` a rank's part."""
     if peers is None:
         same_dtype(name, "y", y, "h", h)
-    elif y.dtype != torch.float32 or len(y) > ROWS or peers.size > RANKS:
+    elif y.dtype != torch.float32 or len(y) > ROWS or y.shape[1] > COLUMNS or peers.size > RANKS:
         raise KernelError(
             f"{name}: 'y' is {list(y.shape)} {y.dtype} of {peers.size} ranks; parts of a sum are float32, of at most "
-            f"{ROWS} rows and {RANKS} ranks"
+            f"{ROWS} rows, {COLUMNS} columns and {RANKS} ranks"
         )
 
 

@@ -226,7 +226,7 @@ static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t str
         bool fits = false;
         const cudaError_t error = run_together<KIND>(kernels.together, args, slices, processors, stream, fits);
         if (fits || error != cudaSuccess) return error;
-        if (args.peers.size > 1) return cudaErrorCooperativeLaunchTooLarge;
+        if (args.peers.size > 1) return cudaErrorCooperativeLaunchTooLarge;  // or too many columns
     }
     const int together = args.tokens <= 32 ? S::SOME : 2 * S::SOME;  // fn is read once for so many
     const int64_t groups = (args.tokens + together - 1) / together;

@@ -213,7 +213,8 @@ __device__ __forceinline__ void enter_together(const Args<T>& a, WordsOfMany<KIN
             own_part(a, p, first + t, part);
             if (p.left > 0) a.peers.tell_four(first + t, p.d, part, turn);
         }
-    for (int t = threadIdx.x; t < count; t += G::THREADS) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
+    if (warp == G::WARPS)
+        for (int t = lane; t < count; t += 32) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
 #pragma unroll 1
     for (int t = own; t < count; t += G::TOKENS) leave_token(a, p, first + t, rows[t].streams);
     wait_for_copies();
@@ -288,7 +289,8 @@ static cudaError_t run_together(void (*kernel)(Args<T>, int), const Args<T>& arg
                                 cudaStream_t stream, bool& fits) {
     constexpr int THREADS = Together<KIND>::THREADS;
     fits = false;
-    for (int each = 2; each > 0 && args.tokens <= MANY_ROWS; --each) {
+    if (args.tokens > MANY_ROWS || (args.peers.size > 1 && args.D > MANY_COLUMNS)) return cudaSuccess;
+    for (int each = 2; each > 0; --each) {
         const int most = each * processors / slices, tokens = static_cast<int>(args.tokens);
         if (most == 0) continue;
         const int together = (tokens + most - 1) / most, bytes = static_cast<int>(bytes_together<KIND, T>(together));

@@ -5,11 +5,13 @@
 namespace dsv4::mhc {
 
 constexpr int COLUMNS = 64, MOST_COLUMNS = 8192;  // of a block; of a row
-constexpr int MOST_RANKS = 8, INBOX_ROWS = 128, NUMBERED_ROWS = 8, MANY_ROWS = 128;
+constexpr int MOST_RANKS = 8, INBOX_ROWS = 64, NUMBERED_ROWS = 8;
+constexpr int MANY_ROWS = 128, MANY_COLUMNS = 7168;  // of plain words
+static_assert(MANY_ROWS * MANY_COLUMNS == 2 * (INBOX_ROWS - NUMBERED_ROWS) * MOST_COLUMNS, "they fill an inbox");
 
 // The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
 // 8 bytes, which the others write: NUMBERED_ROWS of values with the number of the turn, for launches of few rows, and behind
-// them MANY_ROWS of plain words (exchange.cuh), for those of more. A rank tells its part of turn n to all and hears theirs
+// them [MANY_ROWS][MANY_COLUMNS] plain words (exchange.cuh), for those of more. A rank tells its part of turn n to all and hears theirs
 // in its own inbox; it adds them in the order of ranks and rounds the sum once.
 //
 // The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
@@ -38,7 +40,7 @@ struct Peers {
         }
     }
     __device__ uint32_t* plain_at(int owner, int from, int64_t token, int column, uint32_t turn) const {
-        return reinterpret_cast<uint32_t*>(at(owner, from, NUMBERED_ROWS, 0, turn)) + token * MOST_COLUMNS + column;
+        return reinterpret_cast<uint32_t*>(at(owner, from, NUMBERED_ROWS, 0, turn)) + token * MANY_COLUMNS + column;
     }
     // This rank's part of four columns, in plain words.
     __device__ __forceinline__ void tell_four(int64_t token, int column, const float (&own)[4], uint32_t turn) const {
