@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(Shape<FINAL>::THREADS) mhc_last_end(const __gr
 }
 
 template <typename T>
-__global__ void __launch_bounds__(Together<FINAL>::THREADS, 2) mhc_last_together(const __grid_constant__ Args<T> a, int together) {
+__global__ void __launch_bounds__(Together<FINAL>::THREADS)
+    mhc_last_together(const __grid_constant__ Args<T> a, int together) {
     enter_together<FINAL>(a, words_of_many, together);
 }
 
@@ -37,7 +38,8 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
     Args<T> args = seam_args<T>(y, h, post, comb, fn, base, scale, nullptr, h_out, x, nullptr, nullptr, tokens, D,
                                 y_stride, 0, hc_eps, norm_eps, inboxes, turns, rank, size);
     args.shares = reinterpret_cast<float4*>(shares);
-    const Kernels<T> kernels = {mhc_last<1, T>, mhc_last<2, T>, mhc_last_shares<2, T>, mhc_last_shares<4, T>, mhc_last_end<T>, mhc_last_together<T>};
+    const Kernels<T> kernels = {mhc_last<1, T>,        mhc_last<2, T>,     mhc_last_shares<2, T>,
+                                mhc_last_shares<4, T>, mhc_last_end<T>,    mhc_last_together<T>};
     return run<FINAL>(kernels, args, stream);
 }
 

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(Shape<SEAM>::THREADS, ENDS<T>) mhc_enter(const
 }
 
 template <typename T>
-__global__ void __launch_bounds__(Together<SEAM>::THREADS, 2) mhc_seam_together(const __grid_constant__ Args<T> a, int together) {
+__global__ void __launch_bounds__(Together<SEAM>::THREADS)
+    mhc_seam_together(const __grid_constant__ Args<T> a, int together) {
     enter_together<SEAM>(a, words_of_many, together);
 }
 
@@ -37,7 +38,8 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
     Args<T> args = seam_args<T>(y, h, post, comb, fn, base, scale, weight, h_out, x_out, post_out, comb_out, tokens, D,
                                 y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size);
     args.shares = reinterpret_cast<float4*>(shares);
-    const Kernels<T> kernels = {mhc_seam<1, T>, mhc_seam<2, T>, mhc_leave<4, T>, mhc_leave<8, T>, mhc_enter<T>, mhc_seam_together<T>};
+    const Kernels<T> kernels = {mhc_seam<1, T>,  mhc_seam<2, T>, mhc_leave<4, T>,
+                                mhc_leave<8, T>, mhc_enter<T>,   mhc_seam_together<T>};
     return run<SEAM>(kernels, args, stream);
 }
 

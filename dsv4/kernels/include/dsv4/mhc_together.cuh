@@ -283,29 +283,22 @@ __device__ __forceinline__ void enter_together(const Args<T>& a, WordsOfMany<KIN
     }
 }
 
-// Whether all blocks run at once, and if so the launch: two blocks to a processor, or one if they need its memory.
+// Whether all blocks run at once, and if so the launch. One block to a processor: of two, the second may find that the
+// processor's memory is still shared out as the kernel in front wanted it, and wait for the first, which waits for it.
 template <Kind KIND, typename T>
 static cudaError_t run_together(void (*kernel)(Args<T>, int), const Args<T>& args, int slices, int processors,
                                 cudaStream_t stream, bool& fits) {
     constexpr int THREADS = Together<KIND>::THREADS;
+    const int groups = processors / slices, tokens = static_cast<int>(args.tokens);
     fits = false;
-    if (args.tokens > MANY_ROWS || (args.peers.size > 1 && args.D > MANY_COLUMNS)) return cudaSuccess;
-    for (int each = 2; each > 0; --each) {
-        const int most = each * processors / slices, tokens = static_cast<int>(args.tokens);
-        if (most == 0) continue;
-        const int together = (tokens + most - 1) / most, bytes = static_cast<int>(bytes_together<KIND, T>(together));
-        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
-            cudaGetLastError();  // more than a block may have
-            continue;
-        }
-        int found = 0;
-        if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, THREADS, bytes))
-            return error;
-        if (found < each) continue;
-        fits = true;
-        return launch_dependent(kernel, slices, (tokens + together - 1) / together, THREADS, bytes, stream, args, together);
+    if (groups == 0 || args.tokens > MANY_ROWS || (args.peers.size > 1 && args.D > MANY_COLUMNS)) return cudaSuccess;
+    const int together = (tokens + groups - 1) / groups, bytes = static_cast<int>(bytes_together<KIND, T>(together));
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
+        cudaGetLastError();  // more than a block may have
+        return cudaSuccess;
     }
-    return cudaSuccess;
+    fits = true;
+    return launch_dependent(kernel, slices, (tokens + together - 1) / together, THREADS, bytes, stream, args, together);
 }
 
 }  // namespace dsv4::mhc

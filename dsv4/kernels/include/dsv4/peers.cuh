@@ -10,14 +10,14 @@ constexpr int MANY_ROWS = 128, MANY_COLUMNS = 7168;  // of plain words
 static_assert(MANY_ROWS * MANY_COLUMNS == 2 * (INBOX_ROWS - NUMBERED_ROWS) * MOST_COLUMNS, "they fill an inbox");
 
 // The ranks whose parts make up y, none if there is one rank. Each has an inbox [2][size][INBOX_ROWS][MOST_COLUMNS] of
-// 8 bytes, which the others write: NUMBERED_ROWS of values with the number of the turn, for launches of few rows, and behind
-// them [MANY_ROWS][MANY_COLUMNS] plain words (exchange.cuh), for those of more. A rank tells its part of turn n to all and hears theirs
-// in its own inbox; it adds them in the order of ranks and rounds the sum once.
+// 8 bytes, which the others write: NUMBERED_ROWS of values with the number of the turn, for launches of few rows, and
+// behind them [MANY_ROWS][MANY_COLUMNS] plain words (exchange.cuh), for those of more. A rank tells its part of turn n to
+// all and hears theirs in its own inbox; it adds them in the order of ranks and rounds the sum once.
 //
 // The two halves take turns. A rank writes turn n + 2 over turn n of a peer once its launch of turn n + 1 has ended, so
 // it has heard that turn from the peer, whose launch of turn n had then ended: all of turn n was read, and plain words are
-// 0 again. Every row has its own number, which all ranks count alike since they launch alike. A launch tells all of its rows before it hears one,
-// and all of its blocks run at once.
+// 0 again. Every row has its own number, which all ranks count alike since they launch alike. A launch tells all of its
+// rows before it hears one, and all of its blocks run at once.
 struct Peers {
     uint64_t* inboxes[MOST_RANKS];
     uint32_t* turns;    // [MANY_ROWS] the last turn of each row
