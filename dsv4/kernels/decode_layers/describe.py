@@ -212,7 +212,9 @@ def index(phase: Index, room: Room, joined: bool) -> bytes:
 
 
 def attention(phase: Attention, room: Room) -> bytes:
-    return _like("attention", *_launched(sparse_attention, phase, phase.out[0]), room.attention, room.grid)
+    letters, given = _launched(sparse_attention, phase, phase.out[0])
+    kept = [i for i in range(len(given)) if i != 9]  # not where a launch leaves parts
+    return _like("attention", "".join(letters[i] for i in kept), [given[i] for i in kept], room.attention, room.grid)
 
 
 FILL: dict[type, Callable[[Any, Room], bytes]] = {Inputs: inputs, Attention: attention}

@@ -129,10 +129,29 @@ def turned(make: Maker, rows: int, heads: int, window: int, selected: int) -> Ca
     return Case("sparse_attention", name, "bf16", sparse_attention, apart, args, bits, how, moved=nbytes(args[0]) * 2)
 
 
+def one_by_one(*args: Any, **how: Any) -> Tensor:
+    q, local, local_rows, pool, pool_rows, sink, cis = args
+    each = [slice(t, t + 1) for t in range(len(q))]
+    rows = [(q[t], local, local_rows[t], pool, pool_rows[t], sink, cis[t]) for t in each]
+    return torch.cat([sparse_attention(*row, **how) for row in rows])
+
+
+def alike(make: Maker, rows: int, heads: int, window: int, selected: int) -> Case:
+    """Rows of a decode step have the bits that each has alone."""
+    args = inputs(make, rows, heads, window, selected, packed=(True, True))
+    args[4][make.uniform(rows, selected) < 0.3], args[4][0], args[2][1], args[4][1] = -1, -1, -1, -1
+    args[4][2, selected // 2 :] = -1
+    name = f"[{rows}, {heads}] {window} + {selected} row by row"
+    how = {"scale": SCALE}
+    return Case("sparse_attention", name, "bf16", sparse_attention, one_by_one, tuple(args), bits, how)
+
+
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
     packed = True, True
-    for rows, heads in ((1, 64), (3, 4), (5, 128), (66, 64), (67, 20), (66, 32)):
+    for rows, heads in ((1, 64), (3, 4), (5, 128), (20, 32), (66, 64), (67, 20), (66, 32)):
         yield turned(make, rows, heads, 128, 100)
+    for rows, heads, selected in ((9, 32, 100), (17, 20, 100), (13, 16, 520), (12, 64, 530)):
+        yield alike(make, rows, heads, 128, selected)
     yield made("[0, 64]", inputs(make, 0, 64, 128, 64, packed=packed))
     for rows, heads, window, selected, form in [
         (1, 64, 128, 40, packed),
@@ -153,7 +172,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
     yield made("[2, 64] logits of 1000", inputs(make, 2, 64, 128, 100, packed=packed, scale=300))
     if quick:
         return
-    for rows in (1, 4, 64):
+    for rows in (1, 4, 16, 64):
         for window, selected in [(128, 0), (128, 32), (128, 512), (128, 8192)]:
             yield made(f"[{rows}, 64] {window} + {selected}", inputs(make, rows, 64, window, selected, packed=packed))
     for rows in (1, 4):

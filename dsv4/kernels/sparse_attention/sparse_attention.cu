@@ -1,6 +1,6 @@
 // sparse_attention: HG heads of a token against its entries, on tensor cores.
 //
-// A call of up to 64 rows is attention_few.cuh. Above, a block has all the entries of its heads and walks its tiles in
+// A call of up to 64 rows is attention_cluster.cuh or attention_parts.cuh. Above, a block has all the entries of its heads and walks its tiles in
 // stages of TILES: packed bytes are copied to shared memory while the stage before is worked on, then decoded once to
 // BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with a running maximum that
 // moves once per stage. A stage without entries is skipped.
@@ -8,7 +8,8 @@
 // Neither order nor stages depend on the widths of the row lists, on HG or on the other rows: a row's bits are the same
 // in every such call.
 #include <dsv4/attention.cuh>
-#include <dsv4/attention_few.cuh>
+#include <dsv4/attention_cluster.cuh>
+#include <dsv4/attention_parts.cuh>
 #include <dsv4/dependent.cuh>
 #include <dsv4/mma.cuh>
 
@@ -17,35 +18,45 @@ using namespace dsv4::attention;
 
 namespace dsv4::attention::few {
 
-template <int HG, int TILES>
-__global__ void __launch_bounds__(THREADS, 1) sparse_attention_few(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(16) uint8_t memory[];
-    using S = Shared<HG, TILES>;
-    static_assert(HG * OUT_ROW * 4 <= (S::STAGE + HG) * ROW, "a partial result fits where entries and queries were");
-    take_turn();
-    const int unit = blockIdx.x / SPLITS, head = unit % a.groups * HG;
-    Block<HG, TILES> block(a, *reinterpret_cast<S*>(memory), unit / a.groups, cluster_rank());
-    block.run(head);
-    block.combine(head);
-}
-
-template <int HG, int TILES>
-static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
-    constexpr int bytes = sizeof(Shared<HG, TILES>);
-    const auto kernel = sparse_attention_few<HG, TILES>;
+template <int TILES>
+static cudaError_t run_cluster(Arguments a, int64_t rows, cudaStream_t stream) {
+    constexpr int bytes = sizeof(typename Cluster<TILES>::S), HG = Cluster<TILES>::HG;
+    const auto kernel = sparse_attention_cluster<TILES>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error) return error;
     a.groups = (a.heads + HG - 1) / HG;
     return launch_dependent_clusters(kernel, rows * a.groups * SPLITS, THREADS, bytes, SPLITS, stream, a);
 }
 
-// Heads go to as many blocks as find a multiprocessor each; beyond that, fewer blocks decode less often.
-static cudaError_t run(const Arguments& a, int64_t rows, bool roomy, cudaStream_t stream) {
-    constexpr int BLOCKS = 128;
-    if (!roomy) return run<16, 2>(a, rows, stream);
-    if (a.heads <= 16 || rows * ((a.heads + 15) / 16) * SPLITS <= BLOCKS) return run<16, 5>(a, rows, stream);
-    if (a.heads <= 32 || rows * ((a.heads + 31) / 32) * SPLITS <= BLOCKS) return run<32, 5>(a, rows, stream);
-    return run<64, 5>(a, rows, stream);
+// scratch: for sums and what was seen of every unit, room for heads in multiples of 32.
+template <int HG, int TILES>
+static cudaError_t run_parts(Arguments a, int rows, float* scratch, int processors, cudaStream_t stream) {
+    constexpr int bytes = sizeof(WalkShared<HG, TILES>);
+    const auto kernel = sparse_attention_parts<HG, TILES>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error) return error;
+    a.groups = (a.heads + HG - 1) / HG;
+    Parts parts = {};
+    parts.chunks = a.local_positions + a.pool.width > SPLITS * TILES * TILE ? CHUNKS : 1;
+    parts.units = rows * a.groups * SPLITS * parts.chunks;
+    parts.sums = scratch;
+    parts.seen = reinterpret_cast<float2*>(scratch + static_cast<int64_t>(parts.units) * HG * DH);
+    const int each = (parts.units + processors - 1) / processors, blocks = (parts.units + each - 1) / each;
+    if (const cudaError_t failed = launch_dependent(kernel, blocks, 1, THREADS, bytes, stream, a, parts, each))
+        return failed;
+    constexpr int HEADS = MERGE_THREADS / (DH / 4);
+    const int heads = rows * a.heads;
+    return launch_dependent(sparse_attention_merge<HG>, (heads + HEADS - 1) / HEADS, 1, MERGE_THREADS, 0, stream, a,
+                            parts, heads);
+}
+
+// Without scratch, a cluster for 16 heads of a row. With it, parts: of 32 heads where those keep processors busy.
+static cudaError_t run(const Arguments& a, int rows, float* scratch, bool roomy, int processors, cudaStream_t stream) {
+    if (scratch == nullptr) return roomy ? run_cluster<5>(a, rows, stream) : run_cluster<2>(a, rows, stream);
+    if (!roomy) return run_parts<16, 2>(a, rows, scratch, processors, stream);
+    if (a.heads <= 16 || rows * ((a.heads + 31) / 32) * SPLITS * 2 <= processors)
+        return run_parts<16, 5>(a, rows, scratch, processors, stream);
+    return run_parts<32, 5>(a, rows, scratch, processors, stream);
 }
 
 }  // namespace dsv4::attention::few
@@ -388,7 +399,7 @@ static cudaError_t run(Arguments a, int64_t rows, cudaStream_t stream) {
 
 extern "C" int dsv4_sparse_attention(const void* q, const void* local, const void* local_rows, const void* pool,
                                      const void* pool_rows, const void* sink, const void* cis, const void* turn,
-                                     void* out, int64_t rows, int64_t turn_stride, int64_t local_stride,
+                                     void* out, void* scratch, int64_t rows, int64_t turn_stride, int64_t local_stride,
                                      int64_t pool_stride, int64_t cis_stride, int heads, int local_width,
                                      int pool_width, int local_packed, int pool_packed, int rope, int split,
                                      float scale, float eps, cudaStream_t stream) {
@@ -398,12 +409,13 @@ extern "C" int dsv4_sparse_attention(const void* q, const void* local, const voi
                                            local_stride, pool_stride, cis_stride, heads, local_width, pool_width,
                                            local_packed, pool_packed, rope, scale, eps))
         return error;
-    int device = 0, shared = 0;
+    int device = 0, shared = 0, processors = 0;
     if (const cudaError_t error = cudaGetDevice(&device)) return error;
     if (const cudaError_t error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
         return error;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
     const bool roomy = shared >= static_cast<int>(sizeof(Shared<64, 5>));
-    if (split) return few::run(a, rows, roomy, stream);
+    if (split) return few::run(a, static_cast<int>(rows), static_cast<float*>(scratch), roomy, processors, stream);
     if (!roomy) return run<16, 2>(a, rows, stream);
     if (a.heads % 32) return run<16, 5>(a, rows, stream);
     return a.heads % 64 ? run<32, 5>(a, rows, stream) : run<64, 5>(a, rows, stream);

@@ -1,5 +1,7 @@
 """Core attention: window entries and selected compressed entries under one softmax with a sink, un-rotated."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,12 @@ from dsv4.kernels.op import op
 from dsv4.kernels.sparse_attention.sparse_attention_ref import sparse_attention_ref
 from dsv4.quant.kv import entry_bytes
 
-_KERNEL = Kernel("sparse_attention", "pppppppppqqqqqiiiiiiiff")
-HEAD_DIM, ROPE_DIMS = 512, 64  # of V4: what the kernel and its packed entries are written for
-SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, spread a row's entries over 8 blocks
+_KERNEL = Kernel("sparse_attention", "ppppppppppqqqqqiiiiiiiff")
+HEAD_DIM, ROPE_DIMS, WINDOW = 512, 64, 128  # of V4: what the kernel and its packed entries are written for
+SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, add a row's entries up as 8 splits
+SPLITS, CHUNKS = 8, 1  # attention_parts.cuh's
+ROOM = 220 << 10  # bytes of shared memory for stages of 80 entries
+CLUSTERS, CLUSTER_HEADS = 12, 16  # an H200 does not find room for 16 clusters of 8 blocks at once
 
 
 @op("sparse_attention", ref=sparse_attention_ref, shapes={"q": "T H N : bf16 f32", "local": "* X : bf16 f32 u8"})
@@ -76,11 +81,31 @@ def sparse_attention(
             f"sparse_attention: 'turn' is {list(turn.shape)}, 'cis' {list(cis.shape)}; expected the same, of at most "
             f"{width // 2} channels"
         )
+    split = rows <= SPLIT_ROWS
+    parts = _parts(rows, heads, max(-(-local_width // WINDOW), 1) * WINDOW + pool_width, q.device) if split else None
     strides = turn_stride, local_stride, pool_stride, cis_stride
-    sizes = heads, local_width, pool_width, packed[0], packed[1], 2 * cis.shape[1], rows <= SPLIT_ROWS
-    tensors = q, local, local_rows, pool, pool_rows, sink, cis, turn, out
+    sizes = heads, local_width, pool_width, packed[0], packed[1], 2 * cis.shape[1], split
+    tensors = q, local, local_rows, pool, pool_rows, sink, cis, turn, out, parts
     _KERNEL(q.device, *tensors, rows, *strides, *sizes, scale, eps)
     return out
+
+
+def _parts(rows: int, heads: int, positions: int, device: torch.device) -> Tensor | None:
+    """Where blocks leave what they have of a row's splits; None where a cluster has all splits of 16 heads at once."""
+    longer = positions > SPLITS * _stage(device)
+    if not longer and rows * -(-heads // CLUSTER_HEADS) <= CLUSTERS:
+        return None
+    units = rows * -(-heads // 32) * SPLITS * (CHUNKS if longer else 1)
+    return torch.empty(units * 32 * (HEAD_DIM + 2), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _stage(device: torch.device) -> int:
+    """Entries that a block works on at once."""
+    if device.type == "cpu":  # its launches are only noted
+        return 80
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009
+    return 80 if shared >= ROOM else 32
 
 
 def _supported(q: Tensor, cis: Tensor) -> None:

@@ -1,30 +1,28 @@
-// Attention of a decode step: HG heads of a token by eight blocks, here a cluster; tile n belongs to block n % 8.
+// Attention of up to 64 rows: what its forms share. A token's tiles are eight splits': tile n belongs to split n % 8.
 //
-// What a step waits for is a chain: row numbers, entries, products, softmax, products, the other blocks. So each warp
-// reads the row numbers itself and copies its entries to registers without a barrier; queries are normed while they
-// come. Decoded once to BF16 in shared memory, entries serve as keys (q . entry) and as values (p . entries). A block
-// walks its tiles in stages of TILES with an online softmax, whose running maximum moves once per stage; the entries of
-// the next stage are on their way meanwhile. The blocks' results meet in distributed shared memory in rank order.
+// Entries are decoded once to BF16 in shared memory, where they serve as keys (q . entry) and as values (p . entries). A
+// split's tiles are walked in stages of TILES with an online softmax, whose running maximum moves once per stage. The
+// splits' results are added up in their order. Who has which splits is the form's: a cluster of eight blocks one each
+// (attention_cluster.cuh), a block some of them one after the other (attention_parts.cuh), or eight blocks of the launch
+// of all layers (persistent/attention_phase.cuh).
 //
 // Neither order nor stages depend on the widths of the row lists, on HG, on the other rows or on how many of them there
 // are: a row's bits are the same in every such call.
 #pragma once
 #include <dsv4/attention.cuh>
-#include <dsv4/cluster.cuh>
 #include <dsv4/mma.cuh>
 
 namespace dsv4::attention::few {
 
 constexpr int SPLITS = 8, WARPS = 16, THREADS = WARPS * 32;
 static_assert(WARPS == TILE, "a warp takes an entry of each tile");
-constexpr int OUT_ROW = DH + 8;  // floats between rows of a partial result
 constexpr float LOG2E = 1.4426950408889634f;
 
-template <int HG, int TILES, int QUARTERS = HG == 64 ? 2 : 4>
+template <int HG, int TILES>
 struct Shared {
     static constexpr int STAGE = TILES * TILE, SCORE_ROW = STAGE + 4;  // floats; probabilities take their place as BF16
-    static constexpr int PARTS = QUARTERS;                             // partial dot products, by part of the channels
-    alignas(16) uint8_t entries[STAGE * ROW];                          // this and q become the partial result
+    static constexpr int PARTS = 4;                                    // partial dot products, by part of the channels
+    alignas(16) uint8_t entries[STAGE * ROW];
     alignas(16) uint8_t q[HG * ROW];
     alignas(16) float scores[PARTS][HG][SCORE_ROW];
     alignas(8) float seen[HG][2];  // largest logit x log2(e), and the sum of probabilities relative to it
@@ -70,53 +68,26 @@ __device__ __forceinline__ void put_zeros(uint8_t* to, int lane) {
     at[0] = at[32] = make_uint4(0, 0, 0, 0);
 }
 
-// What the blocks have of some channels of a head, added up in rank order and divided by the sum of probabilities.
-// seen: each block's largest logit and its sum. The sink is a logit x log2(e).
-template <int WIDTH>
-__device__ __forceinline__ void merge(float (&out)[WIDTH], const float (&parts)[SPLITS][WIDTH],
-                                      const float2 (&seen)[SPLITS], float sink) {
-    float top = LOWEST, total = 0.0f, sum[WIDTH] = {};
-#pragma unroll
-    for (int r = 0; r < SPLITS; ++r) top = fmaxf(top, seen[r].x);
-#pragma unroll
-    for (int r = 0; r < SPLITS; ++r) {
-        const float weight = exp2f(seen[r].x - top);
-        total = fmaf(seen[r].y, weight, total);
-#pragma unroll
-        for (int k = 0; k < WIDTH; ++k) sum[k] = fmaf(parts[r][k], weight, sum[k]);
-    }
-    total += exp2f(sink - top);
-#pragma unroll
-    for (int k = 0; k < WIDTH; ++k) out[k] = sum[k] / total;
-}
+// Where a split's entries are.
+template <int TILES>
+struct Lists {
+    static constexpr int STAGE = TILES * TILE, WORDS = (STAGE + 31) / 32;
 
-// One token's tiles of one block. Heads are the rows of the products, but eight heads their columns: sums is then what
-// it is otherwise, transposed.
-template <int HG, int TILES, typename S = Shared<HG, TILES>>
-struct Block {
-    static constexpr int STAGE = S::STAGE, MT = (HG + 15) / 16, WORDS = (STAGE + 31) / 32;
-    static constexpr bool AHEAD = HG < 32;  // are there registers for a stage that comes while another is worked on?
+    Source local, pool;  // rows: of this token
+    int local_positions, split;
 
-    const Arguments& a;
-    S& s;
-    const int64_t token;
-    const int rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Source local, pool;  // rows: of this token
-    const int local_positions;
-    int rows[WORDS];                                    // of the stage to be fetched next: slots l, 32 + l, ..
-    unsigned there[WORDS];                              // slots of the stage at hand that hold an entry
-    Bytes bytes[TILES];
-    float sums[MT][HG == 8 ? 2 : 4][4];  // of the warp's 32 channels
-
-    __device__ Block(const Arguments& a, S& s, int64_t token, int rank)
-        : a(a), s(s), token(token), rank(rank), local(of_token(a.local, token)), pool(of_token(a.pool, token)),
-          local_positions(a.local_positions) {}
+    __device__ Lists(const Arguments& a, int64_t token, int split)
+        : local(of_token(a.local, token)), pool(of_token(a.pool, token)), local_positions(a.local_positions),
+          split(split) {}
     static __device__ Source of_token(Source all, int64_t token) {
         all.rows += token * all.row_stride;
         return all;
     }
 
-    __device__ int first_position(int stage, int tile) const { return ((stage * TILES + tile) * SPLITS + rank) * TILE; }
+    __device__ int first_position(int stage, int tile) const { return ((stage * TILES + tile) * SPLITS + split) * TILE; }
+    __device__ Source source(int stage, int tile) const {
+        return first_position(stage, tile) < local_positions ? local : pool;
+    }
 
     // The row number at a slot 0 .. STAGE-1 of a stage, or one of a later stage; -1 for none.
     __device__ int row_at(int stage, int slot) const {
@@ -126,7 +97,8 @@ struct Block {
         return (in_window ? position - local.width : selected - pool.width) < 0 ? static_cast<int>(*from) : -1;
     }
 
-    __device__ void read_rows(int stage) {
+    // Those of slots l, 32 + l, .. of a stage.
+    __device__ void read(int (&rows)[WORDS], int stage, int lane) const {
 #pragma unroll
         for (int c = 0; c < WORDS; ++c) {
             const int slot = c * 32 + lane;
@@ -134,51 +106,40 @@ struct Block {
         }
     }
 
-    // Slots up to the end of the lists, in whole stages.
-    __device__ int all_slots() const {
-        const int tiles = (local_positions + pool.width + TILE - 1) / TILE - rank;
-        return ((tiles + SPLITS - 1) / SPLITS + TILES - 1) / TILES * STAGE;
+    // Out of what read() has given: the row number of a warp's entry in a tile.
+    static __device__ int of_warp(const int (&rows)[WORDS], int tile, int warp) {
+        return __shfl_sync(ALL, rows[tile / 2], tile % 2 * TILE + warp);
+    }
+};
+
+// A split's tiles, once they are in shared memory. Heads are the rows of the products, but eight heads their columns: sums
+// is then what it is otherwise, transposed.
+template <int HG, int TILES, typename S = Shared<HG, TILES>>
+struct Block {
+    static constexpr int STAGE = S::STAGE, MT = (HG + 15) / 16, WORDS = (STAGE + 31) / 32;
+
+    const Arguments& a;
+    S& s;
+    const int64_t token;
+    const int rank, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned there[WORDS];               // slots of the stage at hand that hold an entry
+    float sums[MT][HG == 8 ? 2 : 4][4];  // of the warp's 32 channels
+
+    __device__ Block(const Arguments& a, S& s, int64_t token, int rank) : a(a), s(s), token(token), rank(rank) {}
+
+    // Before the first stage; ends without a barrier.
+    __device__ void clear() {
+        if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
+        for (auto& rows : sums)
+            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
     }
 
-    // The last slot behind stage 0 that holds an entry, among those that this thread looks at.
-    __device__ int scan(int slots) const {
-        int last = 0;
-#pragma unroll 4
-        for (int i = STAGE + threadIdx.x; i < slots; i += THREADS)
-            if (row_at(0, i) >= 0) last = i;
-        return __reduce_max_sync(ALL, last);
-    }
-
-    // The row number of the warp's entry in a tile of that stage.
-    __device__ int my_row(int tile) const { return __shfl_sync(ALL, rows[tile / 2], tile % 2 * TILE + warp); }
-    __device__ Source source(int stage, int tile) const {
-        return first_position(stage, tile) < local_positions ? local : pool;
-    }
-
-    // Starts to read the warp's packed entries in some tiles of the stage whose rows have been read.
-    template <int FROM = 0, int TO = TILES>
-    __device__ void fetch(int stage) {
+    // The stage at hand, out of its row numbers.
+    __device__ void look(const int (&rows)[WORDS]) {
 #pragma unroll
-        for (int j = FROM; j < TO; ++j) {
-            const int row = my_row(j);
-            const Source from = source(stage, j);
-            bytes[j] = {};  // nothing of an earlier stage is kept
-            if (row < 0 || !from.packed) continue;
-            bytes[j] = Bytes::of(from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES, lane);
-        }
+        for (int c = 0; c < WORDS; ++c) there[c] = __ballot_sync(ALL, rows[c] >= 0);
     }
-
-    // The same as a hint to the L2 cache, where registers are few.
-    __device__ void announce(int stage) const {
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            const int row = my_row(j);
-            const Source from = source(stage, j);
-            if (row >= 0 && from.packed && lane * 128 < kv::ENTRY_BYTES)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(from.data + static_cast<int64_t>(row) * kv::ENTRY_BYTES +
-                                                               lane * 128));
-        }
-    }
+    __device__ bool holds(int tile) const { return there[tile / 2] >> (tile % 2 * TILE + warp) & 1; }
 
     // Tiles of the stage at hand up to the last one with an entry.
     __device__ int used_tiles() const {
@@ -189,31 +150,22 @@ struct Block {
         return used;
     }
 
-    // BF16 entries of these tiles up to the last used one, zeros where there is none: 0 x NaN must not reach a sum.
-    template <int FROM = 0, int TO = TILES>
-    __device__ void decode(int stage) {
-#pragma unroll
-        for (int c = 0; c < WORDS; ++c) there[c] = __ballot_sync(ALL, rows[c] >= 0);
-        const int used = used_tiles();
-#pragma unroll
-        for (int j = FROM; j < TO; ++j) {
-            if (j >= used) break;
-            if (!source(stage, j).packed) continue;
-            uint8_t* to = s.entries + (j * TILE + warp) * ROW;
-            if (there[j / 2] >> (j % 2 * TILE + warp) & 1) bytes[j].put(to, bytes[j].first_scales(), lane);
-            else put_zeros(to, lane);
-        }
+    // The warp's entry of a tile, or zeros where there is none: 0 x NaN must not reach a sum.
+    __device__ void put(int tile, const Bytes& bytes) {
+        uint8_t* to = s.entries + (tile * TILE + warp) * ROW;
+        if (holds(tile)) bytes.put(to, bytes.first_scales(), lane);
+        else put_zeros(to, lane);
     }
 
     // The stage's entries that are BF16 already.
-    __device__ void copy_plain(int stage) {
-        if (local.packed && pool.packed) return;
+    __device__ void copy_plain(const Lists<TILES>& lists, int stage) {
+        if (lists.local.packed && lists.pool.packed) return;
         const int used = used_tiles();
 #pragma unroll 1
         for (int tile = 0; tile < used; ++tile) {
-            const Source from = source(stage, tile);
+            const Source from = lists.source(stage, tile);
             if (from.packed) continue;
-            const int row = row_at(stage, tile * TILE + warp);
+            const int row = lists.row_at(stage, tile * TILE + warp);
             uint4* to = reinterpret_cast<uint4*>(s.entries + (tile * TILE + warp) * ROW) + lane;
             const uint8_t* entry = from.data + static_cast<int64_t>(row) * (DH * 2) + 16 * lane;
             if (row < 0) {
@@ -324,17 +276,11 @@ struct Block {
             float dot[(TILES + 1) / 2][4];
             dots<(TILES + 1) / 2, 2>(dot, four, 0, half, two, used);
             put_dots<false, (TILES + 1) / 2, 2>(dot, four, 0, half, two, used);
-        } else if constexpr (HG == 32) {
+        } else {
+            static_assert(HG == 32, "two warps of 16 heads");
             float dot[TILES][4];
             dots<TILES, 1>(dot, four, two, half, 0, used);
             put_dots<false, TILES, 1>(dot, four, two, half, 0, used);
-        } else {
-            static_assert(HG == 64, "four warps of 16 heads");
-            float dot[TILES][4];
-            dots<TILES, 1>(dot, 2 * two, four, half, 0, used);
-            put_dots<false, TILES, 1>(dot, two, four, half, 0, used);
-            dots<TILES, 1>(dot, 2 * two + 1, four, half, 0, used);
-            put_dots<true, TILES, 1>(dot, two, four, half, 0, used);
         }
     }
 
@@ -430,125 +376,6 @@ struct Block {
                 }
             }
         }
-    }
-
-    // Entries of stage 0, and the queries of this block while those come.
-    __device__ void take_queries(int head) {
-        constexpr int AT_ONCE = HG < 32 ? 1 : 2;
-        float2 turns[4];
-        Query q[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            if (HG >= WARPS || warp < HG) load_query(q[i], a, token, head + i * WARPS + warp, lane);
-        if (a.turn != nullptr) load_turns(turns, a, token, lane);
-        fetch(0);
-#pragma unroll 1
-        for (int first = warp; first < HG; first += AT_ONCE * WARPS) {
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i) {
-                if (first != warp) load_query(q[i], a, token, head + first + i * WARPS, lane);
-                if (a.turn != nullptr) norm_rope(q[i], turns, a, lane);
-                put_query(s.q + (first + i * WARPS) * ROW, q[i], lane);
-            }
-        }
-    }
-
-    __device__ void run(int head) {
-        const int slots = all_slots();
-        read_rows(0);
-        take_queries(head);
-        const int last = slots > STAGE ? scan(slots) : 0;
-        if (lane == 0) s.last[warp] = last;
-        if (threadIdx.x < HG) s.seen[threadIdx.x][0] = LOWEST, s.seen[threadIdx.x][1] = 0.0f;
-        decode(0);
-        copy_plain(0);
-        if (slots > STAGE) read_rows(1);
-        __syncthreads();
-        const int stages = __reduce_max_sync(ALL, s.last[lane % WARPS]) / STAGE + 1;
-        for (auto& rows : sums)
-            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        for (int stage = 0; stage < stages; ++stage) {
-            const bool more = stage + 1 < stages;
-            const int used = used_tiles();
-            if (more && AHEAD) fetch(stage + 1);
-            if (more && !AHEAD) announce(stage + 1);
-            if (used) {
-                score(used);
-                __syncthreads();
-                softmax(used);
-                __syncthreads();
-                accumulate(used);
-            }
-            __syncthreads();  // entries are no longer read
-            if (!more) break;
-            if constexpr (AHEAD) {
-                decode(stage + 1);
-            } else {
-                fetch<0, TILES / 2>(stage + 1), decode<0, TILES / 2>(stage + 1);
-                fetch<TILES / 2>(stage + 1), decode<TILES / 2>(stage + 1);
-            }
-            copy_plain(stage + 1);
-            read_rows(stage + 2);
-            __syncthreads();
-        }
-    }
-
-    // Each block of the cluster adds up the partial results of HG / 8 heads and writes them; a thread has the same
-    // channels of every head.
-    __device__ void combine(int head) {
-        constexpr int MINE = HG / SPLITS, WIDTH = HG == 16 ? 2 : 4, COLUMNS = DH / WIDTH, HEADS_AT_ONCE = THREADS / COLUMNS;
-        float* partial = reinterpret_cast<float*>(s.entries);
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                float* to = partial + (mt * 16 + g) * OUT_ROW + warp * 32 + n * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = make_float2(sums[mt][n][0], sums[mt][n][1]);
-                *reinterpret_cast<float2*>(to + 8 * OUT_ROW) = make_float2(sums[mt][n][2], sums[mt][n][3]);
-            }
-        cluster_arrive();
-        const int channel = threadIdx.x % COLUMNS * WIDTH, first = rank * MINE + threadIdx.x / COLUMNS;
-        float2 back[WIDTH / 2];
-        float sink[MINE / HEADS_AT_ONCE];
-#pragma unroll
-        for (int k = 0; k < WIDTH / 2; ++k) back[k] = turn_back(a, token, channel + 2 * k);
-#pragma unroll
-        for (int i = 0; i < MINE / HEADS_AT_ONCE; ++i) {
-            const int row = head + first + i * HEADS_AT_ONCE;
-            sink[i] = row < a.heads ? a.sink[row] * LOG2E : 0.0f;
-        }
-        cluster_wait();
-#pragma unroll
-        for (int i = 0; i < MINE / HEADS_AT_ONCE; ++i) {
-            const int row = first + i * HEADS_AT_ONCE;
-            float2 seen[SPLITS];
-            float parts[SPLITS][WIDTH], merged[WIDTH];
-#pragma unroll
-            for (int r = 0; r < SPLITS; ++r) {
-                const uint64_t both = peer_value(reinterpret_cast<const uint64_t*>(s.seen[row]), r);
-                seen[r] = make_float2(__uint_as_float(static_cast<uint32_t>(both)),
-                                      __uint_as_float(static_cast<uint32_t>(both >> 32)));
-                const float* from = partial + row * OUT_ROW + channel;
-                if constexpr (WIDTH == 4) {
-                    const float4 v = peer_value4(from, r);
-                    parts[r][0] = v.x, parts[r][1] = v.y, parts[r][2] = v.z, parts[r][3] = v.w;
-                } else {
-                    const uint64_t v = peer_value(reinterpret_cast<const uint64_t*>(from), r);
-                    parts[r][0] = __uint_as_float(static_cast<uint32_t>(v));
-                    parts[r][1] = __uint_as_float(static_cast<uint32_t>(v >> 32));
-                }
-            }
-            if (i + 1 == MINE / HEADS_AT_ONCE) cluster_arrive();  // this thread has read all it wants of its peers
-            merge(merged, parts, seen, sink[i]);
-            if (head + row >= a.heads) continue;
-            bf16* to = a.out + (token * a.heads + head + row) * DH + channel;
-#pragma unroll
-            for (int k = 0; k < WIDTH; k += 2)
-                reinterpret_cast<uint32_t*>(to)[k / 2] =
-                    result(merged[k], merged[k + 1], back[k / 2], channel + k >= DH - a.rope);
-        }
-        cluster_wait();  // nobody leaves while its shared memory is read
     }
 };
 

@@ -38,15 +38,6 @@ __device__ __forceinline__ uint64_t peer_value(const uint64_t* mine, int rank) {
     return value;
 }
 
-__device__ __forceinline__ float4 peer_value4(const float* mine, int rank) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(peer_address(mine, rank))
-                 : "memory");
-    return v;
-}
-
 __device__ __forceinline__ void put_peer_value(uint64_t* mine, int rank, uint64_t value) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(peer_address(mine, rank)), "l"(value) : "memory");
 }

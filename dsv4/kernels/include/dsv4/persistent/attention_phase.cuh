@@ -1,5 +1,5 @@
-// sparse_attention of a decode step. Some heads of a token go to a group of eight blocks, as in attention_few.cuh to a
-// cluster: eight heads, or sixteen where there would be more of them than groups. The blocks tell each other their
+// sparse_attention of a decode step. Some heads of a token go to a group of eight blocks, as in attention_cluster.cuh
+// to a cluster: eight heads, or sixteen where there would be more of them than groups. The blocks tell each other their
 // results through the L2 cache in one trip (exchange.cuh), and each adds up those of an eighth of the heads.
 #pragma once
 #include <cstring>
@@ -281,7 +281,7 @@ struct Unit {
         }
     }
 
-    // What the blocks have of a pair of channels of a head, as few::merge adds it up; a warp has one head. from: the
+    // What the blocks have of a pair of channels of a head, added up as in few::Cluster; a warp has one head. from: the
     // pair's words, all: the head's.
     static __device__ __forceinline__ void hear(float (&merged)[2], const exchange::Word* from, const exchange::Word* all,
                                                 uint32_t turn, float sink) {
