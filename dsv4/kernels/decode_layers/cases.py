@@ -32,12 +32,13 @@ from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 
 WIDTH, QUERY, HEADS, HEAD, GROUPS, RANK = 512, 320, 8, 512, 2, 96
 INDEX_HEADS, INDEX_WIDTH, TOPK, SEEN = 8, 128, 64, (300, 64, 77, 128, 5, 200, 0, 129)
+LONG = 1500  # entries of a row where nothing is selected
 EXPERTS = Size("small", 8, WIDTH, 256, 2, ())
 NORMS = {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": EPS}
 
 
 class Small:
-    """Phases of a window layer and a CSA layer, of random weights, and all tensors that they write."""
+    """Phases of a layer with long rows and a CSA layer, of random weights, and all tensors that they write."""
 
     def __init__(self, make: Maker, rows: int, padding: int, format: str):
         self.make, self.rows, self.padding, self.format = make, rows, padding, format
@@ -84,9 +85,12 @@ class Small:
         pooled = [n for kind in kinds for n in (kind.channels, kind.channels)] + ([INDEX_HEADS] if csa else [])
         into = self._product(self.streams[1], self._operand(WIDTH, QUERY, HEAD, plain=tuple(pooled)))
         qr, kv, *rest = into.out
-        _, ring, local, pool, _, sink, turn = attention_inputs(make, rows, HEADS, 100, 64, packed=(True, True))
+        selected = 64 if csa else LONG
+        _, ring, local, pool, picked, sink, turn = attention_inputs(
+            make, rows, HEADS, 100, selected, packed=(True, True)
+        )
         write_to = local[:, 70].clone()
-        local[live:], write_to[live:] = -1, -1
+        local[live:], write_to[live:], picked[live:], picked[:, 600 + 200 * live :] = -1, -1, -1, -1
         made = []
         for place, kind in enumerate(kinds):
             numbers = decode_rows(kind, [7 + 5 * b for b in range(rows)], self.padding, False, make)
@@ -99,7 +103,6 @@ class Small:
         given = qr, make.normal(QUERY), kv, make.normal(HEAD), turn, ring, every, write_to, made
         queries = self._product(normed, self._operand(QUERY, HEADS * HEAD))
         self.phases += [Linear((into,)), Inputs(given, {"eps": EPS, "quantize": True}, (normed, entry))]
-        picked = None
         if csa:
             sequence = [b if b < live else -1 for b in range(rows)]
             seen = [SEEN[b] if b < live else 0 for b in range(rows)]
@@ -112,7 +115,7 @@ class Small:
         else:
             self.phases.append(Linear((queries,)))
         o, low = self._room(HEADS, HEAD), self._room(GROUPS * RANK)
-        seen_by = queries.out[0].unflatten(1, (HEADS, HEAD)), ring, local, pool if csa else None, picked, sink
+        seen_by = queries.out[0].unflatten(1, (HEADS, HEAD)), ring, local, pool, picked, sink
         named = {"scale": HEAD**-0.5, "turn": turn, "eps": EPS}
         self.phases.append(Attention((*seen_by, turn.conj_physical()), named, (o,)))
         wo_a = grouped_operand(weight(make, self.format, GROUPS * RANK, HEADS * HEAD // GROUPS), GROUPS, act="bf16")

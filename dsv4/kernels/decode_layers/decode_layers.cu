@@ -184,10 +184,11 @@ extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const v
                                             const void* turn, void* out, int64_t rows, int64_t turn_stride,
                                             int64_t local_stride, int64_t pool_stride, int64_t cis_stride, int heads,
                                             int local_width, int pool_width, int local_packed, int pool_packed, int rope,
-                                            int split, float scale, float eps, void* scratch, int grid, cudaStream_t) {
+                                            int split, float scale, float eps, void* scratch, void* chunks, int grid,
+                                            cudaStream_t) {
     return describe_attention(phase, q, local, local_rows, pool, pool_rows, sink, cis, turn, out, rows, turn_stride,
                               local_stride, pool_stride, cis_stride, heads, local_width, pool_width, local_packed,
-                              pool_packed, rope, split, scale, eps, scratch, grid);
+                              pool_packed, rope, split, scale, eps, scratch, chunks, grid);
 }
 
 static_assert(sizeof(RoutePlan) <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");

@@ -27,8 +27,9 @@ from dsv4.kernels.loader import Kernel, noted
 from dsv4.kernels.mhc_seam.mhc_seam import mhc_seam
 from dsv4.kernels.mhc_seam.peers import Peers, inbox_words
 from dsv4.kernels.moe.tiled import TiledExperts
-from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
+from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attention
 
+GROUP, LONG_GROUP_BYTES = 8, 4 << 20  # blocks; constant of attention_phase.cuh
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
@@ -57,6 +58,14 @@ class Room:
     work_bytes: int  # at least
     fixed_bytes: int  # of a block's shared memory, before the work area
     held: list[Any] = field(default_factory=list)
+    long: list[Tensor] = field(default_factory=list)
+
+    def chunks(self) -> Tensor:
+        """Attention's of long rows; made when first asked for."""
+        if not self.long:
+            size = max(self.grid // GROUP, 1) * LONG_GROUP_BYTES
+            self.long.append(torch.zeros(size, dtype=torch.uint8, device=self.words.device))
+        return self.long[0]
 
     @staticmethod
     def on(device: torch.device, grid: int, rows: int, width: int, like: Experts) -> Room:
@@ -214,7 +223,9 @@ def index(phase: Index, room: Room, joined: bool) -> bytes:
 def attention(phase: Attention, room: Room) -> bytes:
     letters, given = _launched(sparse_attention, phase, phase.out[0])
     kept = [i for i in range(len(given)) if i != 9]  # not where a launch leaves parts
-    return _like("attention", "".join(letters[i] for i in kept), [given[i] for i in kept], room.attention, room.grid)
+    widths = phase.args[2].shape[1], 0 if phase.args[4] is None else phase.args[4].shape[1]
+    told = room.attention, room.chunks() if longer(*widths) else room.attention
+    return _like("attention", "".join(letters[i] for i in kept), [given[i] for i in kept], *told, room.grid)
 
 
 FILL: dict[type, Callable[[Any, Room], bytes]] = {Inputs: inputs, Attention: attention}

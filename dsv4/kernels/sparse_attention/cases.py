@@ -140,7 +140,7 @@ def alike(make: Maker, rows: int, heads: int, window: int, selected: int) -> Cas
     """Rows of a decode step have the bits that each has alone."""
     args = inputs(make, rows, heads, window, selected, packed=(True, True))
     args[4][make.uniform(rows, selected) < 0.3], args[4][0], args[2][1], args[4][1] = -1, -1, -1, -1
-    args[4][2, selected // 2 :] = -1
+    args[4][-1, selected // 2 :] = -1
     name = f"[{rows}, {heads}] {window} + {selected} row by row"
     how = {"scale": SCALE}
     return Case("sparse_attention", name, "bf16", sparse_attention, one_by_one, tuple(args), bits, how)
@@ -150,7 +150,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
     packed = True, True
     for rows, heads in ((1, 64), (3, 4), (5, 128), (20, 32), (66, 64), (67, 20), (66, 32)):
         yield turned(make, rows, heads, 128, 100)
-    for rows, heads, selected in ((9, 32, 100), (17, 20, 100), (13, 16, 520), (12, 64, 530)):
+    for rows, heads, selected in ((9, 32, 100), (17, 20, 100), (13, 16, 520), (12, 64, 530), (4, 32, 1200)):
         yield alike(make, rows, heads, 128, selected)
     yield made("[0, 64]", inputs(make, 0, 64, 128, 64, packed=packed))
     for rows, heads, window, selected, form in [
@@ -172,6 +172,8 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
     yield made("[2, 64] logits of 1000", inputs(make, 2, 64, 128, 100, packed=packed, scale=300))
     if quick:
         return
+    for rows, heads, selected in ((9, 32, 4000), (2, 64, 8192)):
+        yield alike(make, rows, heads, 128, selected)
     for rows in (1, 4, 16, 64):
         for window, selected in [(128, 0), (128, 32), (128, 512), (128, 8192)]:
             yield made(f"[{rows}, 64] {window} + {selected}", inputs(make, rows, 64, window, selected, packed=packed))

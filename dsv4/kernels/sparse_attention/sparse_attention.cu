@@ -28,6 +28,12 @@ static cudaError_t run_cluster(Arguments a, int64_t rows, cudaStream_t stream) {
     return launch_dependent_clusters(kernel, rows * a.groups * SPLITS, THREADS, bytes, SPLITS, stream, a);
 }
 
+// Chunks for which the row lists have room.
+template <int TILES>
+static int chunks_of(const Arguments& a) {
+    return a.local_positions + a.pool.width > SPLITS * TILES * TILE ? CHUNKS : 1;
+}
+
 // scratch: for sums and what was seen of every unit, room for heads in multiples of 32.
 template <int HG, int TILES>
 static cudaError_t run_parts(Arguments a, int rows, float* scratch, int processors, cudaStream_t stream) {
@@ -37,7 +43,7 @@ static cudaError_t run_parts(Arguments a, int rows, float* scratch, int processo
     if (error) return error;
     a.groups = (a.heads + HG - 1) / HG;
     Parts parts = {};
-    parts.chunks = a.local_positions + a.pool.width > SPLITS * TILES * TILE ? CHUNKS : 1;
+    parts.chunks = chunks_of<TILES>(a);
     parts.units = rows * a.groups * SPLITS * parts.chunks;
     parts.sums = scratch;
     parts.seen = reinterpret_cast<float2*>(scratch + static_cast<int64_t>(parts.units) * HG * DH);
@@ -54,8 +60,8 @@ static cudaError_t run_parts(Arguments a, int rows, float* scratch, int processo
 static cudaError_t run(const Arguments& a, int rows, float* scratch, bool roomy, int processors, cudaStream_t stream) {
     if (scratch == nullptr) return roomy ? run_cluster<5>(a, rows, stream) : run_cluster<2>(a, rows, stream);
     if (!roomy) return run_parts<16, 2>(a, rows, scratch, processors, stream);
-    if (a.heads <= 16 || rows * ((a.heads + 31) / 32) * SPLITS * 2 <= processors)
-        return run_parts<16, 5>(a, rows, scratch, processors, stream);
+    const int units = rows * ((a.heads + 31) / 32) * SPLITS * chunks_of<5>(a);
+    if (a.heads <= 16 || 2 * units <= processors) return run_parts<16, 5>(a, rows, scratch, processors, stream);
     return run_parts<32, 5>(a, rows, scratch, processors, stream);
 }
 

@@ -15,7 +15,7 @@ from dsv4.quant.kv import entry_bytes
 _KERNEL = Kernel("sparse_attention", "ppppppppppqqqqqiiiiiiiff")
 HEAD_DIM, ROPE_DIMS, WINDOW = 512, 64, 128  # of V4: what the kernel and its packed entries are written for
 SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, add a row's entries up as 8 splits
-SPLITS, CHUNKS = 8, 1  # attention_parts.cuh's
+SPLITS, CHUNKS = 8, 4  # of attention_few.cuh
 ROOM = 220 << 10  # bytes of shared memory for stages of 80 entries
 CLUSTERS, CLUSTER_HEADS = 12, 16  # an H200 does not find room for 16 clusters of 8 blocks at once
 
@@ -45,10 +45,10 @@ def sparse_attention(
     Logits and sums float32; unnormalised probabilities are rounded to q's dtype before they multiply the entries, as in
     DeepSeek's kernel. A row with nothing visible returns zeros.
 
-    On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit up to then, in the twin relative to
-    the row's largest: either way by at most 2^-8 of itself. A row's bits depend neither on the other rows nor on how
-    wide the row lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up in different
-    orders.
+    On a GPU: BF16, Dh = 512. A probability is rounded relative to the largest logit known by then, in the
+    twin relative to the row's largest: either way by at most 2^-8 of itself. A row's bits depend neither on the other
+    rows nor on how wide the row lists are, and on T only in that T <= 64 (one way for all) and T > 64 (another) add up
+    in different orders.
     """
     rows, heads, width = q.shape
     _supported(q, cis)
@@ -82,7 +82,7 @@ def sparse_attention(
             f"{width // 2} channels"
         )
     split = rows <= SPLIT_ROWS
-    parts = _parts(rows, heads, max(-(-local_width // WINDOW), 1) * WINDOW + pool_width, q.device) if split else None
+    parts = _parts(rows, heads, (local_width, pool_width), q.device) if split else None
     strides = turn_stride, local_stride, pool_stride, cis_stride
     sizes = heads, local_width, pool_width, packed[0], packed[1], 2 * cis.shape[1], split
     tensors = q, local, local_rows, pool, pool_rows, sink, cis, turn, out, parts
@@ -90,18 +90,22 @@ def sparse_attention(
     return out
 
 
-def _parts(rows: int, heads: int, positions: int, device: torch.device) -> Tensor | None:
+def longer(local_width: int, pool_width: int, stage: int = 80) -> bool:
+    """Whether row lists have room for more than a stage of each split: what a block works on at once."""
+    return max(-(-local_width // WINDOW), 1) * WINDOW + pool_width > SPLITS * stage
+
+
+def _parts(rows: int, heads: int, widths: tuple[int, int], device: torch.device) -> Tensor | None:
     """Where blocks leave what they have of a row's splits; None where a cluster has all splits of 16 heads at once."""
-    longer = positions > SPLITS * _stage(device)
-    if not longer and rows * -(-heads // CLUSTER_HEADS) <= CLUSTERS:
+    chunked = longer(*widths, _stage(device))
+    if not chunked and rows * -(-heads // CLUSTER_HEADS) <= CLUSTERS:
         return None
-    units = rows * -(-heads // 32) * SPLITS * (CHUNKS if longer else 1)
+    units = rows * -(-heads // 32) * SPLITS * (CHUNKS if chunked else 1)
     return torch.empty(units * 32 * (HEAD_DIM + 2), dtype=torch.float32, device=device)
 
 
 @functools.cache
 def _stage(device: torch.device) -> int:
-    """Entries that a block works on at once."""
     if device.type == "cpu":  # its launches are only noted
         return 80
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009

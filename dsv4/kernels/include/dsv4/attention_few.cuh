@@ -1,8 +1,9 @@
 // Attention of up to 64 rows: what its forms share. A token's tiles are eight splits': tile n belongs to split n % 8.
 //
 // Entries are decoded once to BF16 in shared memory, where they serve as keys (q . entry) and as values (p . entries). A
-// split's tiles are walked in stages of TILES with an online softmax, whose running maximum moves once per stage. The
-// splits' results are added up in their order. Who has which splits is the form's: a cluster of eight blocks one each
+// split's tiles are walked in stages of TILES with an online softmax, whose running maximum moves once per stage. Of a long
+// row each split's stages are up to four chunks, each with a softmax of its own. What was found is added up chunk by chunk,
+// in each the splits in their order. Who has which splits is the form's: a cluster of eight blocks one each
 // (attention_cluster.cuh), a block some of them one after the other (attention_parts.cuh), or eight blocks of the launch
 // of all layers (persistent/attention_phase.cuh).
 //
@@ -16,6 +17,7 @@ namespace dsv4::attention::few {
 
 constexpr int SPLITS = 8, WARPS = 16, THREADS = WARPS * 32;
 static_assert(WARPS == TILE, "a warp takes an entry of each tile");
+constexpr int CHUNKS = 4;  // at most, of a split
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <int HG, int TILES>
@@ -29,6 +31,9 @@ struct Shared {
     float fade[HG];
     int last[WARPS];
 };
+
+// Stages of a chunk of a split that has so many: as few as make CHUNKS chunks of them.
+__device__ __forceinline__ int chunk_of(int stages) { return (stages + CHUNKS - 1) / CHUNKS; }
 
 // Floats as integers of the same order; its own inverse.
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }

@@ -1,5 +1,5 @@
 // Attention of a decode step of more rows than clusters find room for, or of long rows: units of work are the splits of a
-// row's heads, and as many blocks as there are processors walk a few each, one after the other. The packed entries of the
+// row's heads, or chunks of those, and as many blocks as there are processors walk a few each, one after the other. The packed entries of the
 // next stage are copied to shared memory while the one at hand is worked on. Each unit leaves a part, its sums and what it
 // has seen, in memory; a second kernel adds the parts up, in the order of the splits.
 #pragma once
@@ -9,16 +9,13 @@
 namespace dsv4::attention::few {
 
 // What units leave, in their order: [rows, groups, SPLITS, chunks].
-constexpr int CHUNKS = 1;  // at most, of a split
 constexpr int MERGE_THREADS = 256;
+static_assert(CHUNKS * SPLITS == 32, "a lane has what was seen of one part");
 struct Parts {
     float* sums;   // [units, HG, 512]
     float2* seen;  // [units, HG] as Shared::seen; a negative sum: nothing is there
-    int units, chunks;
+    int units, chunks;  // chunks: 1, or CHUNKS if the lists have room for more than a stage of a split
 };
-
-// Stages of a chunk.
-__device__ __forceinline__ int chunk_of(int stages, int chunks) { return (stages + chunks - 1) / chunks; }
 
 template <int HG, int TILES>
 struct WalkShared : Shared<HG, TILES> {
@@ -115,7 +112,7 @@ struct Walk {
         const bool longer = a.local_positions + a.pool.width > SPLITS * STAGE;
         Block<HG, TILES, S> block(a, s, 0, 0);
         Lists lists = lists_of(first);
-        int unit = first, heads = -1, stages = longer ? count(lists) : 1, stage = unit % chunks * chunk_of(stages, chunks);
+        int unit = first, heads = -1, stages = longer ? count(lists) : 1, stage = unit % chunks * chunk_of(stages);
         if (stage >= stages) {
             const int next = (unit / chunks + 1) * chunks;
             pass_over(unit, min(next, end));
@@ -129,7 +126,7 @@ struct Walk {
                 heads = unit / whole;
                 take_queries(heads / a.groups, heads % a.groups * HG);
             }
-            const int stop = min((unit % chunks + 1) * chunk_of(stages, chunks), stages);
+            const int stop = min((unit % chunks + 1) * chunk_of(stages), stages);
             const int next = stop < stages ? unit + 1 : (unit / chunks + 1) * chunks;
             const Lists ahead = stop < stages ? lists : lists_of(next);
             bool found = false;
@@ -206,7 +203,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) sparse_attention_merge(const __
     const float top = warp_max(seen.x), weight = exp2f(seen.x - top);
     float total = 0.0f, sum[4] = {};
 #pragma unroll 1
-    for (int chunk = 0; there >> chunk * SPLITS != 0; ++chunk) {
+    for (int chunk = 0; chunk < CHUNKS && there >> chunk * SPLITS != 0; ++chunk) {
         float4 values[SPLITS];
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {

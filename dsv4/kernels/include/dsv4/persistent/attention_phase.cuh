@@ -3,6 +3,7 @@
 // results through the L2 cache in one trip (exchange.cuh), and each adds up those of an eighth of the heads.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include <dsv4/attention_few.cuh>
 #include <dsv4/exchange.cuh>
@@ -22,12 +23,18 @@ struct Attention {
     int rows, heads;        // heads: of a unit
     exchange::Word* words;  // [groups, 2, ROUND]
     uint32_t* turns;        // [groups] the last turn of each
+    exchange::Word* chunks; // of long rows
 };
 
 // Bytes of scratch: zeros before its first use, then left alone. Phases of all programs of such a grid may share it.
 constexpr int64_t attention_scratch(int grid) {
     return grid / GROUP * (2 * ROUND * static_cast<int64_t>(sizeof(exchange::Word)) + 4);
 }
+
+// The same of a program with long rows, for their chunks.
+constexpr int64_t LONG_GROUP_BYTES = 2 * few::CHUNKS * ROUND * static_cast<int64_t>(sizeof(exchange::Word));
+static_assert(LONG_GROUP_BYTES == 4 << 20, "LONG_GROUP_BYTES in dsv4/kernels/decode_layers/describe.py");
+constexpr uint32_t LONG_TURN = 1u << 31;  // of numbers of long rows' turns
 
 constexpr int TILES = 5, STAGE = TILES * attention::TILE;
 
@@ -51,11 +58,21 @@ static __device__ __forceinline__ int first_unit() {
     return groups <= SEAM_GROUPS ? group : turned < 0 ? turned + groups : turned;
 }
 
+// Groups that share a unit of long rows, each with some of its chunks: those that come first have the first chunk.
+static __device__ __forceinline__ int sharers(int units) {
+    const int groups = gridDim.x / GROUP;
+    return groups >= 4 * units ? 4 : groups >= 2 * units ? 2 : 1;
+}
+
 // What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, so many tiles, and the queries.
 struct Begun {
     int rows, tiles;
     bool queries;
 };
+
+// Whether the lists have room for more than a stage of a block.
+__device__ __forceinline__ int positions_of(const attention::Arguments& a) { return a.local_positions + a.pool.width; }
+__device__ __forceinline__ bool longer(const attention::Arguments& a) { return positions_of(a) > GROUP * STAGE; }
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
@@ -82,8 +99,7 @@ struct Entries {
     __device__ __forceinline__ int position_of(int slot) const {
         return (slot / attention::TILE * GROUP + rank) * attention::TILE + slot % attention::TILE;
     }
-    __device__ __forceinline__ int positions() const { return a.local_positions + a.pool.width; }
-    __device__ __forceinline__ bool longer() const { return positions() > GROUP * STAGE; }
+    __device__ __forceinline__ int positions() const { return positions_of(a); }
 
     // Tiles of stage 0 that are the window's.
     __device__ __forceinline__ int window() const {
@@ -189,6 +205,15 @@ struct Entries {
     }
 };
 
+// What a group does of a unit: all, which is one stage; or of long rows chunks `first`, `first` + `step`, .., all of which
+// tell each other in `words`. scanned: how long rows are has been looked up.
+struct Whole {};
+struct Chunks {
+    exchange::Word* words;
+    int first, step;
+    bool scanned;
+};
+
 // A unit of work.
 template <int HG>
 struct Unit {
@@ -202,61 +227,48 @@ struct Unit {
             block.there[c] = __ballot_sync(attention::ALL, block.s.rows[c * 32 + block.lane] >= 0);
     }
 
-    // A block's share. Nothing is read of a stage while another is worked on. Each stage makes its addresses anew:
-    // there is seldom a second one, and registers are few.
-    static __device__ __forceinline__ void add_up(Block& all, int head, Begun begun) {
+    // What a stage adds to a block's share; with the first one, queries are brought where they have not been begun.
+    static __device__ __forceinline__ void add_stage(Block& all, int head, int stage, Begun begun, bool asks) {
         Work& s = all.s;
-        if (threadIdx.x < HG) s.seen[threadIdx.x][0] = attention::LOWEST, s.seen[threadIdx.x][1] = 0.0f;
-        for (auto& rows : all.sums)
-            for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        int stages = 1;
-#pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage) {
-            const Entries e(all.a, all.token);
-            Block block(all.a, s, all.token, e.rank);
-            for (auto& word : block.there) word = 0;
-            attention::Query q = {};
-            float2 turns[4] = {};
-            few::Bytes bytes[TILES];
-            const bool asks = stage == 0 && !begun.queries, known = begun.rows == TILES;
-            if (asks) e.load_query(q, turns, head, HG);
-            Entries::Found found = e.find(stage, begun.rows, TILES);
-            unsigned bring = found.within >> begun.tiles << begun.tiles;
-            if (known) {
-                look(block);
-                bring &= (1u << block.used_tiles()) - 1;
-            }
-            if (!(bring >> e.lane & 1)) found.entry = e.a.q;
-            // All that lanes tell each other comes before the loads or behind them: the compiler waits there for loads.
-            const uint8_t* from[TILES];
+        const Entries e(all.a, all.token);
+        Block block(all.a, s, all.token, e.rank);
+        for (auto& word : block.there) word = 0;
+        attention::Query q = {};
+        float2 turns[4] = {};
+        few::Bytes bytes[TILES];
+        const bool known = begun.rows == TILES;
+        if (asks) e.load_query(q, turns, head, HG);
+        Entries::Found found = e.find(stage, begun.rows, TILES);
+        unsigned bring = found.within >> begun.tiles << begun.tiles;
+        if (known) {
+            look(block);
+            bring &= (1u << block.used_tiles()) - 1;
+        }
+        if (!(bring >> e.lane & 1)) found.entry = e.a.q;
+        // All that lanes tell each other comes before the loads or behind them: the compiler waits there for loads.
+        const uint8_t* from[TILES];
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) from[tile] = found.of(tile);
+        for (int tile = 0; tile < TILES; ++tile) from[tile] = found.of(tile);
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(from[tile], e.lane);
-            if (stage == 0 && e.longer() && !known) e.scan();
-            if (asks) e.treat_query(q, turns, HG);
-            uint32_t scales[TILES];
+        for (int tile = 0; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(from[tile], e.lane);
+        if (asks) e.treat_query(q, turns, HG);
+        uint32_t scales[TILES];
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile) scales[tile] = bytes[tile].first_scales();
+        for (int tile = 0; tile < TILES; ++tile) scales[tile] = bytes[tile].first_scales();
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-                if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile], found.there & 1u << tile);
-            e.copy_plain(found, bring);
+        for (int tile = 0; tile < TILES; ++tile)
+            if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile], found.there & 1u << tile);
+        e.copy_plain(found, bring);
+        __syncthreads();
+        if (!known) look(block);
+        if (const int used = block.used_tiles()) {
+            block.score(used);
             __syncthreads();
-            if (stage == 0 && e.longer())
-                stages = __reduce_max_sync(attention::ALL, s.last[e.lane % WARPS]) / STAGE + 1;
-            if (!known) look(block);
-            if (const int used = block.used_tiles()) {
-                block.score(used);
-                __syncthreads();
-                block.softmax(used);
-                __syncthreads();
-                memcpy(block.sums, all.sums, sizeof all.sums);
-                block.accumulate(used);
-                memcpy(all.sums, block.sums, sizeof all.sums);
-            }
-            begun = {};
-            if (stage + 1 < stages) __syncthreads();  // entries are no longer read
+            block.softmax(used);
+            __syncthreads();
+            memcpy(block.sums, all.sums, sizeof all.sums);
+            block.accumulate(used);
+            memcpy(all.sums, block.sums, sizeof all.sums);
         }
     }
 
@@ -313,9 +325,90 @@ struct Unit {
         merged[0] = sum[0] / total, merged[1] = sum[1] / total;
     }
 
+    static __device__ __forceinline__ exchange::Word* words_of(exchange::Word* chunks, int chunk, int head, int rank) {
+        return chunks + ((chunk * HG + head) * GROUP + rank) * PAIRS;
+    }
+
+    // Of a chunk in which the block has nothing.
+    static __device__ __forceinline__ void tell_nothing(exchange::Word* words, uint32_t turn) {
+        if (threadIdx.x >= 2 * HG) return;
+        const int odd = threadIdx.x % 2;
+        const float values[exchange::PER_WORD] = {0.0f, 0.0f, odd ? -1.0f : attention::LOWEST};
+        exchange::tell(words_of(words, 0, threadIdx.x / 2, blockIdx.x % GROUP) + odd, values, turn);
+    }
+
+    static __device__ __forceinline__ void tell_chunks(Block& block, int head, Begun begun, uint32_t turn, Chunks share) {
+        const Entries e(block.a, block.token);
+        if (!share.scanned) e.scan();
+        __syncthreads();
+        const int stages = __reduce_max_sync(attention::ALL, e.s.last[e.lane % WARPS]) / STAGE + 1;
+        const int size = few::chunk_of(stages);
+        bool asks = !begun.queries;
+#pragma unroll 1
+        for (int chunk = share.first; chunk < few::CHUNKS; chunk += share.step) {
+            exchange::Word* to = words_of(share.words, chunk, 0, 0);
+            const int stop = min((chunk + 1) * size, stages);
+            int stage = chunk * size;
+            if (stage >= stop) {
+                tell_nothing(to, turn);
+                continue;
+            }
+            block.clear();
+#pragma unroll 1
+            for (; stage < stop; ++stage) {
+                add_stage(block, head, stage, begun, asks);
+                begun = {}, asks = false;
+                if (stage + 1 < stop) __syncthreads();  // entries are no longer read
+            }
+            tell(block, to, turn);
+            __syncthreads();  // nor is what was seen
+        }
+    }
+
+    // What the blocks have of a pair of channels of a head, as sparse_attention_merge adds it up; a warp has one head.
+    static __device__ __forceinline__ void hear_chunks(float (&merged)[2], exchange::Word* words, int head, int pair,
+                                                       uint32_t turn, float sink) {
+        static_assert(few::CHUNKS * GROUP == 32, "a lane has what was seen of one part");
+        const int lane = threadIdx.x % 32;
+        const exchange::Word* at = words_of(words, lane / GROUP, head, lane % GROUP);
+        exchange::Word most = exchange::look(at), sums = exchange::look(at + 1);
+        while (most.turn != turn) most = exchange::look(at);
+        while (sums.turn != turn) sums = exchange::look(at + 1);
+        __syncwarp();
+        const float seen = sums.values[2];
+        const unsigned there = __ballot_sync(attention::ALL, !(seen < 0.0f));
+        const float top = few::warp_max(most.values[2]), weight = exp2f(most.values[2] - top);
+        float total = 0.0f, sum[2] = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk < few::CHUNKS && there >> chunk * GROUP != 0; ++chunk) {
+            const unsigned here = there >> chunk * GROUP;
+            const exchange::Word* from = words_of(words, chunk, head, 0) + pair;
+            exchange::Word told[GROUP];
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r) told[r] = exchange::look(from + r * PAIRS);
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r)
+                while (here >> r & 1 && told[r].turn != turn) told[r] = exchange::look(from + r * PAIRS);
+            __syncwarp();
+#pragma unroll
+            for (int r = 0; r < GROUP; ++r) {
+                const float w = __shfl_sync(attention::ALL, weight, chunk * GROUP + r);
+                const float y = __shfl_sync(attention::ALL, seen, chunk * GROUP + r);
+                if (!(here >> r & 1)) continue;
+                total = fmaf(y, w, total);
+#pragma unroll
+                for (int k = 0; k < 2; ++k) sum[k] = fmaf(told[r].values[k], w, sum[k]);
+            }
+        }
+        total += exp2f(sink - top);
+        merged[0] = sum[0] / total, merged[1] = sum[1] / total;
+    }
+
     // turn: the last one's number. What is used in the end is asked for first, and nothing waits for it before.
-    static __device__ __forceinline__ void run(const Attention& phase, int token, int head, Begun begun,
-                                               uint32_t& turn) {
+    // share: Whole, or the Chunks of this group.
+    template <typename Share>
+    static __device__ __forceinline__ void run(const Attention& phase, int token, int head, Begun begun, uint32_t turn,
+                                               Share share) {
         const attention::Arguments& a = phase.a;
         Block block(a, work<Work>(), token, blockIdx.x % GROUP);
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
@@ -323,14 +416,20 @@ struct Unit {
         const bool reads = threadIdx.x < MINE * PAIRS, there = reads && head + mine < a.heads;
         const float2 back = attention::turn_back(a, token, channel);
         const float sink = a.sink[there ? head + mine : 0];
-        add_up(block, head, begun);
-        ++turn;
-        exchange::Word* words = phase.words + (2 * (blockIdx.x / GROUP) + turn % 2) * ROUND;
-        tell(block, words, turn);
-        if (!reads) return;
         float merged[2];
-        const exchange::Word* all = words + mine * GROUP * PAIRS;
-        hear(merged, all + pair, all, turn, sink * few::LOG2E);
+        if constexpr (std::is_same_v<Share, Chunks>) {
+            tell_chunks(block, head, begun, turn, share);
+            if (share.first > 0 || !reads) return;
+            hear_chunks(merged, share.words, mine, pair, turn, sink * few::LOG2E);
+        } else {
+            block.clear();
+            add_stage(block, head, 0, begun, !begun.queries);
+            exchange::Word* words = phase.words + (2 * (blockIdx.x / GROUP) + turn % 2) * ROUND;
+            tell(block, words, turn);
+            if (!reads) return;
+            const exchange::Word* all = words + mine * GROUP * PAIRS;
+            hear(merged, all + pair, all, turn, sink * few::LOG2E);
+        }
         if constexpr (HG == 8) {  // neighbours have channels c, c + 8 and c + 1, c + 9
             const float other = __shfl_xor_sync(attention::ALL, odd ? merged[0] : merged[1], 1);
             (odd ? merged[0] : merged[1]) = other;
@@ -349,23 +448,40 @@ struct Unit {
         for (int unit = first_unit(), token = 0;; unit += groups, begun = {}) {
             for (; unit >= per_token; unit -= per_token) ++token;
             if (token >= phase.rows) break;
-            run(phase, token, unit * HG, begun, turn);
+            run(phase, token, unit * HG, begun, ++turn, Whole{});
             __syncthreads();
         }
         // All of the group have read the number: this block has heard from every warp.
         if (blockIdx.x % GROUP == 0 && threadIdx.x == 0) phase.turns[blockIdx.x / GROUP] = turn;
     }
+
+    // The same of long rows. How often blocks have met tells turns apart.
+    static __device__ __forceinline__ void all_long(const Attention& phase, Begun begun) {
+        const int groups = gridDim.x / GROUP, units = phase.rows * phase.a.groups, step = sharers(units);
+        bool scanned = begun.rows == TILES;
+        uint32_t turn = LONG_TURN | position().all;
+#pragma unroll 1
+        for (int item = first_unit(); item < units * step; item += groups) {
+            const int unit = item % units, first = item / units, token = unit / phase.a.groups;
+            const int place = step > 1 ? unit : 2 * (blockIdx.x / GROUP) + turn % 2;
+            if (first > 0) begun = {};
+            run(phase, token, (unit - token * phase.a.groups) * HG, begun, turn,
+                Chunks{words_of(phase.chunks, place * few::CHUNKS, 0, 0), first, step, scanned});
+            __syncthreads();
+            ++turn, begun = {}, scanned = false;
+        }
+    }
 };
 
 constexpr int ATTENTION_BYTES = sizeof(AttentionWork<16>);  // of the work area, at most
 
-// The arguments of dsv4_sparse_attention, then scratch and grid.
+// The arguments of dsv4_sparse_attention, then scratch, that of long rows and grid.
 static cudaError_t describe_attention(Phase* phase, const void* q, const void* local, const void* local_rows,
                                       const void* pool, const void* pool_rows, const void* sink, const void* cis,
                                       const void* turn, void* out, int64_t rows, int64_t turn_stride,
                                       int64_t local_stride, int64_t pool_stride, int64_t cis_stride, int heads,
                                       int local_width, int pool_width, int local_packed, int pool_packed, int rope,
-                                      int split, float scale, float eps, void* scratch, int grid) {
+                                      int split, float scale, float eps, void* scratch, void* chunks, int grid) {
     const int groups = grid / GROUP;
     if (rows < 1 || rows > TOKENS || heads < 1 || !split) return cudaErrorInvalidValue;
     if (groups < 1 || grid > MAX_BLOCKS) return cudaErrorInvalidValue;
@@ -374,12 +490,13 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
         &held.a, q, local, local_rows, pool, pool_rows, sink, cis, turn, out, turn_stride, local_stride, pool_stride,
         cis_stride, heads, local_width, pool_width, local_packed, pool_packed, rope, scale, eps);
     if (error) return error;
-    if (!aligned16(scratch)) return cudaErrorMisalignedAddress;
+    if (!aligned16(scratch) || !aligned16(chunks)) return cudaErrorMisalignedAddress;
     held.rows = static_cast<int>(rows);
     held.heads = rows * ((heads + 7) / 8) <= groups ? 8 : 16;
     held.a.groups = (heads + held.heads - 1) / held.heads;
     held.words = static_cast<exchange::Word*>(scratch);
     held.turns = reinterpret_cast<uint32_t*>(held.words + groups * 2 * ROUND);
+    held.chunks = static_cast<exchange::Word*>(chunks);
     *phase = {};
     phase->kind = ATTENTION;
     memcpy(phase->payload, &held, sizeof held);
@@ -398,16 +515,22 @@ static __device__ __forceinline__ Begun begun_behind(int before, const Entries& 
 static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
-    int unit = first_unit(), token = 0;
+    int unit = first_unit(), token = 0, sharer = 0;
+    if (const int units = phase.rows * phase.a.groups; longer(phase.a)) {
+        if (unit >= units * sharers(units)) return;
+        sharer = unit / units, unit %= units;
+    }
     for (; unit >= phase.a.groups; unit -= phase.a.groups) ++token;
     if (token >= phase.rows) return;
     const Entries e(phase.a, token);
     const Begun begun = begun_behind(before, e);
-    if (begun.tiles > 0) {
+    if (sharer > 0) {
+        if (begun.rows == TILES) e.scan();
+    } else if (begun.tiles > 0) {
         e.begin(begun.tiles, unit * phase.heads, begun.queries ? phase.heads : 0);
     } else if (begun.rows > 0) {
         e.announce(e.find(0, 0, TILES));
-        if (e.longer()) e.scan();
+        if (longer(phase.a)) e.scan();
     }
 }
 
@@ -415,8 +538,13 @@ static __device__ __forceinline__ void attention_phase(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
     const Begun begun = begun_behind(before, Entries(phase.a, 0));
-    if (phase.heads == 8) Unit<8>::all(phase, begun);
-    else Unit<16>::all(phase, begun);
+    if (longer(phase.a)) {
+        if (phase.heads == 8) Unit<8>::all_long(phase, begun);
+        else Unit<16>::all_long(phase, begun);
+    } else {
+        if (phase.heads == 8) Unit<8>::all(phase, begun);
+        else Unit<16>::all(phase, begun);
+    }
 }
 
 }  // namespace dsv4::persistent
