@@ -70,9 +70,12 @@ struct Begun {
     bool queries;
 };
 
-// Whether the lists have room for more than a stage of a block.
 __device__ __forceinline__ int positions_of(const attention::Arguments& a) { return a.local_positions + a.pool.width; }
-__device__ __forceinline__ bool longer(const attention::Arguments& a) { return positions_of(a) > GROUP * STAGE; }
+
+// Whether the lists have room for more than a stage of a block. What only such phases need stands out of the others' way.
+__device__ __forceinline__ bool longer(const attention::Arguments& a) {
+    return __builtin_expect(positions_of(a) > GROUP * STAGE, false);
+}
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
