@@ -1,5 +1,7 @@
 """A step whose layers are one launch against the chain of launches, bit for bit: streams, logits, tokens, cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,15 @@ def test_one_launch_is_the_chain(model, rows, live, longest):
         found = walked(model, rows, live, longest, persistent=True, graph=graph)
         for place, (a, b) in enumerate(zip(chain, found, strict=True)):
             assert torch.equal(a, b), f"result {place} of {len(chain)}, graph: {graph}"
+
+
+@pytest.mark.parametrize(("rows", "live"), [(1, 1), (4, 3), (8, 8)])
+def test_one_launch_is_the_chain_planned_for_long_rows(model, monkeypatch, rows, live):
+    monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=1 << 16))
+    chain = walked(model, rows, live, 40000, persistent=False, graph=False)
+    found = walked(model, rows, live, 40000, persistent=True, graph=True)
+    for place, (a, b) in enumerate(zip(chain, found, strict=True)):
+        assert torch.equal(a, b), f"result {place} of {len(chain)}"
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.decode_layers.phases import Index, Inputs, Linear, Phase, Product
 from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, WARPS
+from dsv4.kernels.index_topk.index_topk import TOGETHER
 from dsv4.kernels.tiles import COLUMNS
 
 GROUP, INDEX_GROUP = 8, 12  # constants of program.cuh and index_phase.cuh
@@ -47,8 +48,14 @@ def _with_index_beside(phases: Sequence[Phase], grid: int) -> tuple[list[Phase],
 
 
 def leaves_blocks(index: Index, grid: int) -> bool:
-    """Whether `index` leaves enough of the blocks for others to multiply in meanwhile."""
-    return len(index.args[0]) * GROUP * _SHARE <= grid
+    """Whether `index` leaves enough of the blocks for others to multiply in meanwhile. Of long rows all have a part."""
+    return entries_of(index) <= TOGETHER and len(index.args[0]) * GROUP * _SHARE <= grid
+
+
+def entries_of(index: Index) -> int:
+    """How many entries its rows can have."""
+    keys, pages = index.args[3:5]
+    return int(pages.shape[1] * keys.shape[1])
 
 
 def parted(products: Linear, index: Index) -> tuple[tuple[Product, ...], tuple[Product, ...]]:

@@ -38,10 +38,13 @@ NORMS = {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": EPS}
 
 
 class Small:
-    """Phases of a layer with long rows and a CSA layer, of random weights, and all tensors that they write."""
+    """Phases of a layer with long rows and a CSA layer, of random weights, and all tensors that they write. entries: of
+    the CSA layer's rows if longer than SEEN's, which then share their pages; alike: which all have the same keys.
+    """
 
-    def __init__(self, make: Maker, rows: int, padding: int, format: str):
+    def __init__(self, make: Maker, rows: int, padding: int, format: str, *, entries: int = 0, alike: bool = False):
         self.make, self.rows, self.padding, self.format = make, rows, padding, format
+        self.entries, self.alike = entries, alike
         self.phases: list[Phase] = []
         self.written: list[Tensor] = []
         self.y, self.streams = make.normal(rows, WIDTH, dtype="bf16"), self._streams()
@@ -104,9 +107,8 @@ class Small:
         queries = self._product(normed, self._operand(QUERY, HEADS * HEAD))
         self.phases += [Linear((into,)), Inputs(given, {"eps": EPS, "quantize": True}, (normed, entry))]
         if csa:
-            sequence = [b if b < live else -1 for b in range(rows)]
-            seen = [SEEN[b] if b < live else 0 for b in range(rows)]
-            _, cis, _, *keys = index_inputs(make, INDEX_HEADS, 5, sequence, seen, exact=False, packed=True)
+            cis, keys = self._long_keys() if self.entries else self._keys()
+            pool = pool[torch.arange(len(keys[0]), device=make.device) % len(pool)]
             index = self._product(normed, self._operand(QUERY, INDEX_HEADS * INDEX_WIDTH))
             picked = self._room(TOPK, dtype=torch.int64)
             asked = index.out[0].unflatten(1, (INDEX_HEADS, INDEX_WIDTH)), cis, rest[-1]
@@ -121,6 +123,27 @@ class Small:
         wo_a = grouped_operand(weight(make, self.format, GROUPS * RANK, HEADS * HEAD // GROUPS), GROUPS, act="bf16")
         wo_b = self._operand(GROUPS * RANK, WIDTH)
         self.phases += [Linear((Product(o.flatten(1), wo_a, (low,)),)), Linear((Product(low, wo_b, (self.y,)),))]
+
+    def _keys(self) -> tuple[Tensor, list[Tensor]]:
+        """Rotations; keys, pages, sequence and visible of index_topk."""
+        live = self.rows - self.padding
+        sequence = [b if b < live else -1 for b in range(self.rows)]
+        seen = [SEEN[b] if b < live else 0 for b in range(self.rows)]
+        _, cis, _, *keys = index_inputs(self.make, INDEX_HEADS, 5, sequence, seen, exact=False, packed=True)
+        return cis, keys
+
+    def _long_keys(self) -> tuple[Tensor, list[Tensor]]:
+        most, rows, live = self.entries, self.rows, self.rows - self.padding
+        count = -(-most // 64)
+        _, _, _, keys, pages, *_ = index_inputs(self.make, INDEX_HEADS, count, [0], [most], exact=False, packed=True)
+        if self.alike:
+            keys[2:] = keys[1]
+        every = torch.arange(rows, device=self.make.device)
+        seen = [most, most // 2, TOPK, most - 700, 5, TOPK + 1, 0, most - 1]
+        visible = torch.tensor(seen[:rows], device=self.make.device)
+        cis = index_inputs(self.make, INDEX_HEADS, 1, [0] * rows, [0] * rows, exact=False, packed=True)[1]
+        sequence = every.masked_fill(every >= live, -1)
+        return cis, [keys, pages.expand(rows, -1).contiguous(), sequence, visible.masked_fill(every >= live, 0)]
 
     def _experts(self, *, hashed: bool) -> None:
         make, inner = self.make, EXPERTS.inner
@@ -154,9 +177,9 @@ def chain(phase: Phase) -> None:
         op(*phase.args, **phase.named, out=phase.out if len(phase.out) > 1 else phase.out[0])
 
 
-def case(make: Maker, rows: int, padding: int, format: str) -> Case:
+def case(make: Maker, rows: int, padding: int, format: str, *, entries: int = 0, alike: bool = False) -> Case:
     """Everything that a program writes, of runs that start alike."""
-    small = Small(make, rows, padding, format)
+    small = Small(make, rows, padding, format, entries=entries, alike=alike)
     watched = [small.y, *small.written]
     before = [x.clone() for x in watched]
 
@@ -176,6 +199,7 @@ def case(make: Maker, rows: int, padding: int, format: str) -> Case:
             chain(phase)
 
     name = f"two layers, {format}, {rows} rows, {padding} of padding"
+    name += f", {entries} entries{' alike' if alike else ''}" if entries else ""
     launch = ran(lambda: decode_layers(small.h, small.program))
     return Case("decode_layers", name, "bf16", launch, ran(ops), (small.h.clone(),), bits, moved=small.program.nbytes)
 
@@ -185,3 +209,15 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         [] if quick else [(2, 0, "nvfp4"), (5, 0, "bf16"), (8, 0, "fp8")]
     ):
         yield case(make, rows, padding, format)
+    for rows, padding, entries, alike in [(1, 0, 8193, False), (3, 1, 9000, True)] + (
+        []
+        if quick
+        else [
+            (8, 2, 16384, False),
+            (8, 0, 9000, True),
+            (1, 0, 70000, False),
+            (1, 0, 262144, True),
+            (8, 1, 262144, False),
+        ]
+    ):
+        yield case(make, rows, padding, "nvfp4", entries=entries, alike=alike)

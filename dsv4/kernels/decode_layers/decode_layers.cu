@@ -197,10 +197,11 @@ static_assert(sizeof(RoutePlan) <= 1024, "PLAN_BYTES in dsv4/kernels/decode_laye
 // other than LINEAR need; of shared memory in front of it.
 extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, int F, int experts, int topk, cudaStream_t) {
     int work = ATTENTION_BYTES;
-    for (const int other : {seam_work_bytes(D, grid), static_cast<int>(sizeof(IndexWork)), INPUTS_BYTES,
+    for (const int other : {seam_work_bytes(D, grid), static_cast<int>(sizeof(IndexWork)),
+                            static_cast<int>(sizeof(ranges::Work)), INPUTS_BYTES,
                             experts_work_bytes(rows, experts, topk, D, F, grid)})
         work = work < other ? other : work;
-    const int found[] = {static_cast<int>(sizeof(mhc::Words<mhc::SEAM>)), static_cast<int>(rows * sizeof(IndexWords)),
+    const int found[] = {static_cast<int>(sizeof(mhc::Words<mhc::SEAM>)), index_scratch(grid, rows),
                          static_cast<int>(attention_scratch(grid)), static_cast<int>(sizeof(State)), work, WORK_AT};
     for (int i = 0; i < 6; ++i) sizes[i] = found[i];
     return cudaSuccess;

@@ -7,7 +7,7 @@ import functools
 import inspect
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
-from dsv4.kernels.decode_layers.beside import around, blocks_of
+from dsv4.kernels.decode_layers.beside import around, blocks_of, entries_of
 from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Phase, Product, Seam
 from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, Run, even_cuts, spread
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
-from dsv4.kernels.index_topk.index_topk import TOGETHER, index_topk
+from dsv4.kernels.index_topk.index_topk import PAGE, RANGE, TOGETHER, index_topk
 from dsv4.kernels.launch import row_stride
 from dsv4.kernels.linear.launch import Launcher, _Part
 from dsv4.kernels.linear.operand import LinearOperand
@@ -32,6 +32,7 @@ from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attent
 GROUP, LONG_GROUP_BYTES = 8, 4 << 20  # blocks; constant of attention_phase.cuh
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
+_SCORES = 7  # of index_topk's arguments
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
 _ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
@@ -57,7 +58,6 @@ class Room:
     state_bytes: int
     work_bytes: int  # at least
     fixed_bytes: int  # of a block's shared memory, before the work area
-    held: list[Any] = field(default_factory=list)
     long: list[Tensor] = field(default_factory=list)
 
     def chunks(self) -> Tensor:
@@ -210,13 +210,13 @@ def inputs(phase: Inputs, room: Room) -> bytes:
 
 def index(phase: Index, room: Room, joined: bool) -> bytes:
     """joined: products that follow go on beside it."""
-    keys, pages = phase.args[3:5]
-    if pages.shape[1] * keys.shape[1] > TOGETHER:
+    entries, blocks = entries_of(phase), room.grid // len(phase.args[0])
+    if entries > TOGETHER and -(-entries // PAGE // blocks) * PAGE > RANGE:
         raise KernelError(
-            f"decode_layers: rows of {pages.shape[1] * keys.shape[1]} entries; it selects from {TOGETHER}"
+            f"decode_layers: rows of {entries} entries, {blocks} blocks for each; a block selects from {RANGE}"
         )
     letters, given = _launched(index_topk, phase, phase.out[0])
-    room.held.append(given)  # the op's scratch among them
+    given = *given[:_SCORES], room.index, *given[_SCORES + 1 :]  # scores stay in shared memory
     return _like("index", letters, given, room.index, room.grid, int(joined))
 
 

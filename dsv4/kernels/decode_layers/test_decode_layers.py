@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dsv4.kernels.decode_layers import describe
 from dsv4.kernels.decode_layers.beside import overlapped
 from dsv4.kernels.decode_layers.cases import Small, cases
 from dsv4.kernels.decode_layers.decode_layers import decode_layers
-from dsv4.kernels.decode_layers.phases import Experts, Inputs, Linear
+from dsv4.kernels.decode_layers.phases import Experts, Index, Inputs, Linear
 from dsv4.kernels.decode_layers.program import CHUNK, WARPS, Program, make_tables
 from dsv4.kernels.decode_layers.spread import Run, even_cuts, segments_of, spread
 from dsv4.quant.weights import FP8Weight, NVFP4Weight, PlainWeight
@@ -236,6 +237,30 @@ def test_products_beside_an_index_have_no_tiles_where_it_works(monkeypatch, rows
         assert not (works and tiles), block
     assert sum(a == b for a, b in pairwise(cuts)) >= 8 * rows and cuts[0] == 0 and cuts[-1] == 8 * 512 // 16
     assert queries[7] is None and queries[9] == 0  # of what INPUTS has normed; then all meet
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(1, 132), (3, 132), (8, 24)])
+def test_long_rows_are_selected_from_by_all_blocks(monkeypatch, rows, grid):
+    on_tiles(monkeypatch)
+    small = Small(Maker(CPU), rows, 0, "nvfp4", entries=8193)
+    filled = Filled(monkeypatch)
+    tables = make_tables(small.program.phases, small.h, grid, 231424)
+    place = [name for name, _ in filled.calls].index("index")
+    (before, _), (_, index), (then, _) = filled.calls[place - 1 : place + 2]
+    assert (before, then) == ("inputs", "attention") and index[-2:] == [grid, 0]  # nothing goes on beside it
+    assert tables.count == len(small.phases) + 2  # Experts are two phases
+
+
+def test_a_block_keeps_the_keys_of_so_many_entries(monkeypatch):
+    small = Small(Maker(CPU), 8, 0, "nvfp4")
+    Filled(monkeypatch)
+    (index,) = (phase for phase in small.phases if isinstance(phase, Index))
+    pages = torch.zeros(8, 4096, dtype=torch.int64)
+    index = Index((*index.args[:4], pages, *index.args[5:]), index.named, (torch.zeros(8, 64, dtype=torch.int64),))
+    room = describe.Room(64, *[torch.zeros(1)] * 6, 0, 0, 0)
+    describe.index(index, room, False)
+    with pytest.raises(KernelError, match="rows of 262144 entries, 7 blocks for each; a block selects from 32768"):
+        describe.index(index, replace(room, grid=63), False)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -122,6 +122,7 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
             64,
         ),
         ("[2, 8] 600 of 129 pages", 8, 129, [0, 1], [600, 90], 64),
+        ("[4, 8] 8193 of 140 pages", 8, 140, [0, 1, -1, 2], [8193, 8960, 77, 513], 512),
         ("[70, 8] prefill", 8, 4, [0] * 37 + [2] * 30 + [-1] * 3, [*range(90, 127), *range(60, 90), 5, 0, 200], 64),
         ("[65, 64] prefill", 64, 9, [0] * 65, [*range(510, 575)], 512),
     ]
@@ -131,9 +132,14 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
             yield made(f"{name}{'' if packed else ' plain'} exact", args, topk, exact=True)
         args = inputs(make, heads, n_pages, sequence, visible, exact=False, packed=True)
         yield made(name, args, topk, exact=False)
-    alike = inputs(make, 64, 12, [0], [700], exact=True, packed=True)
-    alike[2] = torch.zeros_like(alike[2])
-    yield made("[1, 64] all scores equal", alike, 512, exact=True)
+    for entries in [700, 9000] + ([] if quick else [262144]):
+        alike = inputs(make, 64, -(-entries // PAGE), [0], [entries], exact=True, packed=True)
+        alike[2] = torch.zeros_like(alike[2])
+        yield made(f"[1, 64] all {entries} scores equal", alike, 512, exact=True)
+    unknown = inputs(make, 8, 141, [0], [9000], exact=True, packed=False)
+    for entry in (0, 4095, 4096, 8999):
+        unknown[3][unknown[4][0, entry // PAGE], entry % PAGE] = float("nan")
+    yield made("[1, 8] NaN among 9000 scores", unknown, 64, exact=True)
     if quick:
         return
     for rows, most, topk in [(1, 2048, 512), (1, 16384, 512), (1, 32768, 1024), (4, 16384, 512), (64, 16384, 512)]:
@@ -141,10 +147,16 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         for exact in (True, False):
             args = inputs(make, 64, most // PAGE, range(rows), seen, exact=exact, packed=True)
             yield made(f"[{rows}, 64] {most} top {topk}{' exact' if exact else ''}", args, topk, exact=exact)
-    for rows, most, n_pages in [(1, 2048, 4096), (1, 262144, 4096), (64, 2048, 256)]:
+    for rows, most, n_pages in [
+        (1, 2048, 4096),
+        (1, 70000, 1094),
+        (1, 262144, 4096),
+        (9, 262144, 4096),
+        (64, 2048, 256),
+    ]:
         args = inputs(make, 64, n_pages, range(rows), [most] * rows, exact=True, packed=True)
         yield made(f"[{rows}, 64] {most} of {n_pages} pages exact", args, 512, exact=True)
-    for rows, first, topk in [(1024, 0, 512), (1024, 64512, 512), (1024, 7168, 1024)]:
+    for rows, first, topk in [(1024, 0, 512), (1024, 64512, 512), (1024, 7168, 1024), (70, 1048448, 512)]:
         seen = [(first + t + 1) // 4 for t in range(rows)]
         args = inputs(make, 64, -(-seen[-1] // PAGE), [0] * rows, seen, exact=True, packed=True)
         yield made(f"[{rows}, 64] prefill at {first} top {topk} exact", args, topk, exact=True)

@@ -1,8 +1,8 @@
 // index_topk. Up to 64 rows: decode blocks take the queries as the projection leaves them, treat them (index_query.cuh)
 // and score. Where no row can have more than TOGETHER entries, a row is a cluster's: each block sends its scores to all
 // of them, then all find the same threshold and each writes its part of the selection, in one launch. Else scores go to
-// memory, as sortable 16-bit keys, and a second launch selects, a block per row. More rows: queries come treated, scores
-// are made for a slice of rows at a time, then selected from.
+// memory, as sortable 16-bit keys, and a second launch selects, a cluster of blocks per row, each of a range. More rows:
+// queries come treated, scores are made for a slice of rows at a time, then selected from.
 //
 // Scores: heads are the rows of the products, entries the columns. Decode: a warp takes 16 entries at a time. Prefill: a
 // warp keeps the keys of 32 entries in registers and meets them with the queries of 16 tokens, one after another, which
@@ -15,7 +15,6 @@
 #include <dsv4/fragments.cuh>
 #include <dsv4/index_score.cuh>
 #include <dsv4/index_select.cuh>
-#include <dsv4/reduce.cuh>
 
 using namespace dsv4;
 
@@ -159,109 +158,88 @@ __global__ void __launch_bounds__(THREADS, 2) index_scores(const __grid_constant
     }
 }
 
-constexpr int SELECT_THREADS = 1024, SELECT_WARPS = SELECT_THREADS / 32, EACH = 8;
-constexpr int COARSE = 2048, FINE = 32;  // bins: the upper 11 bits of a key, then the lower 5
-constexpr int CACHED_BYTES = 80 * 1024;  // keys kept in shared memory between passes, where they fit
+constexpr int SELECT_THREADS = 512, EACH = 8, SELECT_PAGES = 16;  // keys loaded at a time; pages that are worth a block
 
-// The sum over the threads before this one, and over all. Two barriers.
-__device__ __forceinline__ uint32_t exclusive_sum(uint32_t x, uint32_t (&warps)[SELECT_WARPS], uint32_t& all) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t sum = sum_up_to(x);
-    __syncthreads();  // the last call's readers are done
-    if (lane == 31) warps[warp] = sum;
-    __syncthreads();
-    const uint32_t totals = sum_up_to(warps[lane]);
-    all = __shfl_sync(0xffffffffu, totals, 31);
-    const uint32_t before = __shfl_sync(0xffffffffu, totals, warp ? warp - 1 : 0);
-    return sum - x + (warp ? before : 0);
-}
-
-struct Keys8 {
-    uint4 words;
-    __device__ uint32_t operator[](int i) const {
-        const uint32_t word = i < 4 ? (i < 2 ? words.x : words.y) : (i < 6 ? words.z : words.w);
-        return i % 2 ? word >> 16 : word & 0xFFFF;
-    }
+struct Select {
+    index::Selection<SELECT_THREADS> selection;  // bins: of this block's keys
+    index::Counts counts[2];
 };
 
-__global__ void __launch_bounds__(SELECT_THREADS, 1) index_select(const __grid_constant__ Arguments a, int cached) {
-    extern __shared__ __align__(16) uint8_t cache[];
-    __shared__ uint32_t coarse[COARSE], fine[FINE], warps[SELECT_WARPS];
-    __shared__ uint32_t edge_bin, edge_left, edge_key;
-    take_turn();
-    const int64_t t = a.first + blockIdx.x, sequence = a.sequence[t];
-    const int64_t* pages = a.pages + sequence * a.n_pages;
-    int64_t* out = a.out + t * a.width;
-    const int n = index::to_score(a, sequence, a.visible[t]);
-    if (n == 0) {
-        index::take_all(a, t, threadIdx.x, SELECT_THREADS);
-        return;
-    }
-    const uint4* scores = reinterpret_cast<const uint4*>(a.scores + static_cast<int64_t>(blockIdx.x) * a.n_pages * PAGE);
-    const int groups = (n + EACH - 1) / EACH;
-    const bool keep = groups * 16 <= cached;
-    uint4* kept = reinterpret_cast<uint4*>(cache);
-    const uint4* from = keep ? kept : scores;
-
-    for (int i = threadIdx.x; i < COARSE; i += SELECT_THREADS) coarse[i] = 0;
-    if (threadIdx.x < FINE) fine[threadIdx.x] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < groups; i += SELECT_THREADS) {
-        const Keys8 keys{scores[i]};
-        if (keep) kept[i] = keys.words;
-#pragma unroll
-        for (int k = 0; k < EACH; ++k)
-            if (i * EACH + k < n) atomicAdd(&coarse[keys[k] / FINE], 1u);
-    }
-    __syncthreads();
-
-    const uint32_t topk = a.topk;
-    uint32_t all;
-    {
-        const int bin = COARSE - 1 - 2 * threadIdx.x;  // from the top: this thread's bins are `bin` and the one below
-        const uint32_t upper = coarse[bin], lower = coarse[bin - 1];
-        const uint32_t above = exclusive_sum(upper + lower, warps, all);
-        if (above < topk && topk <= above + upper) edge_bin = bin, edge_left = topk - above;
-        if (above + upper < topk && topk <= above + upper + lower) edge_bin = bin - 1, edge_left = topk - above - upper;
-    }
-    __syncthreads();
-    const uint32_t bin = edge_bin, left = edge_left;
-    for (int i = threadIdx.x; i < groups; i += SELECT_THREADS) {
-        const Keys8 keys{from[i]};
-#pragma unroll
-        for (int k = 0; k < EACH; ++k)
-            if (i * EACH + k < n && keys[k] / FINE == bin) atomicAdd(&fine[keys[k] % FINE], 1u);
-    }
-    __syncthreads();
-    if (threadIdx.x < FINE) {  // a lane per code, from the top
-        const int code = FINE - 1 - threadIdx.x;
-        const uint32_t own = fine[code], sum = sum_up_to(own);
-        if (sum >= left && sum - own < left) edge_key = bin * FINE + code, edge_left = left - (sum - own);
-    }
-    __syncthreads();
-    const uint32_t edge = edge_key, equals = edge_left;  // all keys above the edge, and this many that equal it
-
-    uint32_t higher = 0, same = 0;  // before this round
-    for (int base = 0; base < groups; base += SELECT_THREADS) {
-        const int i = base + threadIdx.x;
-        const Keys8 keys{i < groups ? from[i] : make_uint4(0, 0, 0, 0)};
-        uint32_t count = 0;  // above the edge | equal to it << 16
-#pragma unroll
-        for (int k = 0; k < EACH; ++k)
-            if (i * EACH + k < n) count += keys[k] > edge ? 1u : keys[k] == edge ? 0x10000u : 0u;
-        const uint32_t before = exclusive_sum(count, warps, all);
-        uint32_t h = higher + (before & 0xFFFF), e = same + (before >> 16);
+// This block's keys come to shared memory, and their upper digits are counted.
+__device__ __forceinline__ void keep(uint4* kept, const uint4* from, int count, uint32_t* bins) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < (count + EACH - 1) / EACH; i += SELECT_THREADS) {
+        const uint4 keys = from[i];
+        uint32_t pairs[EACH / 2] = {keys.x, keys.y, keys.z, keys.w};
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
-            const int entry = i * EACH + k;
-            if (entry >= n || keys[k] < edge) continue;
-            if (keys[k] > edge)
-                out[h++ + min(e, equals)] = index::pool_row(pages, entry);
-            else if (e++ < equals)
-                out[h + e - 1] = index::pool_row(pages, entry);
+            const uint32_t key = pairs[k / 2] >> k % 2 * 16 & 0xFFFF;
+            if (i * EACH + k < count) atomicAdd(&bins[key >> index::DIGIT_BITS], 1u);
+            else pairs[k / 2] &= k % 2 ? 0xFFFF : 0;  // not there
         }
-        higher += all & 0xFFFF, same += all >> 16;
+        kept[i] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
+}
+
+// A row is a cluster's; each block has a range of its keys, and reads what the others have counted.
+__global__ void __launch_bounds__(SELECT_THREADS, 2) index_select(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(16) uint8_t kept[];
+    __shared__ Select s;
+    index::clear(s.selection);
+    __syncthreads();
+    take_turn();
+    const int rank = blockIdx.x % a.blocks;
+    const int64_t local = blockIdx.x / a.blocks, t = a.first + local;
+    const int n = index::to_score(a, a.sequence[t], a.visible[t]);
+    if (n == 0) {
+        index::take_all(a, t, rank * SELECT_THREADS + threadIdx.x, a.blocks * SELECT_THREADS);
+        return;
+    }
+    const index::Range range(n, rank, a.blocks, 1);
+    const uint16_t* scores = a.scores + local * a.n_pages * PAGE + range.first;
+    keep(reinterpret_cast<uint4*>(kept), reinterpret_cast<const uint4*>(scores), range.count,
+         s.selection.bins + index::BINS);
+    const index::Share<SELECT_THREADS> share(index::pages_of(a, t) + (range.count ? range.first / PAGE : 0), range.count, 0,
+                                             1, reinterpret_cast<const uint64_t*>(kept));
+    index::Search search = {};
+    search.left = a.topk;
+#pragma unroll 1
+    for (int digit = 1; digit >= 0; --digit) {
+        uint32_t* bins = s.selection.bins + digit * index::BINS;
+        index::Counts& counts = s.counts[digit];
+        if (digit == 0) index::count_lower(bins, share, search);
+        cluster_barrier();
+        if (threadIdx.x < index::BINS) {
+            uint32_t all = 0, before = 0;
+            for (int other = 0; other < a.blocks; ++other) {
+                const uint32_t count = peer_value(&bins[threadIdx.x], other);
+                all += count, before += other < rank ? count : 0;
+            }
+            counts.all[threadIdx.x] = all, counts.before[threadIdx.x] = before;
+        }
+        __syncthreads();
+        index::narrow(search, counts);
+    }
+    cluster_arrive();  // nothing more is read of the others
+    index::write_chosen(s.selection, share, search, a.out + t * a.width);
+    cluster_wait();
+}
+
+// Blocks of a row: as many as its keys need, and more where processors are left that would have enough to do.
+static int select_blocks(int64_t rows, int n_pages) {
+    int blocks = 1;
+    while (n_pages > blocks * (index::RANGE / PAGE)) blocks *= 2;
+    while (blocks < index::CLUSTER && 2 * blocks * rows <= BLOCKS / 2 && n_pages >= 2 * blocks * SELECT_PAGES) blocks *= 2;
+    return blocks;
+}
+
+static cudaError_t select(Arguments& a, int64_t rows, cudaStream_t stream) {
+    a.blocks = select_blocks(rows, a.n_pages);
+    const int bytes = (a.n_pages + a.blocks - 1) / a.blocks * PAGE * 2;
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(index_select, cudaFuncAttributeMaxDynamicSharedMemorySize, index::RANGE * 2))
+        return error;
+    return launch_dependent_clusters(index_select, rows * a.blocks, SELECT_THREADS, bytes, a.blocks, stream, a);
 }
 
 template <int MT>
@@ -289,10 +267,7 @@ extern "C" int dsv4_index_topk(INDEX_PARAMETERS, cudaStream_t stream) {
     Arguments a;
     if (const cudaError_t error = index::arguments(a, INDEX_VALUES)) return error;
     const bool scored = topk < n_pages * PAGE, together = scored && cis != nullptr && n_pages * PAGE <= TOGETHER;
-    const int bytes = n_pages * PAGE * 2 < CACHED_BYTES ? n_pages * PAGE * 2 : CACHED_BYTES;
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(index_select, cudaFuncAttributeMaxDynamicSharedMemorySize, CACHED_BYTES))
-        return error;
+    if (n_pages > index::CLUSTER * (index::RANGE / PAGE)) return cudaErrorInvalidValue;
     for (a.first = 0; a.first < rows; a.first += slice) {
         const int64_t here = rows - a.first < slice ? rows - a.first : slice;
         a.rows = a.first + here;
@@ -302,8 +277,7 @@ extern "C" int dsv4_index_topk(INDEX_PARAMETERS, cudaStream_t stream) {
             if (error) return error;
         }
         if (together) continue;
-        const cudaError_t error = launch_dependent(index_select, here, 1, SELECT_THREADS, bytes, stream, a, bytes);
-        if (error) return error;
+        if (const cudaError_t error = select(a, here, stream)) return error;
     }
     return cudaSuccess;
 }

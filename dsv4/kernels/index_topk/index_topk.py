@@ -15,6 +15,7 @@ _KERNEL = Kernel("index_topk", "pppppppppqqqqiiiiiiiiif")
 WIDTH, PAGE, MOST_HEADS = 128, 64, 64  # index_head_dim of V4, entries of a page, index_n_heads at most
 DECODE_ROWS = 64  # up to here the kernel treats the queries itself
 TOGETHER = 8192  # entries of the widest row that a cluster scores and selects from in one launch (index_select.cuh)
+RANGE, CLUSTER = 32768, 8  # keys that a block selects from at most, and blocks of a row's cluster (index_select.cuh)
 SCORE_BYTES = 1 << 26  # of scores held at a time: a prefill of many rows is done in slices
 
 
@@ -49,7 +50,8 @@ def index_topk(
 
     On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry". Up to 64 rows: one launch where 64 P <= 8192,
     else two (scores, then selection). More rows: index_query, then two launches per slice of rows whose scores take 64
-    MiB. A row's result does not depend on the other rows. Rows that see no more than `topk` entries are not scored.
+    MiB. A row has at most 262,144 entries to select from. A row's result does not depend on the other rows. Rows that
+    see no more than `topk` entries are not scored.
     """
     rows, heads, width = q.shape
     if q.dtype != torch.bfloat16 or order != "entry":
@@ -77,6 +79,11 @@ def index_topk(
     others = {"cis": cis, "weights": weights, "keys": keys, "pages": pages, "sequence": sequence, "visible": visible}
     same_device("index_topk", q.device, **others)
     entries = PAGE * pages.shape[1]
+    if entries > CLUSTER * RANGE:
+        raise KernelError(
+            f"index_topk: 'pages' has rows of {entries} entries; the kernel selects from {CLUSTER * RANGE}. Plan for "
+            "shorter sequences, or run the twin (DSV4_REF=index_topk)"
+        )
     picked = min(topk, entries)
     out = result("index_topk", out, (rows, picked), torch.int64, q.device)
     cis_stride, turned = rotations("index_topk", cis, rows, width), 2 * cis.shape[1]

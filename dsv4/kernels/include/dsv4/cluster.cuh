@@ -32,6 +32,12 @@ __device__ __forceinline__ float peer_value(const float* mine, int rank) {
     return value;
 }
 
+__device__ __forceinline__ uint32_t peer_value(const uint32_t* mine, int rank) {
+    uint32_t value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(peer_address(mine, rank)) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ uint64_t peer_value(const uint64_t* mine, int rank) {
     uint64_t value;
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(peer_address(mine, rank)) : "memory");

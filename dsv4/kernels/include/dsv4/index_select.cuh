@@ -1,5 +1,6 @@
-// The best `topk` of a row's keys (16 bits that sort like the scores) by several blocks, each of which has all of them in
-// shared memory: every block finds the threshold, digit by digit, with histograms, and writes its part of the selection.
+// The best `topk` of a row's keys (16 bits that sort like the scores) by several blocks: every block finds the threshold,
+// digit by digit, with histograms, and writes its part of the selection. Blocks have all keys in shared memory, or each has
+// a range of them there and is told what the others count.
 #pragma once
 #include <dsv4/index_key.cuh>
 #include <dsv4/reduce.cuh>
@@ -41,8 +42,10 @@ struct Share {
         page = writes ? pages[4 * first / PAGE] : 0;
         count = min(each, (n + 3) / 4 - first);
     }
-    // see(key, entry) of every key. `begin`: 0, and they come in order; the lane, and those that are
-    // served together meet different banks.
+    // Where visit() begins so that lanes that are served together, sixteen of them, meet different banks.
+    __device__ __forceinline__ int apart() const { return static_cast<int>(threadIdx.x) % 32 * each / 16; }
+
+    // see(key, entry) of every key. `begin`: 0, and they come in order; or apart().
     template <typename See>
     __device__ __forceinline__ void visit(int begin, See see) const {
 #pragma unroll 1
@@ -66,57 +69,119 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t (&warps)[WAR
     return sum - x + __reduce_add_sync(0xffffffffu, lane < warp ? warps[lane] : 0);
 }
 
+// A digit, and how many of the keys that have it are wanted.
+struct Digit {
+    uint32_t bin, left;
+};
+
+// That of the left-th largest of the keys that are counted in bins. Every warp finds the same.
+__device__ __forceinline__ Digit find_digit(const uint32_t* bins, uint32_t left) {
+    constexpr int EACH = BINS / 32;
+    uint32_t bin = BINS - 1 - EACH * (threadIdx.x % 32);  // a lane's bins go down from here
+    const uint4* own = reinterpret_cast<const uint4*>(bins) + bin / 4;
+    const uint4 upper = own[0], lower = own[-1];
+    uint32_t sums[EACH] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+#pragma unroll
+    for (int i = 1; i < EACH; ++i) sums[i] += sums[i - 1];
+    const uint32_t all = sums[EACH - 1], sum = sum_up_to(all);
+    const int found = __ffs(__ballot_sync(0xffffffffu, sum >= left)) - 1;
+    const uint32_t wanted = left - (sum - all);  // of the bins of lane `found`; other lanes' values are not used
+    uint32_t above = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+        if (sums[i] < wanted) above = sums[i], --bin;
+    const uint32_t both = __shfl_sync(0xffffffffu, bin << 24 | ((wanted - above) & 0xFFFFFF), found);
+    return {both >> 24, both & 0xFFFFFF};
+}
+
 // The topk-th largest of more keys, and how many that equal it are taken. The bins are empty.
 template <int THREADS>
 __device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share<THREADS>& share, uint32_t topk,
                                               uint32_t& equals) {
-    constexpr int EACH = BINS / 32;
-    const int lane = threadIdx.x % 32;
     uint32_t edge = 0, left = topk;  // the digits that are known, and how many are left for the keys that begin with them
 #pragma unroll 1
     for (int digit = 1; digit >= 0; --digit) {
         const int shift = digit * DIGIT_BITS;
         uint32_t* bins = s.bins + digit * BINS;
-        share.visit(lane, [&](uint32_t key, uint32_t) {
+        share.visit(share.apart(), [&](uint32_t key, uint32_t) {
             if (key >> shift >> DIGIT_BITS == edge) atomicAdd(&bins[key >> shift & (BINS - 1)], 1u);
         });
         __syncthreads();
-        uint32_t bin = BINS - 1 - EACH * lane;  // a lane's bins go down from here; every warp finds the same
-        const uint4* own = reinterpret_cast<const uint4*>(bins) + bin / 4;
-        const uint4 upper = own[0], lower = own[-1];
-        uint32_t sums[EACH] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-#pragma unroll
-        for (int i = 1; i < EACH; ++i) sums[i] += sums[i - 1];
-        const uint32_t all = sums[EACH - 1], sum = sum_up_to(all);
-        const int found = __ffs(__ballot_sync(0xffffffffu, sum >= left)) - 1;
-        const uint32_t wanted = left - (sum - all);  // of the bins of lane `found`; other lanes' values are not used
-        uint32_t above = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (sums[i] < wanted) above = sums[i], --bin;
-        const uint32_t both = __shfl_sync(0xffffffffu, bin << 16 | ((wanted - above) & 0xFFFF), found);
-        edge = edge << DIGIT_BITS | both >> 16;
-        left = both & 0xFFFF;
+        const Digit found = find_digit(bins, left);
+        edge = edge << DIGIT_BITS | found.bin;
+        left = found.left;
     }
     equals = left;
     return edge;
 }
 
-// Every thread of every block calls this with its share of the same keys.
+// What is chosen: keys above `edge` and the first `left` that equal it; and how many are above it and equal to it in front
+// of this block's keys. At first: nothing is known of the edge but that `left` keys are chosen.
+struct Search {
+    uint32_t edge, left, higher, same;
+};
+
+// Writes what is chosen of the keys that all threads have a share of. One barrier.
 template <int THREADS>
-__device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
-    uint32_t equals, count = 0;  // count: above the edge | equal to it << 16
-    const uint32_t edge = threshold(s, share, topk, equals);
-    share.visit(threadIdx.x % 32,
+__device__ __forceinline__ void write_chosen(Selection<THREADS>& s, const Share<THREADS>& share, const Search& found,
+                                             int64_t* out) {
+    const uint32_t edge = found.edge;
+    uint32_t count = 0;  // above the edge | equal to it << 16
+    share.visit(share.apart(),
                 [&](uint32_t key, uint32_t) { count += key > edge ? 1u : key == edge ? 0x10000u : 0u; });
     const uint32_t before = sum_before(count, s.warps);
-    if (!share.writes) return;
-    uint32_t higher = before & 0xFFFF, same = before >> 16;
+    if (!share.writes || count == 0) return;
+    uint32_t higher = found.higher + (before & 0xFFFF), same = found.same + (before >> 16);
     share.visit(0, [&](uint32_t key, uint32_t entry) {
-        if (key > edge || (key == edge && same < equals))
-            out[higher + min(same, equals)] = share.page * PAGE + entry % PAGE;
+        if (key > edge || (key == edge && same < found.left))
+            out[higher + min(same, found.left)] = share.page * PAGE + entry % PAGE;
         higher += key > edge, same += key == edge;
     });
 }
+
+// Every thread of every block calls this with its share of the same keys.
+template <int THREADS>
+__device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
+    Search found = {};
+    found.edge = threshold(s, share, topk, found.left);
+    write_chosen(s, share, found, out);
+}
+
+constexpr int RANGE = 32768;  // keys of a block that has a range of them, at most
+
+// How many keys have each digit, of all blocks and of those in front of this one. (Room for whole words of persistent/.)
+struct Counts {
+    alignas(16) uint32_t all[BINS + 4];
+    alignas(16) uint32_t before[BINS + 4];
+};
+
+// The next digit of the edge is found. Every warp finds the same.
+__device__ __forceinline__ void narrow(Search& search, const Counts& counts) {
+    const Digit digit = find_digit(counts.all, search.left);
+    uint32_t higher = 0;
+#pragma unroll
+    for (uint32_t bin = threadIdx.x % 32; bin < BINS; bin += 32) higher += bin > digit.bin ? counts.before[bin] : 0;
+    search.higher += __reduce_add_sync(0xffffffffu, higher);
+    search.same = counts.before[digit.bin];
+    search.edge = search.edge << DIGIT_BITS | digit.bin;
+    search.left = digit.left;
+}
+
+// Counts the lower digit of the block's keys that begin with the edge's upper one.
+template <int THREADS>
+__device__ __forceinline__ void count_lower(uint32_t* bins, const Share<THREADS>& share, const Search& search) {
+    share.visit(share.apart(), [&](uint32_t key, uint32_t) {
+        if (key >> DIGIT_BITS == search.edge) atomicAdd(&bins[key & (BINS - 1)], 1u);
+    });
+}
+
+// A block's range: so many pages for each, and which entries it has. Ranges rise with the blocks' ranks.
+struct Range {
+    int each, first, count;  // pages of a block; the first entry, and how many of them are there
+
+    __device__ __forceinline__ Range(int n, int rank, int blocks, int least)
+        : each(max(((n + PAGE - 1) / PAGE + blocks - 1) / blocks, least)), first(rank * each * PAGE),
+          count(max(min(n - first, each * PAGE), 0)) {}
+};
 
 }  // namespace dsv4::index

@@ -1,10 +1,11 @@
-// INDEX: index_topk of a decode step's rows, each by a group of blocks: every block scores a part of the entries and tells
+// INDEX: index_topk of a decode step's rows. Longer ones than TOGETHER: index_ranges.cuh. Else each by a group of blocks: every block scores a part of the entries and tells
 // the others their keys through the L2 cache in one trip (exchange.cuh), then finds the threshold of all of them and writes
 // its part of the selection. LINEAR may go on in the other blocks meanwhile, of what INDEX does not need.
 #pragma once
 #include <dsv4/exchange.cuh>
 #include <dsv4/index_score.cuh>
 #include <dsv4/index_select.cuh>
+#include <dsv4/persistent/index_ranges.cuh>
 #include <dsv4/persistent/memory.cuh>
 
 namespace dsv4::persistent {
@@ -17,8 +18,10 @@ struct IndexWords {
 
 struct Index {
     index::Arguments of;
-    IndexWords* words;  // [rows]; zeros before its first use, then left alone
-    int first;          // the group of row 0; the other rows' follow
+    IndexWords* words;   // [rows]; zeros before its first use, then left alone
+    ranges::Told* told;  // in its place where blocks have ranges
+    int first;           // the group of row 0; the other rows' follow
+    int blocks;          // that have ranges of a row, 0: a row has a group
 };
 
 struct IndexWork {
@@ -51,9 +54,10 @@ static __device__ __forceinline__ bool passes_over_next(int turn) {
 static __device__ __forceinline__ void index_ahead(int turn, int before) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
+    if (among(before, SEAM)) __syncthreads();  // seam_rest has read
+    if (phase.blocks > 0) return ranges::ahead(a, phase.told, phase.blocks);
     const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row < 0) return;
-    if (among(before, SEAM)) __syncthreads();  // seam_rest has read
     IndexWork& s = work<IndexWork>();
     const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&phase.words[row].turns[rank]) : 0;
     index::start_turns(a, s.heads, row);
@@ -89,6 +93,7 @@ static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& sh
 static __device__ __forceinline__ void index_phase(int turn) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
+    if (phase.blocks > 0) return ranges::phase(a, phase.told, phase.blocks);
     const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row < 0) return;
     IndexWork& s = work<IndexWork>();
@@ -111,16 +116,28 @@ static __device__ __forceinline__ void index_phase(int turn) {
     if (threadIdx.x == 0) words.turns[rank] = number;
 }
 
-// scratch: IndexWords for each row, zeros at first; 16-byte aligned. A row has a group of its own. joined: the next phase is
-// a LINEAR that needs nothing of this and has no tiles in those groups.
+// Bytes of scratch: zeros at first. Programs of such a grid may share it.
+constexpr int index_scratch(int grid, int rows) {
+    const int groups = rows * static_cast<int>(sizeof(IndexWords)), told = ranges::told_bytes(grid);
+    return groups > told ? groups : told;
+}
+
+// 16-byte aligned scratch. joined: the next phase is a LINEAR that needs nothing of this and has no tiles in the groups
+// that work.
 static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch, int grid, int joined) {
     const int groups = grid / GROUP;
-    if (rows < 1 || rows > TOKENS || rows > groups || width < 1 || cis == nullptr || heads > 64 ||
-        n_pages * index::PAGE > index::TOGETHER)
-        return cudaErrorInvalidValue;
+    if (rows < 1 || rows > TOKENS || rows > grid || width < 1 || cis == nullptr || heads > 64) return cudaErrorInvalidValue;
     Index a = {};
     if (const cudaError_t error = index::arguments(a.of, INDEX_VALUES)) return error;
-    a.of.blocks = GROUP, a.words = static_cast<IndexWords*>(scratch), a.first = INDEX_GROUP % groups;
+    if (n_pages * index::PAGE > index::TOGETHER) {
+        a.blocks = grid / static_cast<int>(rows);
+        if ((n_pages + a.blocks - 1) / a.blocks * index::PAGE > index::RANGE || a.blocks > MAX_BLOCKS || joined)
+            return cudaErrorInvalidValue;
+        a.of.blocks = 1, a.told = static_cast<ranges::Told*>(scratch);
+    } else {
+        if (rows > groups) return cudaErrorInvalidValue;
+        a.of.blocks = GROUP, a.words = static_cast<IndexWords*>(scratch), a.first = INDEX_GROUP % groups;
+    }
     if (const cudaError_t error = fill_phase(phase, INDEX, a)) return error;
     phase->joined = joined ? NEXT : 0;
     return cudaSuccess;
