@@ -131,7 +131,8 @@ static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch,
     if (const cudaError_t error = index::arguments(a.of, INDEX_VALUES)) return error;
     if (n_pages * index::PAGE > index::TOGETHER) {
         a.blocks = grid / static_cast<int>(rows);
-        if ((n_pages + a.blocks - 1) / a.blocks * index::PAGE > index::RANGE || a.blocks > MAX_BLOCKS || joined)
+        const int pages = (n_pages + a.blocks - 1) / a.blocks;
+        if (pages * index::PAGE > index::RANGE || !ranges::sums_fit(n_pages, a.blocks) || grid > MAX_BLOCKS || joined)
             return cudaErrorInvalidValue;
         a.of.blocks = 1, a.told = static_cast<ranges::Told*>(scratch);
     } else {

@@ -70,35 +70,45 @@ static __device__ __forceinline__ void tell_counts(exchange::Word* words, const 
     exchange::tell(words + threadIdx.x, values, turn);
 }
 
+// A thread hears a word of every STEP-th block, and its sums fit into 16 bits as well.
+constexpr int STEP = THREADS / WORDS, MOST = (MAX_BLOCKS + STEP - 1) / STEP;
+constexpr bool sums_fit(int pages, int blocks) {
+    return (blocks + STEP - 1) / STEP * ((pages + blocks - 1) / blocks) * index::PAGE <= 0xFFFF;
+}
+static_assert(MOST * LEAST * index::PAGE <= 0xFFFF, "sums fit");
+
 // Adds up what `blocks` blocks tell. The counts are zero.
 static __device__ __forceinline__ void hear_counts(index::Counts& counts, const exchange::Word* words, int blocks,
                                                    int rank, uint32_t turn) {
-    constexpr int STEP = THREADS / WORDS, MOST = (MAX_BLOCKS + STEP - 1) / STEP;
     const int word = threadIdx.x % WORDS, first = threadIdx.x / WORDS;  // block first, first + STEP, ...
     if (first >= STEP) return;
-    const exchange::Word* from = words + threadIdx.x;
     exchange::Word heard[MOST] = {};
-#pragma unroll
-    for (int i = 0; i < MOST; ++i)
-        if (first + i * STEP < blocks) heard[i] = exchange::look(from + i * (STEP * WORDS));
     for (bool here = false; !here;) {  // only those that are late are looked at again
         here = true;
 #pragma unroll
         for (int i = 0; i < MOST; ++i)
             if (first + i * STEP < blocks && heard[i].turn != turn)
-                heard[i] = exchange::look(from + i * (STEP * WORDS)), here = false;
+                heard[i] = exchange::look(words + threadIdx.x + i * (STEP * WORDS)), here = false;
+    }
+    uint32_t all[exchange::PER_WORD] = {}, before[exchange::PER_WORD] = {};
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+        const bool in_front = first + i * STEP < rank;
+#pragma unroll
+        for (int k = 0; k < exchange::PER_WORD; ++k) {
+            const uint32_t two = __float_as_uint(heard[i].values[k]);
+            all[k] += two;
+            if (in_front) before[k] += two;
+        }
     }
 #pragma unroll
-    for (int k = 0; k < IN_WORD; ++k) {
-        uint32_t all = 0, before = 0;
-#pragma unroll
-        for (int i = 0; i < MOST; ++i) {
-            const uint32_t count = __float_as_uint(heard[i].values[k / 2]) >> k % 2 * 16 & 0xFFFF;
-            all += count;
-            if (first + i * STEP < rank) before += count;
-        }
-        if (all != 0) atomicAdd(&counts.all[word * IN_WORD + k], all);
-        if (before != 0) atomicAdd(&counts.before[word * IN_WORD + k], before);
+    for (int k = 0; k < exchange::PER_WORD; ++k) {
+        if (all[k] == 0) continue;
+        const int bin = word * IN_WORD + 2 * k;
+        atomicAdd(&counts.all[bin], all[k] & 0xFFFF);
+        atomicAdd(&counts.all[bin + 1], all[k] >> 16);
+        atomicAdd(&counts.before[bin], before[k] & 0xFFFF);
+        atomicAdd(&counts.before[bin + 1], before[k] >> 16);
     }
 }
 
