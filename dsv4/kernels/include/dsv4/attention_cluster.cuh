@@ -82,7 +82,7 @@ struct Cluster {
         const int channel = threadIdx.x % PAIRS * 2, mine = block.rank * (HG / SPLITS) + threadIdx.x / PAIRS;
         const bool there = head + mine < a.heads;
         const float2 back = turn_back(a, block.token, channel);
-        const float sink = there ? a.sink[head + mine] * LOG2E : 0.0f;
+        const float sink = there ? __fmul_rn(a.sink[head + mine], LOG2E) : 0.0f;
         cluster_wait();
         float2 seen[SPLITS], parts[SPLITS];
 #pragma unroll

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) sparse_attention_merge(const __
     float2 seen = make_float2(LOWEST, -1.0f);  // of chunk lane / SPLITS
     if (lane < SPLITS * parts.chunks) seen = parts.seen[part(lane / SPLITS, lane % SPLITS)];
     const unsigned there = __ballot_sync(ALL, !(seen.y < 0.0f));
-    const float sink = a.sink[head] * LOG2E;
+    const float sink = __fmul_rn(a.sink[head], LOG2E);  // not fused with what is taken from it
     float2 back[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) back[k] = turn_back(a, token, channel + 2 * k);

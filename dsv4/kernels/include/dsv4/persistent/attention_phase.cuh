@@ -423,7 +423,7 @@ struct Unit {
         if constexpr (std::is_same_v<Share, Chunks>) {
             tell_chunks(block, head, begun, turn, share);
             if (share.first > 0 || !reads) return;
-            hear_chunks(merged, share.words, mine, pair, turn, sink * few::LOG2E);
+            hear_chunks(merged, share.words, mine, pair, turn, __fmul_rn(sink, few::LOG2E));
         } else {
             block.clear();
             add_stage(block, head, 0, begun, !begun.queries);
@@ -431,7 +431,7 @@ struct Unit {
             tell(block, words, turn);
             if (!reads) return;
             const exchange::Word* all = words + mine * GROUP * PAIRS;
-            hear(merged, all + pair, all, turn, sink * few::LOG2E);
+            hear(merged, all + pair, all, turn, __fmul_rn(sink, few::LOG2E));
         }
         if constexpr (HG == 8) {  // neighbours have channels c, c + 8 and c + 1, c + 9
             const float other = __shfl_xor_sync(attention::ALL, odd ? merged[0] : merged[1], 1);
