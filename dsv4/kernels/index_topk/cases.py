@@ -123,8 +123,9 @@ def cases(make: Maker, quick: bool) -> Iterator[Case]:
         ),
         ("[2, 8] 600 of 129 pages", 8, 129, [0, 1], [600, 90], 64),
         ("[4, 8] 8193 of 140 pages", 8, 140, [0, 1, -1, 2], [8193, 8960, 77, 513], 512),
-        ("[70, 8] prefill", 8, 4, [0] * 37 + [2] * 30 + [-1] * 3, [*range(90, 127), *range(60, 90), 5, 0, 200], 64),
-        ("[65, 64] prefill", 64, 9, [0] * 65, [*range(510, 575)], 512),
+        ("[70, 8] chunks", 8, 4, [0] * 37 + [2] * 30 + [-1] * 3, [*range(90, 127), *range(60, 90), 5, 0, 200], 64),
+        ("[65, 64] of one sequence", 64, 9, [0] * 65, [*range(510, 575)], 512),
+        ("[130, 64] prefill", 64, 9, [0] * 130, [*range(446, 576)], 512),
     ]
     for name, heads, n_pages, sequence, visible, topk in small:
         for packed in (True, False):

@@ -1,8 +1,8 @@
-// index_topk. Up to 64 rows: decode blocks take the queries as the projection leaves them, treat them (index_query.cuh)
-// and score. Where no row can have more than TOGETHER entries, a row is a cluster's: each block sends its scores to all
-// of them, then all find the same threshold and each writes its part of the selection, in one launch. Else scores go to
-// memory, as sortable 16-bit keys, and a second launch selects, a cluster of blocks per row, each of a range. More rows:
-// queries come treated, scores are made for a slice of rows at a time, then selected from.
+// index_topk. Of few rows decode blocks take the queries as the projection leaves them, treat them (index_query.cuh) and
+// score. Up to 128 rows that cannot have more than TOGETHER entries: a row is a cluster's, each block sends its scores to
+// all of them, then all find the same threshold and each writes its part of the selection, in one launch. Up to 64 rows
+// that can: scores go to memory, as sortable 16-bit keys, and a second launch selects, a cluster of blocks per row, each of
+// a range. More rows: queries come treated, scores are made for a slice of rows at a time, then selected from.
 //
 // Scores: heads are the rows of the products, entries the columns. Decode: a warp takes 16 entries at a time. Prefill: a
 // warp keeps the keys of 32 entries in registers and meets them with the queries of 16 tokens, one after another, which

@@ -13,7 +13,7 @@ from dsv4.quant.kv import index_key_bytes
 
 _KERNEL = Kernel("index_topk", "pppppppppqqqqiiiiiiiiif")
 WIDTH, PAGE, MOST_HEADS = 128, 64, 64  # index_head_dim of V4, entries of a page, index_n_heads at most
-DECODE_ROWS = 64  # up to here the kernel treats the queries itself
+DECODE_ROWS, TOGETHER_ROWS = 64, 128  # up to here the kernel treats the queries itself: of any rows, of TOGETHER's
 TOGETHER = 8192  # entries of the widest row that a cluster scores and selects from in one launch (index_select.cuh)
 RANGE, CLUSTER = 32768, 8  # keys that a block selects from at most, and blocks of a row's cluster (index_select.cuh)
 SCORE_BYTES = 1 << 26  # of scores held at a time: a prefill of many rows is done in slices
@@ -48,10 +48,10 @@ def index_topk(
     0 .. visible-1; "score", falling scores; "torch", falling scores with ties as torch.topk has them, as in DeepSeek's
     script (they may then depend on the number of entries).
 
-    On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry". Up to 64 rows: one launch where 64 P <= 8192,
-    else two (scores, then selection). More rows: index_query, then two launches per slice of rows whose scores take 64
-    MiB. A row has at most 262,144 entries to select from. A row's result does not depend on the other rows. Rows that
-    see no more than `topk` entries are not scored.
+    On a GPU: BF16, Ci = 128, Hi a multiple of 8 up to 64, order "entry". Up to 128 rows of 64 P <= 8192 entries: one
+    launch. Up to 64 of more: two (scores, then selection). More rows: index_query, then two launches per slice of rows
+    whose scores take 64 MiB. A row has at most 262,144 entries to select from. A row's result does not depend on the
+    other rows. Rows that see no more than `topk` entries are not scored.
     """
     rows, heads, width = q.shape
     if q.dtype != torch.bfloat16 or order != "entry":
@@ -89,9 +89,10 @@ def index_topk(
     cis_stride, turned = rotations("index_topk", cis, rows, width), 2 * cis.shape[1]
     untreated: Tensor | None = cis
     scored = topk < entries
-    if scored and rows > DECODE_ROWS:
+    treats = rows <= (TOGETHER_ROWS if entries <= TOGETHER else DECODE_ROWS)
+    if scored and not treats:
         q, untreated = index_query(q, cis, quantize=quantize), None
-    held = scored and (rows > DECODE_ROWS or entries > TOGETHER)
+    held = scored and (not treats or entries > TOGETHER)
     slice_rows = max(1, min(rows, SCORE_BYTES // (2 * entries))) if held else max(1, rows)
     scores = torch.empty((slice_rows, entries) if held else (8,), dtype=torch.bfloat16, device=q.device)
     tensors = q, untreated, weights, keys, pages, sequence, visible, scores, out
