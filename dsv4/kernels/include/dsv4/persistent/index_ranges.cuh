@@ -32,6 +32,7 @@ struct Work {
     index::Counts counts[2];
     uint64_t fours[index::RANGE / 4];
     index::Tiles tiles[WARPS];
+    index::Range range;
     int n;          // what the row has to choose from; 0: it takes all it sees
     uint32_t turn;
 };
@@ -44,7 +45,7 @@ static __device__ __forceinline__ void ahead(const index::Arguments& a, const To
     const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&told->turns[row]) : 0;
     const int n = index::to_score(a, a.sequence[row], a.visible[row]);
     const index::Range range(n, rank, blocks, LEAST);
-    if (threadIdx.x == 0) s.n = n, s.turn = turns + 1;
+    if (threadIdx.x == 0) s.n = n, s.turn = turns + 1, s.range = range;
     if (range.count == 0) return;
     index::start_turns(a, s.heads, row);
     index::Tiles tiles = index::find_tiles<WARPS>(a, row, range.first / index::ENTRIES, warp);
@@ -121,18 +122,18 @@ static __device__ __forceinline__ void phase(const index::Arguments& a, Told* to
         index::take_all(a, row, rank * THREADS + threadIdx.x, blocks * THREADS);
         return;
     }
-    const index::Range range(n, rank, blocks, LEAST);
-    if (range.count == 0) return;
+    if (s.range.count == 0) return;
     index::start_heads(a, s.heads, row);
     uint32_t* upper = s.selection.bins + index::BINS;
-    index::score_row<4, WARPS>(a, s.heads, row, range.first / index::ENTRIES, warp, s.tiles[warp],
-                               [&](int at, uint64_t four) {
-                                   if (lane < 4) s.fours[at - range.first / 4] = four;
-                                   const uint32_t key = static_cast<uint32_t>(four >> lane / 4 * 16) & 0xFFFF;
-                                   if (lane < 16) atomicAdd(&upper[key >> index::DIGIT_BITS], 1u);  // each one of sixteen
-                               });
+    const int first = s.range.first;
+    index::score_row<4, WARPS>(a, s.heads, row, first / index::ENTRIES, warp, s.tiles[warp], [&](int at, uint64_t four) {
+        if (lane < 4) s.fours[at - first / 4] = four;
+        const uint32_t key = static_cast<uint32_t>(four >> lane / 4 * 16) & 0xFFFF;
+        if (lane < 16) atomicAdd(&upper[key >> index::DIGIT_BITS], 1u);  // each one of sixteen
+    });
+    const index::Range range = s.range;
     const index::Share<THREADS> share(index::pages_of(a, row) + range.first / index::PAGE, range.count, 0, 1, s.fours);
-    const int working = (n + range.each * index::PAGE - 1) / (range.each * index::PAGE);
+    const int working = (s.n + range.each * index::PAGE - 1) / (range.each * index::PAGE);
     const uint32_t number = s.turn;
     index::Search search = {};
     search.left = a.topk;
