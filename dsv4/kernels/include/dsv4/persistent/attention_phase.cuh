@@ -5,15 +5,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include <dsv4/attention_few.cuh>
 #include <dsv4/exchange.cuh>
+#include <dsv4/persistent/attention_entries.cuh>
 #include <dsv4/persistent/meeting.cuh>
-#include <dsv4/persistent/memory.cuh>
 
 namespace dsv4::persistent {
-
-namespace few = attention::few;
-static_assert(few::THREADS == THREADS && few::SPLITS == GROUP, "one way to share the work");
 
 constexpr int PAIRS = attention::DH / 2;  // words of a head and a block
 constexpr int64_t ROUND = 16 * GROUP * PAIRS;  // words of one turn of a group
@@ -36,20 +32,6 @@ constexpr int64_t LONG_GROUP_BYTES = 2 * few::CHUNKS * ROUND * static_cast<int64
 static_assert(LONG_GROUP_BYTES == 4 << 20, "LONG_GROUP_BYTES in dsv4/kernels/decode_layers/describe.py");
 constexpr uint32_t LONG_TURN = 1u << 31;  // of numbers of long rows' turns
 
-constexpr int TILES = 5, STAGE = TILES * attention::TILE;
-
-// Entries and queries lie at the same places for eight heads and sixteen.
-template <int HG>
-struct AttentionWork {
-    static constexpr int STAGE = persistent::STAGE, SCORE_ROW = STAGE + 4, PARTS = 32 / HG;
-    alignas(16) uint8_t entries[STAGE * attention::ROW];
-    alignas(16) uint8_t q[16 * attention::ROW];
-    alignas(16) float scores[PARTS][HG][SCORE_ROW];
-    alignas(8) float seen[16][2];
-    float fade[16];
-    int rows[(STAGE + 31) / 32 * 32], last[WARPS];  // -1 behind the stage
-};
-
 constexpr int SEAM_GROUPS = 8;  // have a seam's code in their caches; others come first
 
 // Of a block's group, which exists. Others follow by the number of groups.
@@ -63,150 +45,6 @@ static __device__ __forceinline__ int sharers(int units) {
     const int groups = gridDim.x / GROUP;
     return groups >= 4 * units ? 4 : groups >= 2 * units ? 2 : 1;
 }
-
-// What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, so many tiles, and the queries.
-struct Begun {
-    int rows, tiles;
-    bool queries;
-};
-
-__device__ __forceinline__ int positions_of(const attention::Arguments& a) { return a.local_positions + a.pool.width; }
-
-// Whether the lists have room for more than a stage of a block. What only such phases need stands out of the others' way.
-__device__ __forceinline__ bool longer(const attention::Arguments& a) {
-    return __builtin_expect(positions_of(a) > GROUP * STAGE, false);
-}
-
-// What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
-struct Entries {
-    const attention::Arguments& a;
-    AttentionWork<16>& s;
-    const int token, rank, warp, lane;
-
-    // Lane j has where the entry of tile j is, or something else that can be read. Bits: of the tiles within the lists,
-    // of those with an entry, and of those whose entries are packed.
-    struct Found {
-        const uint8_t* entry;
-        unsigned within, there, packed;
-
-        __device__ __forceinline__ const uint8_t* of(int tile) const {
-            const auto at = reinterpret_cast<unsigned long long>(entry);
-            return reinterpret_cast<const uint8_t*>(__shfl_sync(attention::ALL, at, tile));
-        }
-    };
-
-    __device__ __forceinline__ Entries(const attention::Arguments& a, int token)
-        : a(a), s(work<AttentionWork<16>>()), token(token), rank(blockIdx.x % GROUP), warp(threadIdx.x / 32),
-          lane(threadIdx.x % 32) {}
-
-    __device__ __forceinline__ int position_of(int slot) const {
-        return (slot / attention::TILE * GROUP + rank) * attention::TILE + slot % attention::TILE;
-    }
-    __device__ __forceinline__ int positions() const { return positions_of(a); }
-
-    // Tiles of stage 0 that are the window's.
-    __device__ __forceinline__ int window() const {
-        return min(a.local_positions / (GROUP * attention::TILE), TILES);
-    }
-
-    // The row number at a position; -1 for none.
-    __device__ __forceinline__ int row_at(int position) const {
-        const bool local = position < a.local_positions;
-        const attention::Source& from = local ? a.local : a.pool;
-        const int at = position - (local ? 0 : a.local_positions);
-        return at < from.width ? static_cast<int>(from.rows[token * from.row_stride + at]) : -1;
-    }
-
-    // The warp's entries of the first `tiles` tiles of a stage; the row numbers of `known` of them have been read, and
-    // others are.
-    __device__ __forceinline__ Found find(int stage, int known, int tiles) const {
-        const int slot = lane * attention::TILE + warp, position = position_of(stage * STAGE + slot);
-        const attention::Source& from = position < a.local_positions ? a.local : a.pool;
-        int row = -1;
-        if (lane < known) row = s.rows[slot];
-        else if (lane < tiles) row = row_at(position);
-        if (known < TILES && lane >= known && lane <= TILES) s.rows[slot] = row;  // the last ones: none
-        const bool packed = from.packed;
-        Found found;
-        const int size = packed ? kv::ENTRY_BYTES : attention::DH * 2;
-        found.entry = row < 0 ? a.q : from.data + static_cast<int64_t>(row) * size;
-        found.within = __ballot_sync(attention::ALL, lane < tiles && position - warp < positions());
-        found.there = __ballot_sync(attention::ALL, row >= 0);
-        found.packed = __ballot_sync(attention::ALL, packed);
-        return found;
-    }
-
-    // The last slot behind stage 0 that holds an entry, among those that this warp looks at.
-    __device__ __forceinline__ void scan() const {
-        int last = 0;
-#pragma unroll 1
-        for (int i = STAGE + warp * 32 + lane, position; (position = position_of(i)) < positions(); i += THREADS)
-            if (row_at(position) >= 0) last = i;
-        last = __reduce_max_sync(attention::ALL, last);
-        if (lane == 0) s.last[warp] = last;
-    }
-
-    // Asks the L2 cache for what has been found.
-    __device__ __forceinline__ void announce(const Found& found) const {
-#pragma unroll 1
-        for (unsigned left = found.there; left != 0; left &= left - 1) {
-            const int tile = __ffs(left) - 1;
-            const uint8_t* sector = found.of(tile) + lane * 32;
-            if (lane * 32 < (found.packed >> tile & 1 ? kv::ENTRY_BYTES : attention::DH * 2))
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(sector));
-        }
-    }
-
-    // Zeros where there is no entry: 0 x NaN must not reach a sum.
-    __device__ __forceinline__ void put(int tile, const few::Bytes& bytes, uint32_t first_scales, bool there) const {
-        uint8_t* to = s.entries + (tile * attention::TILE + warp) * attention::ROW;
-        if (there) bytes.put(to, first_scales, lane);
-        else few::put_zeros(to, lane);
-    }
-
-    // Those of a stage that are BF16 already.
-    __device__ __forceinline__ void copy_plain(const Found& found, unsigned tiles) const {
-#pragma unroll 1
-        for (unsigned left = tiles & ~found.packed; left != 0; left &= left - 1) {
-            const int tile = __ffs(left) - 1;
-            const uint4* from = reinterpret_cast<const uint4*>(found.of(tile)) + lane;
-            uint4* to = reinterpret_cast<uint4*>(s.entries + (tile * attention::TILE + warp) * attention::ROW) + lane;
-            const bool there = found.there >> tile & 1;
-            to[0] = there ? from[0] : make_uint4(0, 0, 0, 0);
-            to[32] = there ? from[32] : make_uint4(0, 0, 0, 0);
-        }
-    }
-
-    // One tile after the other, and queries: `heads` of them from `head` on.
-    __device__ __forceinline__ void begin(int tiles, int head, int heads) const {
-        attention::Query q = {};
-        float2 turns[4] = {};
-        const Found found = find(0, 0, tiles);
-        load_query(q, turns, head, heads);
-        treat_query(q, turns, heads);
-#pragma unroll 1
-        for (unsigned left = found.within & found.packed; left != 0; left &= left - 1) {
-            const int tile = __ffs(left) - 1;
-            const bool there = found.there >> tile & 1;
-            const few::Bytes bytes = few::Bytes::of(found.of(tile), lane);
-            put(tile, bytes, bytes.first_scales(), there);
-        }
-        copy_plain(found, found.within);
-    }
-
-    // The warp's query, as it came, and its rotations.
-    __device__ __forceinline__ void load_query(attention::Query& q, float2 (&turns)[4], int head, int heads) const {
-        if (warp >= heads) return;
-        attention::load_query(q, a, token, head + warp, lane);
-        if (a.turn != nullptr) attention::load_turns(turns, a, token, lane);
-    }
-
-    __device__ __forceinline__ void treat_query(attention::Query& q, const float2 (&turns)[4], int heads) const {
-        if (warp >= heads) return;
-        if (a.turn != nullptr) attention::norm_rope(q, turns, a, lane);
-        attention::put_query(s.q + warp * attention::ROW, q, lane);
-    }
-};
 
 // What a group does of a unit: all, which is one stage; or of long rows chunks `first`, `first` + `step`, .., all of which
 // tell each other in `words`. scanned: how long rows are has been looked up.
