@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(Shape<FINAL>::THREADS) mhc_last_end(const __gr
     enter_many<FINAL>(a, slices);
 }
 
-template <typename T>
+template <bool WIDE, typename T>
 __global__ void __launch_bounds__(Together<FINAL>::THREADS)
     mhc_last_together(const __grid_constant__ Args<T> a, int together) {
-    enter_together<FINAL>(a, words_of_many, together);
+    enter_together<FINAL, WIDE>(a, words_of_many, together);
 }
 
 template <typename T>
@@ -38,8 +38,9 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
     Args<T> args = seam_args<T>(y, h, post, comb, fn, base, scale, nullptr, h_out, x, nullptr, nullptr, tokens, D,
                                 y_stride, 0, hc_eps, norm_eps, inboxes, turns, rank, size);
     args.shares = reinterpret_cast<float4*>(shares);
-    const Kernels<T> kernels = {mhc_last<1, T>,        mhc_last<2, T>,     mhc_last_shares<2, T>,
-                                mhc_last_shares<4, T>, mhc_last_end<T>,    mhc_last_together<T>};
+    const Kernels<T> kernels = {mhc_last<1, T>,        mhc_last<2, T>,  mhc_last_shares<2, T>,
+                                mhc_last_shares<4, T>, mhc_last_end<T>, mhc_last_together<false, T>,
+                                mhc_last_together<USUAL<T>, T>};
     return run<FINAL>(kernels, args, stream);
 }
 

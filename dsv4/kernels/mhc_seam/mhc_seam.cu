@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(Shape<SEAM>::THREADS, ENDS<T>) mhc_enter(const
     enter_many<SEAM>(a, slices);
 }
 
-template <typename T>
+template <bool WIDE, typename T>
 __global__ void __launch_bounds__(Together<SEAM>::THREADS)
     mhc_seam_together(const __grid_constant__ Args<T> a, int together) {
-    enter_together<SEAM>(a, words_of_many, together);
+    enter_together<SEAM, WIDE>(a, words_of_many, together);
 }
 
 template <typename T>
@@ -39,7 +39,8 @@ cudaError_t go(const void* y, const void* h, const float* post, const float* com
                                 y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size);
     args.shares = reinterpret_cast<float4*>(shares);
     const Kernels<T> kernels = {mhc_seam<1, T>,  mhc_seam<2, T>, mhc_leave<4, T>,
-                                mhc_leave<8, T>, mhc_enter<T>,   mhc_seam_together<T>};
+                                mhc_leave<8, T>, mhc_enter<T>,   mhc_seam_together<false, T>,
+                                mhc_seam_together<USUAL<T>, T>};
     return run<SEAM>(kernels, args, stream);
 }
 

@@ -197,14 +197,6 @@ __device__ void enter_many(const Args<T>& a, int slices) {
     }
 }
 
-// An op's kernels: of one launch, with one token or two to a block; of two, the first with SOME or twice as many; of one
-// launch, where a site is left, with any number.
-template <typename T>
-struct Kernels {
-    void (*one)(Args<T>), (*two)(Args<T>), (*some)(Args<T>), (*many)(Args<T>), (*end)(Args<T>, int);
-    void (*together)(Args<T>, int) = nullptr;
-};
-
 // One launch where its blocks all run at once, else two.
 template <Kind KIND, typename T>
 static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t stream) {
@@ -224,7 +216,7 @@ static cudaError_t run(const Kernels<T>& kernels, Args<T> args, cudaStream_t str
         return launch_dependent(kernels.two, slices, pairs, S::WORKERS, 0, stream, args);
     if constexpr (S::LEAVES) {
         bool fits = false;
-        const cudaError_t error = run_together<KIND>(kernels.together, args, slices, processors, stream, fits);
+        const cudaError_t error = run_together<KIND>(kernels, args, slices, device, processors, stream, fits);
         if (fits || error != cudaSuccess) return error;
         if (args.peers.size > 1) return cudaErrorCooperativeLaunchTooLarge;  // or too many columns
     }
