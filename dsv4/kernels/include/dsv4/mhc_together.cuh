@@ -1,7 +1,7 @@
 // Leaving and entering (mhc.cuh) with up to 128 tokens in one launch, whose blocks all run at once: each has 64 columns of
-// some tokens and keeps their streams. A token's shares of the sums are told to one block alone, that of the slice of the
-// token's number, which adds them up and tells all what they need for x: the gains, and the norm's factor. It goes on with
-// Sinkhorn beside them.
+// some tokens and keeps their streams. A token's shares of the sums are told to one of its blocks alone, the first token's
+// to that of the first slice, which adds them up and tells all what they need for x: the gains, and the norm's factor. It
+// does Sinkhorn beside that.
 //
 // A thread has four columns of all streams of a token while that is left and collapsed, so that all tokens of a block are
 // asked for at once; for the sums it has those of two streams, and its rows of fn before the turn has come. Beside the
