@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(Shape<FINAL>::THREADS) mhc_last_end(const __gr
 }
 
 template <bool WIDE, typename T>
-__global__ void __launch_bounds__(Together<FINAL>::THREADS)
+__global__ void __launch_bounds__(Together<FINAL>::BOUND)
     mhc_last_together(const __grid_constant__ Args<T> a, int together) {
     enter_together<FINAL, WIDE>(a, words_of_many, together);
 }

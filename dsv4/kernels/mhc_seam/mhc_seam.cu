@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(Shape<SEAM>::THREADS, ENDS<T>) mhc_enter(const
 }
 
 template <bool WIDE, typename T>
-__global__ void __launch_bounds__(Together<SEAM>::THREADS)
+__global__ void __launch_bounds__(Together<SEAM>::BOUND)
     mhc_seam_together(const __grid_constant__ Args<T> a, int together) {
     enter_together<SEAM, WIDE>(a, words_of_many, together);
 }

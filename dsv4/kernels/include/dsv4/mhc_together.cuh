@@ -4,11 +4,12 @@
 // does Sinkhorn beside that.
 //
 // A thread has four columns of all streams of a token while that is left and collapsed, so that all tokens of a block are
-// asked for at once; for the sums it has those of two streams, and its rows of fn before the turn has come. Beside the
-// warps that make these, some make the products of streams. What is added to what is as in mhc.cuh, so a row's bits are
+// asked for at once; for the sums it has those of two streams. Beside the warps that make these, some make the products of
+// streams. What is added to what is as in mhc.cuh, so a row's bits are
 // the same. Code that runs once a launch is not in a processor's caches: so what is usual, BF16 in whole slices and
 // aligned rows, has kernels of its own (WIDE), which are short.
 #pragma once
+#include <dsv4/bulk.cuh>
 #include <dsv4/dependent.cuh>
 #include <dsv4/mhc.cuh>
 
@@ -25,6 +26,7 @@ struct Together {
     static constexpr int TOKENS = WORKERS / QUADS;                   // left at once
     static constexpr int PARTS = KIND == SEAM ? 80 : 16;             // tokens go by two, each on other banks
     static constexpr int GAINS = 2;                                  // words
+    static constexpr int BOUND = 1024;  // of threads, to the compiler: 64 registers, which others leave while they end
     static_assert(S::LEAVES && S::WORDS <= WARPS && TEAMS * SHARE == S::ROWS);
     static_assert(exchange::PER_WORD * S::WORDS + HALVED <= PARTS);
     static_assert(KIND != SEAM || HALVED % exchange::PER_WORD == 0, "a word has halves or none");
@@ -37,17 +39,20 @@ struct WordsOfMany {
     uint32_t turns[MANY_ROWS];
 };
 
-// A token in a block's memory.
+// A token in a block's memory, behind that of fn.
 template <Kind KIND, typename T>
 struct Row {
     T streams[M][COLUMNS];
     float parts[Together<KIND>::PARTS];  // rows of fn in halves; then pairs of streams
 };
 
+template <Kind KIND>
+using RowsOfFn = float[Shape<KIND>::ROWS][M][COLUMNS];
+
 // Of so many tokens, rounded up to two.
 template <Kind KIND, typename T>
 constexpr size_t bytes_together(int tokens) {
-    return (tokens + 1) / 2 * 2 * sizeof(Row<KIND, T>);
+    return sizeof(RowsOfFn<KIND>) + (tokens + 1) / 2 * 2 * sizeof(Row<KIND, T>);
 }
 
 // Columns that lie side by side, two to a register if they are BF16.
@@ -128,29 +133,17 @@ __device__ __forceinline__ void leave_token(const Args<T>& a, const Place& p, in
     }
 }
 
-// A warp's rows of fn: four columns of two streams.
-template <Kind KIND>
-struct RowsOfFn {
-    using G = Together<KIND>;
-    float of[G::SHARE][2][W];
-    template <typename T>
-    __device__ __forceinline__ void read(const Args<T>& a, const Place& p) {
-        const int team = threadIdx.x / 32 % G::TEAMS, half = threadIdx.x / QUADS % 2;
-        const float* from = a.fn + (static_cast<int64_t>(team * G::SHARE) * M + 2 * half) * a.D + p.d;
-#pragma unroll
-        for (int i = 0; i < G::SHARE; ++i)
-#pragma unroll
-            for (int side = 0; side < 2; ++side)
-                load<W>(from + static_cast<int64_t>(i * M + side) * a.D, of[i][side], p.left, p.wide);
-    }
-};
-
 // A block's shares of the sums with fn, in parts, two tokens at a time. By the makers.
 template <Kind KIND, typename T>
 __device__ __forceinline__ void parts_of_rows(const RowsOfFn<KIND>& fn, Row<KIND, T>* rows, int count) {
     using G = Together<KIND>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = warp % G::TEAMS;
     const int half = lane / QUADS, column = lane % QUADS * W, row = team * G::SHARE + lane / 4 % 4;
+    float f[G::SHARE][2][W];
+#pragma unroll
+    for (int i = 0; i < G::SHARE; ++i)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) load<W>(&fn[team * G::SHARE + i][2 * half + side][column], f[i][side], W, true);
 #pragma unroll 1
     for (int first = warp / G::TEAMS * 2; first < count; first += G::MAKERS / G::TEAMS * 2) {
         float sums[2][G::SHARE], square[2];
@@ -164,7 +157,7 @@ __device__ __forceinline__ void parts_of_rows(const RowsOfFn<KIND>& fn, Row<KIND
 #pragma unroll
                 for (int k = 0; k < W; ++k) {
 #pragma unroll
-                    for (int i = 0; i < G::SHARE; ++i) sides[i][side] = fmaf(fn.of[i][side][k], v[k], sides[i][side]);
+                    for (int i = 0; i < G::SHARE; ++i) sides[i][side] = fmaf(f[i][side][k], v[k], sides[i][side]);
                     if constexpr (KIND != SEAM) squares[side] = fmaf(v[k], v[k], squares[side]);
                 }
             }
@@ -238,7 +231,8 @@ __device__ __forceinline__ void enter_together(const Args<T>& a, WordsOfMany<KIN
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ __align__(16) float totals[2][S::WORDS * exchange::PER_WORD];
     __shared__ uint32_t turns[MANY_ROWS];
-    Row<KIND, T>* rows = reinterpret_cast<Row<KIND, T>*>(memory);
+    RowsOfFn<KIND>& fn = *reinterpret_cast<RowsOfFn<KIND>*>(memory);
+    Row<KIND, T>* rows = reinterpret_cast<Row<KIND, T>*>(memory + sizeof(fn));
     Place p(blockIdx.x, a.D, a.wide);  // four columns, of whatever stream
     if constexpr (WIDE) p.left = W, p.wide = true;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slice = blockIdx.x, slices = gridDim.x;
@@ -246,8 +240,15 @@ __device__ __forceinline__ void enter_together(const Args<T>& a, WordsOfMany<KIN
     const int own = warp < G::WARPS ? threadIdx.x / QUADS : count;  // this thread's first token; none of the last warps
 
     let_next_start();
-    RowsOfFn<KIND> fn;
-    if (warp < G::MAKERS) fn.read(a, p);
+#pragma unroll 1
+    for (int i = threadIdx.x / QUADS; i < S::ROWS * M; i += G::THREADS / QUADS) {
+        const float* from = a.fn + static_cast<int64_t>(i) * a.D + p.d;
+        float* to = &fn[0][0][0] + i * COLUMNS + p.column;
+        if (p.wide)
+            start_copy16(shared_address(to), from);
+        else
+            for (int k = 0; k < W; ++k) to[k] = k < p.left ? from[k] : 0.0f;
+    }
     if constexpr (WIDE) {  // what others have come between: the old streams, and the words that this block will hear
         const T* old = a.h + slice * COLUMNS + threadIdx.x % 4 * QUADS;
 #pragma unroll 1
@@ -277,6 +278,7 @@ __device__ __forceinline__ void enter_together(const Args<T>& a, WordsOfMany<KIN
         for (int t = lane; t < count; t += 32) turns[t] = exchange::last_turn(&words.turns[first + t]) + 1;
 #pragma unroll 1
     for (int t = own; t < count; t += G::TOKENS) leave_token<WIDE>(a, p, first + t, rows[t].streams);
+    wait_for_copies();
     __syncthreads();
     if (warp < G::MAKERS)
         parts_of_rows<KIND>(fn, rows, count);
