@@ -4,10 +4,10 @@
 // does Sinkhorn beside that.
 //
 // A thread has four columns of all streams of a token while that is left and collapsed, so that all tokens of a block are
-// asked for at once; for the sums it has those of two streams. Beside the warps that make these, some make the products of
-// streams. What is added to what is as in mhc.cuh, so a row's bits are
-// the same. Code that runs once a launch is not in a processor's caches: so what is usual, BF16 in whole slices and
-// aligned rows, has kernels of its own (WIDE), which are short.
+// asked for at once; for the sums it has those of two streams. Beside the warps that make these, some make the products
+// of streams. What is added to what is as in mhc.cuh, so a row's bits are the same. Code that runs once a launch is not in
+// a processor's caches: so what is usual, BF16 in whole slices and aligned rows, has kernels of its own (WIDE), which are
+// short.
 #pragma once
 #include <dsv4/bulk.cuh>
 #include <dsv4/dependent.cuh>
@@ -26,7 +26,7 @@ struct Together {
     static constexpr int TOKENS = WORKERS / QUADS;                   // left at once
     static constexpr int PARTS = KIND == SEAM ? 80 : 16;             // tokens go by two, each on other banks
     static constexpr int GAINS = 2;                                  // words
-    static constexpr int BOUND = 1024;  // of threads, to the compiler: 64 registers, which others leave while they end
+    static constexpr int BOUND = 1024;  // of threads, to the compiler: 64 registers, which the sums in front leave
     static_assert(S::LEAVES && S::WORDS <= WARPS && TEAMS * SHARE == S::ROWS);
     static_assert(exchange::PER_WORD * S::WORDS + HALVED <= PARTS);
     static_assert(KIND != SEAM || HALVED % exchange::PER_WORD == 0, "a word has halves or none");
@@ -39,15 +39,14 @@ struct WordsOfMany {
     uint32_t turns[MANY_ROWS];
 };
 
-// A token in a block's memory, behind that of fn.
+// A block's memory: its columns of fn, and behind them its tokens.
+template <Kind KIND>
+using RowsOfFn = float[Shape<KIND>::ROWS][M][COLUMNS];
 template <Kind KIND, typename T>
 struct Row {
     T streams[M][COLUMNS];
     float parts[Together<KIND>::PARTS];  // rows of fn in halves; then pairs of streams
 };
-
-template <Kind KIND>
-using RowsOfFn = float[Shape<KIND>::ROWS][M][COLUMNS];
 
 // Of so many tokens, rounded up to two.
 template <Kind KIND, typename T>
