@@ -32,7 +32,7 @@ from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attent
 GROUP, LONG_GROUP_BYTES = 8, 4 << 20  # blocks; constant of attention_phase.cuh
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
-_SCORES = 7  # of index_topk's arguments
+_SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
 _ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
@@ -222,7 +222,7 @@ def index(phase: Index, room: Room, joined: bool) -> bytes:
 
 def attention(phase: Attention, room: Room) -> bytes:
     letters, given = _launched(sparse_attention, phase, phase.out[0])
-    kept = [i for i in range(len(given)) if i != 9]  # not where a launch leaves parts
+    kept = [i for i in range(len(given)) if i != _PARTS]  # which blocks tell each other
     widths = phase.args[2].shape[1], 0 if phase.args[4] is None else phase.args[4].shape[1]
     told = room.attention, room.chunks() if longer(*widths) else room.attention
     return _like("attention", "".join(letters[i] for i in kept), [given[i] for i in kept], *told, room.grid)

@@ -14,11 +14,12 @@ from dsv4.kernels.launch import same_dtype
 from dsv4.kernels.mhc_pre.shares import WIDEST
 
 ROWS, COLUMNS, RANKS = 128, 7168, 8  #: that an exchange has room for
+_INBOX_ROWS = 64  # of peers.cuh, where they are shared out
 
 
 def inbox_words(size: int) -> int:
     """int64 of one rank's inbox [2, size, 64, WIDEST]: what each rank tells it, of this turn and the last."""
-    return 2 * size * 64 * WIDEST  # INBOX_ROWS in peers.cuh, where they are shared out
+    return 2 * size * _INBOX_ROWS * WIDEST
 
 
 @dataclass(frozen=True)
