@@ -222,7 +222,7 @@ def index(phase: Index, room: Room, joined: bool) -> bytes:
 
 def attention(phase: Attention, room: Room) -> bytes:
     letters, given = _launched(sparse_attention, phase, phase.out[0])
-    kept = [i for i in range(len(given)) if i != _PARTS]  # which blocks tell each other
+    kept = [i for i in range(len(given)) if i != _PARTS]  # blocks tell each other theirs
     widths = phase.args[2].shape[1], 0 if phase.args[4] is None else phase.args[4].shape[1]
     told = room.attention, room.chunks() if longer(*widths) else room.attention
     return _like("attention", "".join(letters[i] for i in kept), [given[i] for i in kept], *told, room.grid)
