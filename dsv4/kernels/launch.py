@@ -102,6 +102,13 @@ def four_streams(name: str, h: Tensor, fn: Tensor | None = None, rows: int = 0) 
     return tokens, streams, width
 
 
+def device_sizes(device: torch.device) -> tuple[int, int]:
+    """Processors of a GPU, and bytes of shared memory that one block may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = int(getattr(properties, "shared_memory_per_block_optin"))  # noqa: B009 (torch's stub does not know it)
+    return properties.multi_processor_count, shared
+
+
 def result(name: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`out` if it was given and fits, else a new tensor."""
     if out is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels.attn_inputs.attn_inputs import attn_inputs
-from dsv4.kernels.decode_layers.beside import around, blocks_of, entries_of
+from dsv4.kernels.decode_layers.beside import GROUP, around, blocks_of, entries_of
 from dsv4.kernels.decode_layers.phases import Attention, Call, Experts, Index, Inputs, Linear, Phase, Product, Seam
 from dsv4.kernels.decode_layers.spread import SLICE_BLOCKS, Run, even_cuts, spread
 from dsv4.kernels.grouped_linear.operand import GroupedOperand
@@ -29,7 +29,7 @@ from dsv4.kernels.mhc_seam.peers import Peers, inbox_words
 from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attention
 
-GROUP, LONG_GROUP_BYTES = 8, 4 << 20  # blocks; constant of attention_phase.cuh
+LONG_GROUP_BYTES = 4 << 20  # constant of attention_phase.cuh
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's

@@ -15,6 +15,7 @@ from dsv4.kernels.decode_layers.beside import overlapped
 from dsv4.kernels.decode_layers.describe import Room, joined
 from dsv4.kernels.decode_layers.phases import Experts, Index, Linear, Phase, Seam, operands
 from dsv4.kernels.decode_layers.spread import WARPS, segments_on
+from dsv4.kernels.launch import device_sizes
 from dsv4.kernels.moe.operand import ExpertsOperand
 
 ROWS, MAX_BLOCKS, MAX_STAGES, CHUNK = 8, 160, 8, 2304  # constants of program.cuh
@@ -73,11 +74,10 @@ class Program:
 
 def _tables(phases: tuple[Phase, ...], h: Tensor) -> Tables:
     device = h.device
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin") - _STATIC_BYTES  # noqa: B009
+    processors, shared = device_sizes(device)
     describe.ready(device)
     try:
-        return make_tables(phases, h, min(properties.multi_processor_count, MAX_BLOCKS), shared)
+        return make_tables(phases, h, min(processors, MAX_BLOCKS), shared - _STATIC_BYTES)
     except KernelError as refused:
         raise Unfit(str(refused)) from refused
 

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(THREADS, 2) gather_columns(const __grid_consta
                     load<W>(quad.in(a), own[i], quad.left(a), a.wide);
                 }
 #pragma unroll 1
-            for (int away = 1; away < a.size; ++away) {  // not all to one at a time
-                const int to = a.rank + away < a.size ? a.rank + away : a.rank + away - a.size;
+            for (int away = 1; away < a.size; ++away) {
+                const int to = exchange::rank_after(a.rank, away, a.size);
                 uint32_t* at = words(to, a.rank) + static_cast<int64_t>(first) * W;
 #pragma unroll
                 for (int i = 0; i < AHEAD; ++i)

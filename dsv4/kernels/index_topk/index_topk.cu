@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) index_select(const __grid_c
     for (int digit = 1; digit >= 0; --digit) {
         uint32_t* bins = s.selection.bins + digit * index::BINS;
         index::Counts& counts = s.counts[digit];
-        if (digit == 0) index::count_lower(bins, share, search);
+        if (digit == 0) index::count_digit(bins, share, 0, search.edge);
         cluster_barrier();
         if (threadIdx.x < index::BINS) {
             uint32_t all = 0, before = 0;

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv4.errors import KernelError
 from dsv4.kernels import tiles
+from dsv4.kernels.launch import device_sizes
 from dsv4.kernels.linear.schedule import (
     DENSE,
     ROUND,
@@ -232,6 +233,5 @@ def _unrounded_sums() -> Iterator[None]:
 @functools.cache
 def _gpu(device: torch.device) -> tuple[int, int]:
     """Processors (no more blocks are started), and the shared memory one block may ask for."""
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (torch's stub does not know it)
-    return min(properties.multi_processor_count, MAX_GRID), shared - _STATIC_BYTES
+    processors, shared = device_sizes(device)
+    return min(processors, MAX_GRID), shared - _STATIC_BYTES

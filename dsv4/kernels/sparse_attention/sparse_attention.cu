@@ -1,9 +1,9 @@
 // sparse_attention: HG heads of a token against its entries, on tensor cores.
 //
-// A call of up to 64 rows is attention_cluster.cuh or attention_parts.cuh. Above, a block has all the entries of its heads and walks its tiles in
-// stages of TILES: packed bytes are copied to shared memory while the stage before is worked on, then decoded once to
-// BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with a running maximum that
-// moves once per stage. A stage without entries is skipped.
+// A call of up to 64 rows is attention_cluster.cuh or attention_parts.cuh. Above, a block has all the entries of its heads
+// and walks its tiles in stages of TILES: packed bytes are copied to shared memory while the stage before is worked on,
+// then decoded once to BF16, and serve as keys (q . entry) and as values (p . entries). The softmax is online, with a
+// running maximum that moves once per stage. A stage without entries is skipped.
 //
 // Neither order nor stages depend on the widths of the row lists, on HG or on the other rows: a row's bits are the same
 // in every such call.
@@ -31,7 +31,7 @@ static cudaError_t run_cluster(Arguments a, int64_t rows, cudaStream_t stream) {
 // Chunks for which the row lists have room.
 template <int TILES>
 static int chunks_of(const Arguments& a) {
-    return a.local_positions + a.pool.width > SPLITS * TILES * TILE ? CHUNKS : 1;
+    return longer<TILES>(a) ? CHUNKS : 1;
 }
 
 // scratch: for sums and what was seen of every unit, room for heads in multiples of 32.
@@ -110,7 +110,7 @@ struct Block {
 
     // Rows of stage 0, and how many stages there are up to the last entry.
     __device__ void scan() {
-        const int tiles = (a.local_positions + a.pool.width + TILE - 1) / TILE;
+        const int tiles = (a.positions() + TILE - 1) / TILE;
         const int slots = (tiles + TILES - 1) / TILES * STAGE;
         int last = -1;
 #pragma unroll 4

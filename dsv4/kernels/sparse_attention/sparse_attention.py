@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4.errors import KernelError
-from dsv4.kernels.launch import bf16_only, contiguous, result, rotations, same_device
+from dsv4.kernels.launch import bf16_only, contiguous, device_sizes, result, rotations, same_device
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 from dsv4.kernels.sparse_attention.sparse_attention_ref import sparse_attention_ref
@@ -16,7 +16,8 @@ _KERNEL = Kernel("sparse_attention", "ppppppppppqqqqqiiiiiiiff")
 HEAD_DIM, ROPE_DIMS, WINDOW = 512, 64, 128  # of V4: what the kernel and its packed entries are written for
 SPLIT_ROWS = 64  # calls of up to this many rows, every decode step among them, add a row's entries up as 8 splits
 SPLITS, CHUNKS = 8, 4  # of attention_few.cuh
-ROOM = 220 << 10  # bytes of shared memory for stages of 80 entries
+STAGE, SMALL_STAGE = 80, 32  # entries of a split that a block works on at once
+ROOM = 220 << 10  # bytes of shared memory for the former
 CLUSTERS, CLUSTER_HEADS = 12, 16  # an H200 does not find room for 16 clusters of 8 blocks at once
 
 
@@ -90,8 +91,8 @@ def sparse_attention(
     return out
 
 
-def longer(local_width: int, pool_width: int, stage: int = 80) -> bool:
-    """Whether row lists have room for more than a stage of each split: what a block works on at once."""
+def longer(local_width: int, pool_width: int, stage: int = STAGE) -> bool:
+    """Whether row lists have room for more than a stage of each split."""
     return max(-(-local_width // WINDOW), 1) * WINDOW + pool_width > SPLITS * stage
 
 
@@ -107,9 +108,8 @@ def _parts(rows: int, heads: int, widths: tuple[int, int], device: torch.device)
 @functools.cache
 def _stage(device: torch.device) -> int:
     if device.type == "cpu":  # its launches are only noted
-        return 80
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin")  # noqa: B009
-    return 80 if shared >= ROOM else 32
+        return STAGE
+    return STAGE if device_sizes(device)[1] >= ROOM else SMALL_STAGE
 
 
 def _supported(q: Tensor, cis: Tensor) -> None:

@@ -44,8 +44,8 @@ __device__ __forceinline__ float scale_to_f16(uint32_t (&pairs)[8]) {
     const float factor = __int_as_float((127 + shift) << 23);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const float low = __uint_as_float(pairs[i] << 16) * factor;
-        const float high = __uint_as_float(pairs[i] & 0xFFFF0000u) * factor;
+        const float low = low_half(pairs[i]) * factor;
+        const float high = high_half(pairs[i]) * factor;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(high), "f"(low));
     }
     return __int_as_float((127 - shift) << 23);

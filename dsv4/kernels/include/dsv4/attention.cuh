@@ -37,6 +37,8 @@ struct Arguments {
     bf16* out;
     int heads, groups, rope, local_positions;
     float scale, eps;
+
+    __host__ __device__ int positions() const { return local_positions + pool.width; }
 };
 
 // Out of what the launcher is called with; groups is left to others.
@@ -61,9 +63,6 @@ static cudaError_t describe(Arguments* a, const void* q, const void* local, cons
     a->local_positions = max((local_width + WINDOW - 1) / WINDOW, 1) * WINDOW;
     return cudaSuccess;
 }
-
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 // A lane's part of a head: channels 8 l .. 8 l + 7 and 256 + those, as BF16 pairs.
 using Query = uint32_t[2][4];

@@ -32,6 +32,12 @@ struct Shared {
     int last[WARPS];
 };
 
+// Whether the lists have room for more than a stage of each split.
+template <int TILES>
+__host__ __device__ __forceinline__ bool longer(const Arguments& a) {
+    return a.positions() > SPLITS * TILES * TILE;
+}
+
 // Stages of a chunk of a split that has so many: as few as make CHUNKS chunks of them.
 __device__ __forceinline__ int chunk_of(int stages) { return (stages + CHUNKS - 1) / CHUNKS; }
 

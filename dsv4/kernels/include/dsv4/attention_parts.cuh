@@ -1,7 +1,7 @@
 // Attention of a decode step of more rows than clusters find room for, or of long rows: units of work are the splits of a
-// row's heads, or chunks of those, and as many blocks as there are processors walk a few each, one after the other. The packed entries of the
-// next stage are copied to shared memory while the one at hand is worked on. Each unit leaves a part, its sums and what it
-// has seen, in memory; a second kernel adds the parts up, in the order of the splits.
+// row's heads, or chunks of those, and as many blocks as there are processors walk a few each, one after the other. The
+// packed entries of the next stage are copied to shared memory while the one at hand is worked on. Each unit leaves a part,
+// its sums and what it has seen, in memory; a second kernel adds the parts up, in the order of the splits.
 #pragma once
 #include <dsv4/attention_few.cuh>
 #include <dsv4/dependent.cuh>
@@ -109,7 +109,7 @@ struct Walk {
     // Units `first` up to `end`, of which there is one at least.
     __device__ void run(int first, int end) {
         const int chunks = parts.chunks, whole = SPLITS * chunks;  // units of some heads of a row
-        const bool longer = a.local_positions + a.pool.width > SPLITS * STAGE;
+        const bool longer = few::longer<TILES>(a);
         Block<HG, TILES, S> block(a, s, 0, 0);
         Lists lists = lists_of(first);
         int unit = first, heads = -1, stages = longer ? count(lists) : 1, stage = unit % chunks * chunk_of(stages);

@@ -12,6 +12,12 @@ namespace dsv4::exchange {
 
 constexpr int PER_WORD = 3;
 
+// The i-th rank after this one: each begins with another, so that not all tell one at a time.
+__device__ __forceinline__ int rank_after(int rank, int i, int size) {
+    const int next = rank + i;
+    return next < size ? next : next - size;
+}
+
 struct __align__(16) Word {
     float values[PER_WORD];
     uint32_t turn;

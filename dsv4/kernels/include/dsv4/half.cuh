@@ -1,7 +1,7 @@
 // BF16 values as FP16, scaled by a power of two that brings the largest of them to 2^15 .. 2^16: exact down to 2^-32 of
 // that largest. NaN and Inf are not scaled, so that they arrive and spread as they should.
 #pragma once
-#include <cstdint>
+#include <dsv4/numbers.cuh>
 
 namespace dsv4 {
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ float power_of_two(int exponent) {  // -126 .. 127
 
 // Two BF16 to two FP16 times 2^shift.
 __device__ __forceinline__ uint32_t to_f16(uint32_t pair, float factor) {
-    const float low = __uint_as_float(pair << 16) * factor, high = __uint_as_float(pair & 0xFFFF0000u) * factor;
+    const float low = low_half(pair) * factor, high = high_half(pair) * factor;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }

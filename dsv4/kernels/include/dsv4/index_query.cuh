@@ -40,7 +40,7 @@ __device__ __forceinline__ HeadShare<HEADS> load_head(int dims, int t, Chunk chu
 }
 
 __device__ __forceinline__ void turn_pair(uint32_t& pair, float2 by) {
-    float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xFFFF0000u);
+    float a = low_half(pair), b = high_half(pair);
     rotate(a, b, by);
     pair = bf16x2(a, b);
 }

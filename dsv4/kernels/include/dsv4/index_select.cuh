@@ -94,6 +94,14 @@ __device__ __forceinline__ Digit find_digit(const uint32_t* bins, uint32_t left)
     return {both >> 24, both & 0xFFFFFF};
 }
 
+// Counts the digit at bit `shift` of this block's keys that begin with `edge`, the digits above. The bins are empty.
+template <int THREADS>
+__device__ __forceinline__ void count_digit(uint32_t* bins, const Share<THREADS>& share, int shift, uint32_t edge) {
+    share.visit(share.apart(), [&](uint32_t key, uint32_t) {
+        if (key >> shift >> DIGIT_BITS == edge) atomicAdd(&bins[key >> shift & (BINS - 1)], 1u);
+    });
+}
+
 // The topk-th largest of more keys, and how many that equal it are taken. The bins are empty.
 template <int THREADS>
 __device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share<THREADS>& share, uint32_t topk,
@@ -103,9 +111,7 @@ __device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share
     for (int digit = 1; digit >= 0; --digit) {
         const int shift = digit * DIGIT_BITS;
         uint32_t* bins = s.bins + digit * BINS;
-        share.visit(share.apart(), [&](uint32_t key, uint32_t) {
-            if (key >> shift >> DIGIT_BITS == edge) atomicAdd(&bins[key >> shift & (BINS - 1)], 1u);
-        });
+        count_digit(bins, share, shift, edge);
         __syncthreads();
         const Digit found = find_digit(bins, left);
         edge = edge << DIGIT_BITS | found.bin;
@@ -165,14 +171,6 @@ __device__ __forceinline__ void narrow(Search& search, const Counts& counts) {
     search.same = counts.before[digit.bin];
     search.edge = search.edge << DIGIT_BITS | digit.bin;
     search.left = digit.left;
-}
-
-// Counts the lower digit of the block's keys that begin with the edge's upper one.
-template <int THREADS>
-__device__ __forceinline__ void count_lower(uint32_t* bins, const Share<THREADS>& share, const Search& search) {
-    share.visit(share.apart(), [&](uint32_t key, uint32_t) {
-        if (key >> DIGIT_BITS == search.edge) atomicAdd(&bins[key & (BINS - 1)], 1u);
-    });
 }
 
 // A block's range: so many pages for each, and which entries it has. Ranges rise with the blocks' ranks.

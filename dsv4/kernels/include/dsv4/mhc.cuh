@@ -78,15 +78,13 @@ struct Place {
     }
 };
 
-// Four sums over a warp in six exchanges; lanes 8 i .. 8 i + 7 get that of sums[i].
+// Four sums over a warp in six exchanges, or over each half of it in five; a quarter of the lanes gets that of sums[i].
+template <int LANES = 32>
 __device__ __forceinline__ float four_sums(const float (&sums)[4]) {
-    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
-    const float a = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(ALL, upper ? sums[0] : sums[2], 16);
-    const float b = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(ALL, upper ? sums[1] : sums[3], 16);
-    float sum = (odd ? b : a) + __shfl_xor_sync(ALL, odd ? a : b, 8);
-#pragma unroll
-    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
-    return sum;
+    const bool upper = threadIdx.x & LANES / 2, odd = threadIdx.x & LANES / 4;
+    const float a = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(ALL, upper ? sums[0] : sums[2], LANES / 2);
+    const float b = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(ALL, upper ? sums[1] : sums[3], LANES / 2);
+    return lane_sum<LANES / 4>((odd ? b : a) + __shfl_xor_sync(ALL, odd ? a : b, LANES / 4));
 }
 
 // A thread's columns as they lie in memory: so that none is waited for before all are asked for.

@@ -56,8 +56,7 @@ constexpr size_t bytes_together(int tokens) {
 
 // Columns that lie side by side, two to a register if they are BF16.
 __device__ __forceinline__ void unpack(uint2 chunk, float (&v)[W]) {
-    v[0] = __uint_as_float(chunk.x << 16), v[1] = __uint_as_float(chunk.x & 0xffff0000u);
-    v[2] = __uint_as_float(chunk.y << 16), v[3] = __uint_as_float(chunk.y & 0xffff0000u);
+    v[0] = low_half(chunk.x), v[1] = high_half(chunk.x), v[2] = low_half(chunk.y), v[3] = high_half(chunk.y);
 }
 __device__ __forceinline__ void unpack(uint4 chunk, float (&v)[W]) {
     v[0] = __uint_as_float(chunk.x), v[1] = __uint_as_float(chunk.y);
@@ -69,25 +68,9 @@ __device__ __forceinline__ void columns_of(const T* from, float (&v)[W]) {
 }
 __device__ __forceinline__ float2 two_columns_of(const bf16* from) {
     const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
-    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+    return make_float2(low_half(both), high_half(both));
 }
 __device__ __forceinline__ float2 two_columns_of(const float* from) { return *reinterpret_cast<const float2*>(from); }
-
-// Four sums over 16 lanes; lanes 4 i .. 4 i + 3 of them get that of sums[i].
-__device__ __forceinline__ float four_sums_of_half(const float (&sums)[4]) {
-    const bool upper = threadIdx.x & 8, odd = threadIdx.x & 4;
-    const float a = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(ALL, upper ? sums[0] : sums[2], 8);
-    const float b = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(ALL, upper ? sums[1] : sums[3], 8);
-    float sum = (odd ? b : a) + __shfl_xor_sync(ALL, odd ? a : b, 4);
-    sum += __shfl_xor_sync(ALL, sum, 2);
-    return sum + __shfl_xor_sync(ALL, sum, 1);
-}
-
-__device__ __forceinline__ float sum_of_half(float sum) {
-#pragma unroll
-    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
-    return sum;
-}
 
 // This rank's part of a thread's columns.
 template <bool WIDE, typename T>
@@ -166,8 +149,8 @@ __device__ __forceinline__ void parts_of_rows(const RowsOfFn<KIND>& fn, Row<KIND
         }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            sums[t][0] = four_sums_of_half(sums[t]);
-            if constexpr (KIND != SEAM) square[t] = sum_of_half(square[t]);
+            sums[t][0] = four_sums<16>(sums[t]);
+            if constexpr (KIND != SEAM) square[t] = lane_sum<16>(square[t]);
         }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
@@ -203,7 +186,7 @@ __device__ __forceinline__ void parts_of_pairs(Row<SEAM, T>* rows, int count) {
                 products[i] = fmaf(v[0][one].x, v[0][other].x, __fmul_rn(v[0][one].y, v[0][other].y)) +
                               fmaf(v[1][one].x, v[1][other].x, __fmul_rn(v[1][one].y, v[1][other].y));
             }
-            sums[group / 4] = four_sums_of_half(products);
+            sums[group / 4] = four_sums<16>(products);
         }
 #pragma unroll
         for (int group = 0; group < PAIRS; group += 4)

@@ -35,7 +35,7 @@ struct Peers {
     __device__ __forceinline__ void tell_all(int64_t token, int column, float value, uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i <= size; ++i) {
-            const int next = rank + i, to = next < size ? next : next - size;
+            const int to = exchange::rank_after(rank, i, size);
             exchange::tell_peer(at(to, rank, token, column, turn), value, turn);
         }
     }
@@ -46,7 +46,7 @@ struct Peers {
     __device__ __forceinline__ void tell_four(int64_t token, int column, const float (&own)[4], uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i < size; ++i) {
-            const int next = rank + i, to = next < size ? next : next - size;  // not all to one at a time
+            const int to = exchange::rank_after(rank, i, size);
             exchange::tell_four(plain_at(to, rank, token, column, turn), own);
         }
     }
@@ -113,7 +113,7 @@ struct Meeting {
     __device__ void tell(uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i < p.size; ++i) {
-            const int next = p.rank + i, to = next < p.size ? next : next - p.size;  // not all to one at a time
+            const int to = exchange::rank_after(p.rank, i, p.size);
             exchange::tell_peer(at(to, p.rank, turn), own.x, own.y, turn);
         }
     }

@@ -4,11 +4,14 @@
 
 namespace dsv4 {
 
-__device__ __forceinline__ float warp_sum(float x) {
+// Over LANES neighbours, each of whom gets it.
+template <int LANES>
+__device__ __forceinline__ float lane_sum(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = LANES / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
+__device__ __forceinline__ float warp_sum(float x) { return lane_sum<32>(x); }
 
 // The sum over the lanes up to this one.
 __device__ __forceinline__ uint32_t sum_up_to(uint32_t x) {

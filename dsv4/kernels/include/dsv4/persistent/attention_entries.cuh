@@ -28,12 +28,8 @@ struct Begun {
     bool queries;
 };
 
-__device__ __forceinline__ int positions_of(const attention::Arguments& a) { return a.local_positions + a.pool.width; }
-
-// Whether the lists have room for more than a stage of a block. What only such phases need stands out of the others' way.
-__device__ __forceinline__ bool longer(const attention::Arguments& a) {
-    return __builtin_expect(positions_of(a) > GROUP * STAGE, false);
-}
+// What only longer lists need stands out of the others' way.
+__device__ __forceinline__ bool longer(const attention::Arguments& a) { return __builtin_expect(few::longer<TILES>(a), false); }
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
@@ -60,7 +56,6 @@ struct Entries {
     __device__ __forceinline__ int position_of(int slot) const {
         return (slot / attention::TILE * GROUP + rank) * attention::TILE + slot % attention::TILE;
     }
-    __device__ __forceinline__ int positions() const { return positions_of(a); }
 
     // Tiles of stage 0 that are the window's.
     __device__ __forceinline__ int window() const {
@@ -88,7 +83,7 @@ struct Entries {
         Found found;
         const int size = packed ? kv::ENTRY_BYTES : attention::DH * 2;
         found.entry = row < 0 ? a.q : from.data + static_cast<int64_t>(row) * size;
-        found.within = __ballot_sync(attention::ALL, lane < tiles && position - warp < positions());
+        found.within = __ballot_sync(attention::ALL, lane < tiles && position - warp < a.positions());
         found.there = __ballot_sync(attention::ALL, row >= 0);
         found.packed = __ballot_sync(attention::ALL, packed);
         return found;
@@ -98,7 +93,7 @@ struct Entries {
     __device__ __forceinline__ void scan() const {
         int last = 0;
 #pragma unroll 1
-        for (int i = STAGE + warp * 32 + lane, position; (position = position_of(i)) < positions(); i += THREADS)
+        for (int i = STAGE + warp * 32 + lane, position; (position = position_of(i)) < a.positions(); i += THREADS)
             if (row_at(position) >= 0) last = i;
         last = __reduce_max_sync(attention::ALL, last);
         if (lane == 0) s.last[warp] = last;

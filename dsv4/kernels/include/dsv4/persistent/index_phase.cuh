@@ -1,6 +1,7 @@
-// INDEX: index_topk of a decode step's rows. Longer ones than TOGETHER: index_ranges.cuh. Else each by a group of blocks: every block scores a part of the entries and tells
-// the others their keys through the L2 cache in one trip (exchange.cuh), then finds the threshold of all of them and writes
-// its part of the selection. LINEAR may go on in the other blocks meanwhile, of what INDEX does not need.
+// INDEX: index_topk of a decode step's rows. Longer ones than TOGETHER: index_ranges.cuh. Else each by a group of blocks:
+// every block scores a part of the entries and tells the others their keys through the L2 cache in one trip (exchange.cuh),
+// then finds the threshold of all of them and writes its part of the selection. LINEAR may go on in the other blocks
+// meanwhile, of what INDEX does not need.
 #pragma once
 #include <dsv4/exchange.cuh>
 #include <dsv4/index_score.cuh>

@@ -140,7 +140,7 @@ static __device__ __forceinline__ void phase(const index::Arguments& a, Told* to
 #pragma unroll 1
     for (int digit = 1; digit >= 0; --digit) {
         uint32_t* bins = s.selection.bins + digit * index::BINS;
-        if (digit == 0) index::count_lower(bins, share, search);
+        if (digit == 0) index::count_digit(bins, share, 0, search.edge);
         __syncthreads();
         exchange::Word* words = told->counts(row, digit, blocks);
         tell_counts(words + rank * WORDS, bins, number);
