@@ -1,5 +1,6 @@
 // decode_layers: all layers of a decode step in one launch. Blocks, one per processor, walk through a program of phases and
 // meet after each; a warp's weights come ahead of the work, across phases (persistent/stream.cuh).
+#include <cstddef>
 #include <cstdint>
 #include <cuda_runtime.h>
 
@@ -46,10 +47,9 @@ __device__ __forceinline__ void note_time(const Program& program, int turn, int 
     program.times[(static_cast<int64_t>(phase_at(turn).number) * gridDim.x + blockIdx.x) * 2 + end] = now;
 }
 
-// The phase at hand begins, and the next one is asked for, or the one behind it.
-__device__ __forceinline__ void begin(const Program& program, int turn, bool passes_over_next = false) {
+// The next phase is asked for, or the one behind it: nobody reads the one in front of the phase at hand any more.
+__device__ __forceinline__ void ask(const Program& program, int turn, bool passes_over_next = false) {
     fetch_phase(program, phase_at(turn).number + (passes_over_next ? 2 : 1), turn ^ 1);
-    note_time(program, turn, 0);
 }
 
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
@@ -73,30 +73,37 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         if (among(phase_at(turn).before, SEAM)) seam_rest(turn ^ 1);
         bool multiplies = kind == LINEAR;
         if (kind == ROUTE) {
+            ask(program, turn);
             meetings.wait_for_all();
-            begin(program, turn);
+            note_time(program, turn, 0);
             multiplies = route_phase(turn);
         }
         if (multiplies) {
             Stream stream(program);
             Ahead ahead = {};
-            if (kind == LINEAR) linear_ahead(turn);
-            const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
-#pragma unroll 1
-            for (int late = 0; late < 2 && kind == LINEAR; ++late) {
-                if (speaks == (late == 1)) prepare_linear(turn, stream, ahead);
-                if (late == 0 && meets) meetings.wait_for_all();
+            find_work(turn, ahead);
+            const bool early = !among(phase_at(turn).before, SEAM);  // seam_rest reads the phase in front
+            if (kind == LINEAR) {
+                linear_ahead(turn);
+                if (early) ask(program, turn);
             }
-            if (kind == LINEAR) begin(program, turn);
+            const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
+            if (kind == LINEAR) {
+                if (!speaks) prepare_linear(turn, stream, ahead);
+                if (meets) meetings.wait_for_all();
+                if (speaks) prepare_linear(turn, stream, ahead);
+                note_time(program, turn, 0);
+                if (!early) ask(program, turn);
+            }
             linear_phase(turn, stream, ahead);
-            stream.park();
         } else if (kind != ROUTE) {
             if (kind == SEAM) seam_ahead(turn);
             if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
             if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
             if (kind == EXPERTS) experts_ahead(turn), wait_for_plan(turn);
             if (meets) meetings.wait_for_all();
-            begin(program, turn, passes_over_next(turn));
+            note_time(program, turn, 0);
+            ask(program, turn, passes_over_next(turn));
             if (kind == SEAM) {
                 seam_phase(turn);
             } else if (kind == EXPERTS) {
@@ -191,6 +198,7 @@ extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const v
                               pool_packed, rope, split, scale, eps, scratch, chunks, grid);
 }
 
+static_assert(offsetof(SeamWork, heard) <= MADE_LEAST, "seam_rest and find_work go on at once");
 static_assert(sizeof(RoutePlan) <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
 
 // sizes: bytes of the seams' words, of the indexer's and attention's scratch, of the state; of the work area that phases

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(256) dense_kernel(const __grid_constant__ Part
     if (part.format == FP8)
         scale = part.block_scale[(part.first_row + tile * TILE_ROWS) / 128 * part.scale_columns + column / 128];
     uint32_t a[4][4];
-    if (part.format == NVFP4) nvfp4_operands(a, block + lane * 16, block + w4::CODE_BYTES + lane * 2);
+    if (part.format == NVFP4) nvfp4_operands(a, w4::load(block, lane));
     else if (part.format == FP8) fp8_operands(a, block + lane * 16);
     else plain_operands(a, block + lane * 16);
 #pragma unroll

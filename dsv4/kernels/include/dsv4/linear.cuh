@@ -119,10 +119,13 @@ __device__ __forceinline__ int lane_columns(int tokens, int stride) {
     return min(lane / 4, tokens - 1) * stride + lane % 4 * 32;
 }
 
-// A of a block's four products, of what the lane has of it: from `codes` on, 16 bytes of a lane, and of NVFP4 at `scales`,
-// 2 bytes of a lane. NVFP4: x 2^-14; FP8: before its block scale.
-__device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const uint8_t* codes, const uint8_t* scales) {
-    const w4::Lane part = {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint16_t*>(scales)};
+// A lane's part of a block of NVFP4: its codes begin at `codes`, its scales are at `scales`.
+__device__ __forceinline__ w4::Lane nvfp4_lane(const uint8_t* codes, const uint8_t* scales) {
+    return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint16_t*>(scales)};
+}
+
+// A of a block's four products, of what the lane has of it. NVFP4: x 2^-14; FP8: before its block scale.
+__device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const w4::Lane& part) {
     const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
     uint32_t scale_g, scale_g8;
     w4::scales(part.scales, scale_g, scale_g8);
@@ -170,7 +173,7 @@ __device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][4], const uint8_
                                             const uint8_t* x) {
     uint32_t a[TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], codes + i * CHUNK, scales + i * CHUNK);
+    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], nvfp4_lane(codes + i * CHUNK, scales + i * CHUNK));
     block_product<NVFP4>(sum, a, x);
 }
 
@@ -202,20 +205,19 @@ struct Slice {
     int number, blocks, tile;
 };
 
-// How many blocks make a chunk that slice_product multiplies without a loop; begun: see there.
-__device__ __forceinline__ int least_of(int format, int begun) { return format == NVFP4 && begun == 0 ? 4 : SLICE_BLOCKS + 1; }
+// How many blocks make a chunk that slice_product multiplies without a loop.
+__device__ __forceinline__ int least_of(int format) { return format == NVFP4 ? 4 : SLICE_BLOCKS + 1; }
 
-// sum += a slice, of `left` blocks, of `tiles` tiles of `format`, times up to eight tokens. x: the lane's columns of the
-// staged slice. begun: so many blocks of the first chunk (of NVFP4) have been multiplied already; none has any more
-// afterwards. least: least_of them. which(): the slice, of which only some formats need to know. The caller refills the
-// ring, a Ring or what is like it, after each chunk: through next(), or, behind four blocks of NVFP4, through quickly()
-// where that is true.
+// sum += a slice, of which `left` blocks are left, of `tiles` tiles of `format`, times up to eight tokens. x: the lane's
+// columns of the staged slice, from those blocks on. least: least_of the format. which(): the slice, of which only some
+// formats need to know. The caller refills the ring, a Ring or what is like it, after each chunk: through next(), or, behind
+// four blocks of NVFP4, through quickly() where that is true.
 // Where fewer tiles are left than a warp multiplies at once, what the ring holds in the place of the others reaches only
 // sums that nobody takes.
 template <int TILES, typename Which, typename Ring, typename Quickly, typename Next>
 __device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format, int tiles, int left,
                                               const uint8_t* x, int lane, Ring& ring, Which&& which, Quickly&& quickly,
-                                              Next&& next, int& begun, int& least) {
+                                              Next&& next, int least) {
     float scales[TILES] = {};
     const auto whole = [&] {  // four blocks, and as many more as can be
         do {
@@ -240,9 +242,9 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format
             if (format == NVFP4) {
                 const uint8_t* const scale = ring.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll 1
-                for (int k = begun; k < min(left, 4); ++k)
+                for (int k = 0; k < left; ++k)
                     nvfp4_block(sum, codes + k * w4::BLOCK_BYTES, scale + k * w4::BLOCK_BYTES, x + k * 128);
-                begun = 0, least = 4, left -= 4, x += 4 * 128;
+                left -= 4, x += 4 * 128;
             } else if (format == FP8) {
                 const Slice slice = which();
                 if (left == slice.blocks) {
@@ -284,10 +286,19 @@ __device__ __forceinline__ void undo_scaling(float (&sum)[TILES][4], float scale
     }
 }
 
+// A slice of a token, which the lanes of a warp hold, to shared memory: scaled for FP16 products, and what undoes that.
+__device__ __forceinline__ void put_slice(uint32_t (&pairs)[8], bool plain, uint8_t* to, float* undo) {
+    const int lane = threadIdx.x % 32;
+    const float back = plain ? 1.0f : scale_to_f16(pairs);
+    uint4* const at = reinterpret_cast<uint4*>(to + lane * 32);
+    at[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    at[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    if (lane == 0) *undo = back;
+}
+
 // Up to eight tokens: `count` slices of a part's columns from slice `first` on to shared memory, by WARPS warps:
-// x [tokens][count] slices, rows `stride` bytes apart; undo [count][8]. per: 2^16 / count and one. WIDE: it is known that x
-// may be read 16 bytes at a time, and that columns are a multiple of 16.
-template <int WARPS, bool WIDE>
+// x [tokens][count] slices, rows `stride` bytes apart; undo [count][8]. per: 2^16 / count and one.
+template <int WARPS>
 __device__ __forceinline__ void stage_slices(const Part& part, int tokens, int columns, int first, int count, int per,
                                              uint8_t* x, int stride, float* undo) {
     constexpr int AT_ONCE = 2;
@@ -302,19 +313,15 @@ __device__ __forceinline__ void stage_slices(const Part& part, int tokens, int c
             tokens_of[i] = token, slices_of[i] = which;
             const int column = (first + which) * SLICE + lane * 16;
             const bf16* from = part.x + min(token, tokens - 1) * part.x_stride + column;
-            if constexpr (WIDE) load_columns(pairs[i], from, column < columns);
-            else load_columns(pairs[i], from, columns - column, part.x_wide);
+            load_columns(pairs[i], from, columns - column, part.x_wide);
             token += step, which += rest;
             if (which >= count) which -= count, ++token;
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             if (tokens_of[i] >= tokens) break;
-            const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs[i]);
-            uint4* to = reinterpret_cast<uint4*>(x + tokens_of[i] * stride + slices_of[i] * 1024 + lane * 32);
-            to[0] = make_uint4(pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
-            to[1] = make_uint4(pairs[i][4], pairs[i][5], pairs[i][6], pairs[i][7]);
-            if (lane == 0) undo[slices_of[i] * 8 + tokens_of[i]] = back;
+            put_slice(pairs[i], part.format == PLAIN, x + tokens_of[i] * stride + slices_of[i] * 1024,
+                      undo + slices_of[i] * 8 + tokens_of[i]);
         }
     }
 }

@@ -164,11 +164,10 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
 #pragma unroll
         for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
-        int begun = 0, least = least_of(format, begun);
         slice_product(
             sum, format, tiles, count, x + place * 1024 + columns, lane, ring,
             [&] { return Slice{part, slice, count, run.tile + group * TILES}; }, [](Ring<TILES>&) { return false; }, refill,
-            begun, least);
+            least_of(format));
         undo_scaling(sum, undo_of(format), undo + place * FEW_TOKENS + 2 * t);
     };
 #pragma unroll 1
@@ -186,7 +185,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
             if (real && (part.x != seen || (part.format == PLAIN) != plain)) {
                 if (seen != nullptr) __syncthreads();  // nobody reads the tokens before these any more
                 seen = part.x, plain = part.format == PLAIN;
-                stage_slices<FEW_WARPS, false>(part, task.tokens, task.columns, slices.first, staged, (1 << 16) / staged + 1, x,
+                stage_slices<FEW_WARPS>(part, task.tokens, task.columns, slices.first, staged, (1 << 16) / staged + 1, x,
                                                stride, undo);
                 __syncthreads();
             }

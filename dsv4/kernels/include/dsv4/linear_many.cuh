@@ -223,7 +223,7 @@ template <int FORMAT, int NT>
 __device__ __forceinline__ void block_alone(float (&sum)[1][NT][4], const uint8_t* block, uint32_t step, float scale) {
     uint32_t a[4][4];
     const int lane = threadIdx.x % 32;
-    if constexpr (FORMAT == NVFP4) nvfp4_operands(a, block + lane * 16, block + w4::CODE_BYTES + lane * 2);
+    if constexpr (FORMAT == NVFP4) nvfp4_operands(a, w4::load(block, lane));
     else if constexpr (FORMAT == FP8) fp8_operands(a, block + lane * 16);
     else plain_operands(a, block + lane * 16);
 #pragma unroll

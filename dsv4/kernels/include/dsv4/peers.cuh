@@ -33,11 +33,10 @@ struct Peers {
     }
     // To all ranks, this one as well: by who makes a column, so that nobody has to read it first.
     __device__ __forceinline__ void tell_all(int64_t token, int column, float value, uint32_t turn) const {
+        const int64_t place = at(rank, rank, token, column, turn) - inboxes[rank];
 #pragma unroll 1
-        for (int i = 1; i <= size; ++i) {
-            const int to = exchange::rank_after(rank, i, size);
-            exchange::tell_peer(at(to, rank, token, column, turn), value, turn);
-        }
+        for (int i = 1; i <= size; ++i)
+            exchange::tell_peer(inboxes[exchange::rank_after(rank, i, size)] + place, value, turn);
     }
     __device__ uint32_t* plain_at(int owner, int from, int64_t token, int column, uint32_t turn) const {
         return reinterpret_cast<uint32_t*>(at(owner, from, NUMBERED_ROWS, 0, turn)) + token * MANY_COLUMNS + column;

@@ -1,7 +1,9 @@
 // LINEAR: projections of up to eight tokens. A block has tiles of one input; its warps take (tile, slice) units in turn,
 // their sums meet in shared memory and are added up in the order of slices, as in linear_few.cuh, and so are the bits.
-// While blocks wait for each other and nobody knows the tokens yet, a warp unpacks the first weights of its first unit.
+// While blocks wait for each other and nobody knows the tokens yet, a warp looks up what it will do and where results go,
+// and unpacks the first weights of its first unit.
 #pragma once
+#include <climits>
 #include <dsv4/linear.cuh>
 #include <dsv4/rms_norm.cuh>
 #include <dsv4/persistent/meeting.cuh>
@@ -20,49 +22,105 @@ struct Linear {
     float eps;
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
     int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
-    int norm_at;                                 // of the work area: where the norm's weights wait
+    int tiles_on, slices_on;                     // from a unit to the WARPS-th behind it
+    int made_at, norm_at;                        // of the work area: Made of the block's tiles; the norm's weights
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
     mhc::Peers peers;                            // whom the result is told instead of being written; size 0: nobody
 };
 
+// Where a tile's results go, and what its sums are multiplied with.
+struct alignas(16) Made {
+    uint8_t* out;   // of the first token, where they are written
+    float alpha;
+    uint32_t what;  // how many of the rows there are, whether results are float32 (32), bytes to the next token (x 64)
+
+    __device__ __forceinline__ int rows() const { return what & 31; }
+    __device__ __forceinline__ void put(int token, int row, float y) const {
+        uint8_t* const at = out + token * (what >> 6);
+        if (what & 32) reinterpret_cast<float*>(at)[row] = y;
+        else reinterpret_cast<bf16*>(at)[row] = from_float<bf16>(y);
+    }
+};
+constexpr int MADE_LEAST = 8192;             // behind what a seam still reads while its successor is prepared
+constexpr uint32_t MADE_PITCH = 1u << 26;  // bytes to the next token are fewer
+
+// Where parts begin: a lane has the first tile of the part of its number.
+struct Starts {
+    int mine;
+
+    __device__ __forceinline__ explicit Starts(const Linear& a) : mine(INT_MAX) {
+        if (static_cast<int>(threadIdx.x % 32) < a.count) mine = a.parts[threadIdx.x % 32].first_tile;
+    }
+    __device__ __forceinline__ int of(int part) const { return __shfl_sync(0xFFFFFFFFu, mine, part); }
+    __device__ __forceinline__ int part_of(int tile) const { return __popc(__ballot_sync(0xFFFFFFFFu, mine <= tile)) - 1; }
+};
+
 // A warp's units: a tile of the block, the part it belongs to, and a slice. Every WARPS-th is its own.
 struct LinearUnit {
-    int tile, slice, part, end;       // end: the tile behind the block's last one of the part
-    int slices, tiles_on, slices_on;  // of a tile; to the next unit
+    int tile, slice, part, end;  // end: the tile behind the block's last one of the part
 
-    // first, tiles: the block's first tile, and how many it has.
-    __device__ __forceinline__ LinearUnit(const Linear& a, int first, int tiles, int part)
-        : part(part - 1), end(0), slices(a.slices), tiles_on(WARPS * a.per_slice >> 16), slices_on(WARPS - tiles_on * slices) {
+    // The warp's first unit, if there is one.
+    __device__ __forceinline__ void begin(const Linear& a, const Starts& starts, int first, int tiles) {
         const int warp = threadIdx.x / 32;
-        tile = warp * a.per_slice >> 16, slice = warp - tile * slices;
-        if (tile < tiles) find_part(a, first, tiles);
+        tile = warp * a.per_slice >> 16, slice = warp - tile * a.slices;
+        part = starts.part_of(first + tile), end = min(starts.of(part + 1) - first, tiles);
     }
     __device__ __forceinline__ void find_part(const Linear& a, int first, int tiles) {
         do end = ++part + 1 < a.count ? min(a.parts[part + 1].first_tile - first, tiles) : tiles;
         while (tile >= end);
     }
     // Whether the part is another one, which is to be found, or there is no more.
-    __device__ __forceinline__ bool advance() {
-        slice += slices_on, tile += tiles_on;
-        asm("{.reg .pred over; setp.ge.s32 over, %0, %2; @over sub.s32 %0, %0, %2; @over add.s32 %1, %1, 1;}"
-            : "+r"(slice), "+r"(tile)
-            : "r"(slices));
+    __device__ __forceinline__ bool advance(const Linear& a) {
+        step(a, tile, slice);
         return tile >= end;
+    }
+    // From a (tile, slice), or (token, slice), to the WARPS-th behind it.
+    static __device__ __forceinline__ void step(const Linear& a, int& tile, int& slice) {
+        slice += a.slices_on, tile += a.tiles_on;
+        if (slice >= a.slices) slice -= a.slices, ++tile;
     }
     static __device__ __forceinline__ int blocks(int slice, int all) {
         return min(all - slice * linear::SLICE_BLOCKS, linear::SLICE_BLOCKS);
     }
 };
 
-// What is known before the tokens are: the part of the block's first tile, and the first blocks of the warp's first unit,
-// unpacked, if that is a whole slice of NVFP4.
+// What is known before the tokens are: the block's tiles, the part of the first one, what a lane reads first of x, the
+// warp's first unit, and the first blocks of that, unpacked, if it is a whole slice of NVFP4.
 struct Ahead {
     bool ready;
-    int own;
+    int tiles, own;
+    const bf16* x;
+    LinearUnit unit;
     uint32_t a[EARLY_BLOCKS][1][4][4];
+    w4::Lane last;  // of the chunk, as it came
 };
 
-// Every thread calls, after come() behind the phase in front: the norm's weights are on their way.
+// Where a lane's sixteen columns of a slice of a token begin.
+__device__ __forceinline__ const bf16* column_of(const linear::Part& part, int token, int slice) {
+    return part.x + token * part.x_stride + slice * SLICE + threadIdx.x % 32 * 16;
+}
+
+// Every thread calls, after come() behind the phase in front: what the block and the warp have to do.
+__device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
+    const Linear& a = payload<Linear>(turn);
+    const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
+    const Starts starts(a);
+    ahead.tiles = tiles, ahead.own = starts.part_of(first);
+    ahead.unit.begin(a, starts, first, tiles);
+    ahead.x = column_of(a.parts[ahead.own], ahead.unit.tile, ahead.unit.slice);
+#pragma unroll 1
+    for (int tile = threadIdx.x / 32; tile < tiles; tile += WARPS) {
+        const linear::Part& part = a.parts[starts.part_of(first + tile)];
+        const int row = (first + tile - part.first_tile) * linear::TILE_ROWS, size = part.out_f32 ? 4 : 2;
+        const uint32_t pitch = static_cast<uint32_t>(part.out_stride) * size;
+        if (threadIdx.x % 32 == 0)
+            reinterpret_cast<Made*>(memory() + WORK_AT + a.made_at)[tile] = {
+                static_cast<uint8_t*>(part.out) + row * size, part.alpha,
+                min(part.rows - row, linear::TILE_ROWS) | (part.out_f32 ? 32u : 0u) | pitch << 6};
+    }
+}
+
+// The same: the norm's weights are on their way.
 __device__ __forceinline__ void linear_ahead(int turn) {
     const Linear& a = payload<Linear>(turn);
     const int at = threadIdx.x * 16;
@@ -72,13 +130,17 @@ __device__ __forceinline__ void linear_ahead(int turn) {
         start_copy16(shared_address(memory()) + WORK_AT + a.norm_at + i, reinterpret_cast<const uint8_t*>(a.norm) + i);
 }
 
-__device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, Ahead& ahead) {
+// Every lane has read the chunk at hand: another one is asked for in its place.
+__device__ __forceinline__ void next_chunk(Stream& stream) {
+    if (stream.replace()) return;
+    stream.release();
+    stream.fill();
+}
+
+__device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
-    const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
-    ahead.ready = false, ahead.own = 0;
-    while (ahead.own + 1 < a.count && first >= a.parts[ahead.own + 1].first_tile) ++ahead.own;
-    const LinearUnit unit(a, first, tiles, ahead.own);
-    if (unit.tile >= tiles) return;
+    const LinearUnit& unit = ahead.unit;
+    if (unit.tile >= ahead.tiles) return;
     ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(unit.slice, a.blocks) == linear::SLICE_BLOCKS;
     if (!ahead.ready) return;
     const int lane = threadIdx.x % 32;
@@ -86,25 +148,56 @@ __device__ __forceinline__ void prepare_linear(int turn, const Stream& stream, A
     const uint8_t *const codes = stream.byte(lane * 16), *const scales = stream.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k)
-        linear::nvfp4_operands(ahead.a[k][0], codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES);
+        linear::nvfp4_operands(ahead.a[k][0], linear::nvfp4_lane(codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES));
+    ahead.last = linear::nvfp4_lane(codes + EARLY_BLOCKS * w4::BLOCK_BYTES, scales + EARLY_BLOCKS * w4::BLOCK_BYTES);
+    next_chunk(stream);
 }
 
-// sum += the first blocks of the unit that `ahead` has begun.
+// sum += the first chunk of the unit, which `ahead` has.
 __device__ __forceinline__ void begin_unit(float (&sum)[1][4], const Ahead& ahead, const uint8_t* x) {
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) linear::block_product<linear::NVFP4>(sum, ahead.a[k], x + k * 128);
+    uint32_t a[1][4][4];
+    linear::nvfp4_operands(a[0], ahead.last);
+    linear::block_product<linear::NVFP4>(sum, a, x + EARLY_BLOCKS * 128);
+}
+
+// Slices of tokens are staged as warps take units: every WARPS-th is a warp's, and two are on their way at a time.
+__device__ __forceinline__ void stage(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo) {
+    constexpr int AT_ONCE = 2;
+    const linear::Part& part = a.parts[ahead.own];
+    const LinearUnit& unit = ahead.unit;
+    const bf16* from = ahead.x;
+    int token = unit.tile, slice = unit.slice;
+#pragma unroll 1
+    while (token < a.tokens) {
+        uint32_t pairs[AT_ONCE][8];
+        int tokens[AT_ONCE], slices[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int column = slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
+            tokens[i] = token, slices[i] = slice;
+            load_columns(pairs[i], from, token < a.tokens && column < a.columns);
+            LinearUnit::step(a, token, slice);
+            from = column_of(part, token, slice);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (tokens[i] < a.tokens)
+                linear::put_slice(pairs[i], part.format == linear::PLAIN, x + tokens[i] * stride + slices[i] * 1024,
+                                  undo + slices[i] * TOKENS + tokens[i]);
+    }
 }
 
 // A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
 // shares [tokens][2 slices]: a row's sums of squares, by 256 columns.
-__device__ __forceinline__ void stage_normed(const Linear& a, const linear::Part& part, uint8_t* x, int stride, float* undo,
+__device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo,
                                              float* shares) {
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int token = warp * a.per_slice >> 16, slice = warp - token * a.slices;
+    const int lane = threadIdx.x % 32, token = ahead.unit.tile, slice = ahead.unit.slice;
     const int column = slice * SLICE + lane * 16;
     const bool mine = token < a.tokens;
     uint32_t pairs[8] = {};
-    if (mine) load_columns(pairs, part.x + token * part.x_stride + column, column < a.columns);
+    if (mine) load_columns(pairs, ahead.x, column < a.columns);
     const auto values = [&](float (&v)[16]) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
@@ -127,58 +220,53 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const linear::Part
         pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w.x), normed(v[4 * i + 1], scale, w.y));
         pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w.z), normed(v[4 * i + 3], scale, w.w));
     }
-    const float back = part.format == linear::PLAIN ? 1.0f : scale_to_f16(pairs);
-    uint4* to = reinterpret_cast<uint4*>(x + token * stride + slice * 1024 + lane * 32);
-    to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-    if (lane == 0) undo[slice * TOKENS + token] = back;
+    linear::put_slice(pairs, a.parts[ahead.own].format == linear::PLAIN, x + token * stride + slice * 1024, undo + slice * TOKENS + token);
 }
 
-// Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | the norm's weights.
+// Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
 __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
-    const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
+    const int tiles = ahead.tiles;
     if (tiles == 0) return;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int stride = a.slices * 1024 + 16, tokens = a.tokens, step = tokens * linear::TILE_ROWS;
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
     float* const slots = undo + a.slices * TOKENS;
-    int own = ahead.own;
     if (a.norm != nullptr)
-        stage_normed(a, a.parts[own], x, stride, undo, slots);
+        stage_normed(a, ahead, x, stride, undo, slots);
     else
-        linear::stage_slices<WARPS, true>(a.parts[own], tokens, a.columns, 0, a.slices, a.per_slice, x, stride, undo);
+        stage(a, ahead, x, stride, undo);
     const uint8_t* const mine = x + linear::lane_columns(tokens, stride);
-    __syncthreads();
-
-    LinearUnit unit(a, first, tiles, own);
+    LinearUnit unit = ahead.unit;
+    asm volatile("" : "+r"(unit.part));  // else where the part lies would be kept since it was looked at ahead
     if (unit.tile < tiles) {
         const int blocks = a.blocks;
         float* slot = slots + threadIdx.x / 32 * step + 2 * t * linear::TILE_ROWS + g;
         float sum[1][4] = {};
         int back = static_cast<int>(reinterpret_cast<uint8_t*>(undo + 2 * t) - memory());
         asm volatile("" : "+r"(back));  // else its sum with what comes in front would be made in two steps, each time
-        int begun = 0, format = a.parts[unit.part].format;
+        int begun = ahead.ready ? EARLY_BLOCKS + 1 : 0, format = a.parts[unit.part].format, least = linear::least_of(format);
         float scale = linear::undo_of(format);
-        if (ahead.ready) begin_unit(sum, ahead, mine + unit.slice * 1024), begun = EARLY_BLOCKS;
-        int least = linear::least_of(format, begun);
+        __syncthreads();
+        if (ahead.ready) begin_unit(sum, ahead, mine + unit.slice * 1024);
         const auto which = [&] {
             int number = unit.slice, tile = unit.tile, place = unit.part;
             asm volatile("" : "+r"(number), "+r"(tile), "+r"(place));  // else what follows would be computed for every format
             const linear::Part& part = a.parts[place];
-            return linear::Slice{part, number, unit.blocks(number, blocks), first + tile - part.first_tile};
+            return linear::Slice{part, number, unit.blocks(number, blocks), a.cuts[blockIdx.x] + tile - part.first_tile};
         };
 #pragma unroll 1
         while (true) {
             linear::slice_product(
-                sum, format, 1, unit.blocks(unit.slice, blocks), mine + unit.slice * 1024, lane, stream, which,
-                [](Stream& s) { return s.replace(); },
+                sum, format, 1, unit.blocks(unit.slice, blocks) - begun, mine + unit.slice * 1024 + begun * 128, lane,
+                stream, which, [](Stream& s) { return s.replace(); },
                 [](Stream& s) {
                     s.release();
                     s.fill();
                 },
-                begun, least);
+                least);
+            begun = 0;
             linear::undo_scaling(sum, scale, reinterpret_cast<const float*>(memory() + (back + unit.slice * TOKENS * 4)));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -186,26 +274,32 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
             asm volatile("mov.b64 {%0, %1}, 0; mov.b64 {%2, %3}, 0;"
                          : "=f"(sum[0][0]), "=f"(sum[0][1]), "=f"(sum[0][2]), "=f"(sum[0][3]));
             slot += WARPS * step;
-            if (!unit.advance()) continue;
+            if (!unit.advance(a)) continue;
             if (unit.tile >= tiles) break;
-            unit.find_part(a, first, tiles);
-            format = a.parts[unit.part].format, scale = linear::undo_of(format), least = linear::least_of(format, 0);
+            unit.find_part(a, a.cuts[blockIdx.x], tiles);
+            format = a.parts[unit.part].format, scale = linear::undo_of(format), least = linear::least_of(format);
         }
+    } else {
+        __syncthreads();
     }
+    stream.park();
+    const int row = threadIdx.x % linear::TILE_ROWS, slices = a.slices, ranks = a.peers.size;
     __syncthreads();
 
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
-        const int row = i % linear::TILE_ROWS, pair = i / linear::TILE_ROWS;
-        const int at = pair * a.per_token >> 16, token = pair - at * tokens;
-        const float* slot = slots + at * a.slices * step + token * linear::TILE_ROWS + row;
-        while (own + 1 < a.count && first + at >= a.parts[own + 1].first_tile) ++own;
+        const int pair = i / linear::TILE_ROWS, at = pair * a.per_token >> 16, token = pair - at * tokens;
+        const Made made = reinterpret_cast<const Made*>(memory() + WORK_AT + a.made_at)[at];
+        const float* slot = slots + at * slices * step + token * linear::TILE_ROWS + row;
         float y = 0.0f;
-#pragma unroll 8
-        for (int k = 0; k < a.slices; ++k) y += slot[k * step];
-        const linear::Part& part = a.parts[own];
-        const int column = (first + at - part.first_tile) * linear::TILE_ROWS + row;
-        if (a.peers.size == 0) linear::put(part, column, token, y);
-        else if (column < part.rows) a.peers.tell_all(token, column, y * part.alpha, position().numbers[token]);
+#pragma unroll 1
+        for (int begin = 0; begin < slices; begin += 8, slot += 8 * step)
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                if (begin + k < slices) y += slot[k * step];
+        y *= made.alpha;
+        if (row >= made.rows()) continue;
+        if (ranks == 0) made.put(token, row, y);
+        else a.peers.tell_all(token, (a.cuts[blockIdx.x] + at) * linear::TILE_ROWS + row, y, position().numbers[token]);
     }
 }
 
@@ -215,7 +309,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
 static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int count, const uint16_t* cuts, int grid,
                                    int tokens, int columns, const float* norm, float eps, int joined,
                                    uint64_t* const* inboxes, uint32_t* turns, int rank, int size) {
-    if (size < 0 || size > mhc::MOST_RANKS || (size > 0 && (count > 1 || parts->row_scale != nullptr))) return cudaErrorInvalidValue;
+    if (size < 0 || size > mhc::MOST_RANKS || (size > 0 && count > 1)) return cudaErrorInvalidValue;
     if (count < 1 || count > MOST_PARTS || grid > MAX_BLOCKS || tokens < 1 || tokens > TOKENS) return cudaErrorInvalidValue;
     Linear a = {};
     for (int i = 0; i < count; ++i) a.parts[i] = parts[i];
@@ -225,13 +319,16 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
     if (a.slices < 1 || a.slices > WARPS || columns % 16) return cudaErrorInvalidValue;
     for (int i = 0; i < count; ++i)
-        if (!parts[i].x_wide) return cudaErrorInvalidValue;
+        if (!parts[i].x_wide || parts[i].row_scale != nullptr || parts[i].out_stride < 0 || parts[i].out_stride * 4 >= MADE_PITCH)
+            return cudaErrorInvalidValue;
     a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;
+    a.tiles_on = WARPS / a.slices, a.slices_on = WARPS % a.slices;
     a.norm = norm, a.eps = eps;
     if (norm != nullptr && (tokens * a.slices > WARPS || columns > 4096 || !aligned16(norm))) return cudaErrorInvalidValue;
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
-    a.norm_at = tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4 + most * a.slices * tokens * 64;
+    a.made_at = max(tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4 + most * a.slices * tokens * 64, MADE_LEAST);
+    a.norm_at = a.made_at + most * static_cast<int>(sizeof(Made));
     a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     fill_phase(phase, LINEAR, a);
     phase->joined = joined || size > 0 ? NEXT : 0;

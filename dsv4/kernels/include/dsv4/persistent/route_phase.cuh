@@ -122,7 +122,8 @@ __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ?
 
 // Where the product's input lies, and the end of the work area. tiles: of a block at most.
 static int route_input(int tokens, int tiles, int slices) {
-    return (tokens * (slices * 1024 + 16) + slices * TOKENS * 4 + tiles * slices * tokens * 64 + 15) / 16 * 16;
+    const int slots = tokens * (slices * 1024 + 16) + slices * TOKENS * 4 + tiles * slices * tokens * 64;
+    return max(slots, MADE_LEAST) + tiles * static_cast<int>(sizeof(Made));
 }
 static int route_work_bytes(int tokens, int experts, int D, int F, int grid) {
     const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1), slices = (F + SLICE - 1) / SLICE;
