@@ -128,17 +128,21 @@ class Model:
         of several ranks this one's part of it.
         """
         h = embed(step.plan.tokens, self.embed, self.config.hc_mult)
-        streams = self.blocks[0].attn_site.enter(h)
-        for i, block in enumerate(self.blocks):
-            mid, y = block(streams, cache.layers[i], step)
+        mid, y = self._block(0, self.blocks[0].attn_site.enter(h), step, cache, observe)
+        for i in range(1, len(self.blocks)):
+            streams = self.blocks[i].attn_site.seam(y, mid)  # out of the layer in front and into this one
             if observe is not None:
-                observe(f"layers.{i}.attn", whole(mid.h, len(y), self.settings.tp))
-            if i + 1 == len(self.blocks):
-                return mid, y
-            streams = self.blocks[i + 1].attn_site.seam(y, mid)  # out of this layer and into the next
-            if observe is not None:
-                observe(f"layers.{i}.ffn", whole(streams.h, len(y), self.settings.tp))
-        raise AssertionError("a model has layers")
+                observe(f"layers.{i - 1}.ffn", whole(streams.h, len(y), self.settings.tp))
+            mid, y = self._block(i, streams, step, cache, observe)
+        return mid, y
+
+    def _block(
+        self, i: int, streams: Streams, step: Step, cache: KVCache, observe: Observe | None
+    ) -> tuple[Streams, Tensor]:
+        mid, y = self.blocks[i](streams, cache.layers[i], step)
+        if observe is not None:
+            observe(f"layers.{i}.attn", whole(mid.h, len(y), self.settings.tp))
+        return mid, y
 
     def at_once(self, step: Step, cache: KVCache) -> Persistent:
         """All layers of a decode step at fixed shapes as one op, for `body_at_once`. Unfit where that cannot be;
