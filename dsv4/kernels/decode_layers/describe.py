@@ -30,7 +30,7 @@ from dsv4.kernels.moe.tiled import TiledExperts
 from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attention
 
 LONG_GROUP_BYTES = 4 << 20  # constant of attention_phase.cuh
-MADE_LEAST = 8192  # constant of linear_phase.cuh
+MADE_LEAST, MADE_BYTES = 8192, 16  # of linear_phase.cuh: constant; of a tile
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
@@ -97,7 +97,7 @@ class Joined:
         slices = -(-self.run.blocks // SLICE_BLOCKS)
         norm = 0 if self.norm is None else slices * 2048
         made = max(rows * (slices * 1024 + 16) + slices * 32 + self.most * slices * rows * 64, MADE_LEAST)
-        return made + self.most * 16 + norm
+        return made + self.most * MADE_BYTES + norm
 
     def phase(self, device: torch.device, rows: int) -> bytes:
         table = (_Part * len(self.parts))(*self.parts)

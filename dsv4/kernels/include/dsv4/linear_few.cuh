@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
                 if (seen != nullptr) __syncthreads();  // nobody reads the tokens before these any more
                 seen = part.x, plain = part.format == PLAIN;
                 stage_slices<FEW_WARPS>(part, task.tokens, task.columns, slices.first, staged, (1 << 16) / staged + 1, x,
-                                               stride, undo);
+                                        stride, undo);
                 __syncthreads();
             }
             Unit unit(slices, warp);

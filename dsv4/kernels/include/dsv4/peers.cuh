@@ -27,13 +27,16 @@ struct Peers {
 
     __device__ bool any() const { return size > 1; }
     __device__ uint32_t turn_of(int64_t token) const { return exchange::last_turn(turns + token) + 1; }
-    // Where `owner` finds a column of what `from` tells.
+    // Where an inbox has a column of what `from` tells.
+    __device__ int64_t place_of(int from, int64_t token, int column, uint32_t turn) const {
+        return (((turn & 1) * size + from) * INBOX_ROWS + token) * MOST_COLUMNS + column;
+    }
     __device__ uint64_t* at(int owner, int from, int64_t token, int column, uint32_t turn) const {
-        return inboxes[owner] + (((turn & 1) * size + from) * INBOX_ROWS + token) * MOST_COLUMNS + column;
+        return inboxes[owner] + place_of(from, token, column, turn);
     }
     // To all ranks, this one as well: by who makes a column, so that nobody has to read it first.
     __device__ __forceinline__ void tell_all(int64_t token, int column, float value, uint32_t turn) const {
-        const int64_t place = at(rank, rank, token, column, turn) - inboxes[rank];
+        const int64_t place = place_of(rank, token, column, turn);
 #pragma unroll 1
         for (int i = 1; i <= size; ++i)
             exchange::tell_peer(inboxes[exchange::rank_after(rank, i, size)] + place, value, turn);

@@ -41,8 +41,9 @@ struct alignas(16) Made {
         else reinterpret_cast<bf16*>(at)[row] = from_float<bf16>(y);
     }
 };
-constexpr int MADE_LEAST = 8192;             // behind what a seam still reads while its successor is prepared
+constexpr int MADE_LEAST = 8192;           // behind what a seam still reads while its successor is prepared
 constexpr uint32_t MADE_PITCH = 1u << 26;  // bytes to the next token are fewer
+static_assert(sizeof(Made) == 16, "MADE_BYTES in dsv4/kernels/decode_layers/describe.py");
 
 // Where parts begin: a lane has the first tile of the part of its number.
 struct Starts {
@@ -220,7 +221,8 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead
         pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w.x), normed(v[4 * i + 1], scale, w.y));
         pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w.z), normed(v[4 * i + 3], scale, w.w));
     }
-    linear::put_slice(pairs, a.parts[ahead.own].format == linear::PLAIN, x + token * stride + slice * 1024, undo + slice * TOKENS + token);
+    linear::put_slice(pairs, a.parts[ahead.own].format == linear::PLAIN, x + token * stride + slice * 1024,
+                      undo + slice * TOKENS + token);
 }
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
@@ -318,9 +320,11 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     a.blocks = (columns + linear::BLOCK_COLUMNS - 1) / linear::BLOCK_COLUMNS;
     a.slices = (a.blocks + linear::SLICE_BLOCKS - 1) / linear::SLICE_BLOCKS;
     if (a.slices < 1 || a.slices > WARPS || columns % 16) return cudaErrorInvalidValue;
-    for (int i = 0; i < count; ++i)
-        if (!parts[i].x_wide || parts[i].row_scale != nullptr || parts[i].out_stride < 0 || parts[i].out_stride * 4 >= MADE_PITCH)
+    for (int i = 0; i < count; ++i) {
+        const linear::Part& part = parts[i];
+        if (!part.x_wide || part.row_scale != nullptr || part.out_stride < 0 || part.out_stride * 4 >= MADE_PITCH)
             return cudaErrorInvalidValue;
+    }
     a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;
     a.tiles_on = WARPS / a.slices, a.slices_on = WARPS % a.slices;
     a.norm = norm, a.eps = eps;
