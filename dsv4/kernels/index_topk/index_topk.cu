@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
         if constexpr (CLUSTER) index::take_all(a, row, rank * THREADS + threadIdx.x, a.blocks * THREADS);
         return;
     }
-    index::score_row<MT, WARPS>(a, s, row, rank, warp, tiles, [&](int at, uint64_t four) {
+    index::score_row<MT, WARPS>(a, s, row, index::pages_of(a, row), rank, warp, tiles, [&](int at, uint64_t four) {
         if constexpr (CLUSTER) {
             if (g < a.blocks) put_peer_value(&s.scores[at], g, four);  // lanes of a column, a block each
         } else if (g == 0) {

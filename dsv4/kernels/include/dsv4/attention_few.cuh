@@ -301,7 +301,9 @@ struct Block {
                (s.scores[2 % S::PARTS][head][slot] + s.scores[3 % S::PARTS][head][slot]);
     }
 
-    // Probabilities relative to the running maximum, rounded to BF16 over their scores; a warp per head.
+    // Probabilities relative to the running maximum, rounded to BF16 over their scores; a warp per head. FIRST: of the first
+    // stage, in front of which nothing has been seen.
+    template <bool FIRST = false>
     __device__ void softmax(int used) {
         const float scale = a.scale * LOG2E;
 #pragma unroll
@@ -309,7 +311,7 @@ struct Block {
             const int head = i * WARPS + warp;
             if (HG < WARPS && head >= HG) break;
             float x[WORDS], sum = 0.0f;
-            const float before = s.seen[head][0];
+            const float before = FIRST ? LOWEST : s.seen[head][0];
             float top = before;
 #pragma unroll
             for (int c = 0; c < WORDS; ++c) {
@@ -327,7 +329,9 @@ struct Block {
                 if (slot < used * TILE) p[slot].bits = static_cast<uint16_t>(bf16x2(probability, 0.0f));
             }
             sum = warp_sum(sum);
-            if (lane == 0) {
+            if (FIRST) {
+                if (lane == 0) s.seen[head][0] = top, s.seen[head][1] = sum;
+            } else if (lane == 0) {
                 const float fade = exp2f(before - top);
                 s.seen[head][1] = fmaf(s.seen[head][1], fade, sum);
                 s.seen[head][0] = top, s.fade[head] = fade;
@@ -335,13 +339,22 @@ struct Block {
         }
     }
 
-    // sums = sums * fade + p . entries
+    // sums = sums * fade
+    __device__ void fade_sums() {
+        const int g = lane / 4;
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+            const float2 of_eight = *reinterpret_cast<const float2*>(s.fade + lane % 4 * 2);
+            const float upper = s.fade[mt * 16 + g], lower = s.fade[mt * 16 + (HG == 8 ? 0 : 8) + g];
+            for (auto& sum : sums[mt])
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    sum[j] *= HG == 8 ? (j % 2 ? of_eight.y : of_eight.x) : (j < 2 ? upper : lower);
+        }
+    }
+
+    // sums += p . entries
     __device__ void accumulate_of_eight(int used) {
-        const float2 fade = *reinterpret_cast<const float2*>(s.fade + lane % 4 * 2);
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) sums[0][n][j] *= j % 2 ? fade.y : fade.x;
         const uint8_t* values = s.entries + (lane % 8 + lane / 16 * 8) * ROW + warp * 64 + lane / 8 % 2 * 16;
         const uint32_t* p = reinterpret_cast<const uint32_t*>(s.scores[0][lane / 4]) + lane % 4;
 #pragma unroll
@@ -356,18 +369,16 @@ struct Block {
         }
     }
 
+    // sums = sums * fade + p . entries. FIRST: sums is p . entries.
+    template <bool FIRST = false>
     __device__ void accumulate(int used) {
-        if constexpr (HG == 8) return accumulate_of_eight(used);
-        const int g = lane / 4;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            const float upper = s.fade[mt * 16 + g], lower = s.fade[mt * 16 + g + 8];
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                sums[mt][n][0] *= upper, sums[mt][n][1] *= upper;
-                sums[mt][n][2] *= lower, sums[mt][n][3] *= lower;
-            }
+        if constexpr (FIRST) {
+            for (auto& rows : sums)
+                for (auto& sum : rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        } else {
+            fade_sums();
         }
+        if constexpr (HG == 8) return accumulate_of_eight(used);
         const uint8_t* values = s.entries + lane % 16 * ROW + warp * 64 + lane / 16 * 16;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {

@@ -206,17 +206,16 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Tiles& tiles,
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
-// The block's part of a row whose rotations and heads have been started and that does not take all it sees.
+// The block's part of a row whose rotations and heads have been started and that does not take all it sees. pages: its.
 // put(at, four): in every lane of a column, the keys of entries 4 at .. 4 at + 3, 0 for those that are not there.
 template <int MT, int WARPS, typename Put>
-__device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& s, int64_t row, int rank, int place,
-                                          const Tiles& tiles, Put put) {
+__device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& s, int64_t row, const int64_t* pages,
+                                          int rank, int place, const Tiles& tiles, Put put) {
     const int n = tiles.n;
     if (rank * ENTRIES >= n) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
     const int first = place * a.blocks + rank, stride = WARPS * a.blocks;
-    const int64_t* pages = pages_of(a, row);
     int page = tiles.page, next_page = tiles.next;
     // column c of tile m is entry 4 (c / 2) + 2 m + c % 2 of the sixteen: a lane's four scores are neighbours
     const auto key_at = [&](int i, int m, int bytes) {

@@ -10,6 +10,12 @@ static_assert(few::THREADS == THREADS && few::SPLITS == GROUP, "one way to share
 
 constexpr int TILES = 5, STAGE = TILES * attention::TILE;
 
+// What a block begins with, by the phase's turn: a unit, and the number of the last turn of its group.
+struct First {
+    int unit, token;  // of the token; those of no unit where there is none
+    uint32_t turn;
+};
+
 // Entries and queries lie at the same places for eight heads and sixteen.
 template <int HG>
 struct AttentionWork {
@@ -20,11 +26,15 @@ struct AttentionWork {
     alignas(8) float seen[16][2];
     float fade[16];
     int rows[(STAGE + 31) / 32 * 32], last[WARPS];  // -1 behind the stage
+    const int64_t* places[(STAGE + 31) / 32 * 32];  // of the row numbers of stage 0; of `none` where there is none
+    int64_t none;                                   // -1
+    First first;
 };
 
-// What is there of a unit's stage 0 before the phase begins: so many tiles' row numbers, so many tiles, and the queries.
+// What is there of a unit's stage 0 before the phase begins: all row numbers, so many tiles, and the queries.
 struct Begun {
-    int rows, tiles;
+    bool rows;
+    int tiles;
     bool queries;
 };
 
@@ -33,15 +43,17 @@ __device__ __forceinline__ bool longer(const attention::Arguments& a) { return _
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
+    static constexpr int WORDS = (STAGE + 31) / 32;
+
     const attention::Arguments& a;
     AttentionWork<16>& s;
     const int token, rank, warp, lane;
 
-    // Lane j has where the entry of tile j is, or something else that can be read. Bits: of the tiles within the lists,
-    // of those with an entry, and of those whose entries are packed.
+    // Lane j has where the entry of tile j is, or something else that can be read. Bits: of the tiles with an entry, and of
+    // those whose entries are packed.
     struct Found {
         const uint8_t* entry;
-        unsigned within, there, packed;
+        unsigned there, packed;
 
         __device__ __forceinline__ const uint8_t* of(int tile) const {
             const auto at = reinterpret_cast<unsigned long long>(entry);
@@ -58,32 +70,59 @@ struct Entries {
     }
 
     // Tiles of stage 0 that are the window's.
-    __device__ __forceinline__ int window() const {
+    static __device__ __forceinline__ int window(const attention::Arguments& a) {
         return min(a.local_positions / (GROUP * attention::TILE), TILES);
     }
 
-    // The row number at a position; -1 for none.
-    __device__ __forceinline__ int row_at(int position) const {
+    // Where the row number at a position is; null for none.
+    __device__ __forceinline__ const int64_t* place_of(int position) const {
         const bool local = position < a.local_positions;
         const attention::Source& from = local ? a.local : a.pool;
         const int at = position - (local ? 0 : a.local_positions);
-        return at < from.width ? static_cast<int>(from.rows[token * from.row_stride + at]) : -1;
+        return at < from.width ? from.rows + token * from.row_stride + at : nullptr;
+    }
+    __device__ __forceinline__ int row_at(int position) const {
+        const int64_t* place = place_of(position);
+        return place != nullptr ? static_cast<int>(*place) : -1;
     }
 
-    // The warp's entries of the first `tiles` tiles of a stage; the row numbers of `known` of them have been read, and
-    // others are.
-    __device__ __forceinline__ Found find(int stage, int known, int tiles) const {
-        const int slot = lane * attention::TILE + warp, position = position_of(stage * STAGE + slot);
-        const attention::Source& from = position < a.local_positions ? a.local : a.pool;
+    // Finds those of stage 0; there for all after a barrier.
+    __device__ __forceinline__ void find_places() const {
+        const int slot = threadIdx.x;
+        if (slot == 0) s.none = -1;
+        if (slot >= WORDS * 32) return;
+        const int64_t* place = slot < STAGE ? place_of(position_of(slot)) : nullptr;
+        s.places[slot] = place != nullptr ? place : &s.none;
+    }
+
+    // All row numbers of a stage: each warp reads them itself, so that none waits for another before the products. known:
+    // they have been read. FOUND: the stage is 0, and where they are has been found.
+    template <bool FOUND>
+    __device__ __forceinline__ void read(int (&rows)[WORDS], int stage, bool known) const {
+#pragma unroll
+        for (int c = 0; c < WORDS; ++c) {
+            const int slot = c * 32 + lane;
+            if (known) rows[c] = s.rows[slot];
+            else if (FOUND) rows[c] = static_cast<int>(*s.places[slot]);
+            else rows[c] = slot < STAGE ? row_at(position_of(stage * STAGE + slot)) : -1;
+        }
+    }
+
+    // The warp's entries of a stage from tile `first` up to `end`, less those whose row numbers are -1 in `rows`.
+    __device__ __forceinline__ Found find(const int (&rows)[WORDS], int stage, int first, int end) const {
         int row = -1;
-        if (lane < known) row = s.rows[slot];
-        else if (lane < tiles) row = row_at(position);
-        if (known < TILES && lane >= known && lane <= TILES) s.rows[slot] = row;  // the last ones: none
+#pragma unroll
+        for (int c = 0; c < WORDS; ++c) {
+            const int of_lane = __shfl_sync(attention::ALL, rows[c], lane % 2 * attention::TILE + warp);
+            if (lane / 2 == c) row = of_lane;
+        }
+        if (lane < first || lane >= end) row = -1;
+        const bool local = position_of((stage * TILES + lane) * attention::TILE) < a.local_positions;
+        const attention::Source& from = local ? a.local : a.pool;
         const bool packed = from.packed;
         Found found;
         const int size = packed ? kv::ENTRY_BYTES : attention::DH * 2;
         found.entry = row < 0 ? a.q : from.data + static_cast<int64_t>(row) * size;
-        found.within = __ballot_sync(attention::ALL, lane < tiles && position - warp < a.positions());
         found.there = __ballot_sync(attention::ALL, row >= 0);
         found.packed = __ballot_sync(attention::ALL, packed);
         return found;
@@ -99,8 +138,14 @@ struct Entries {
         if (lane == 0) s.last[warp] = last;
     }
 
-    // Asks the L2 cache for what has been found.
-    __device__ __forceinline__ void announce(const Found& found) const {
+    // Row numbers are kept, and the L2 cache is asked for the entries.
+    __device__ __forceinline__ void announce() const {
+        int rows[WORDS];
+        read<false>(rows, 0, false);
+#pragma unroll
+        for (int c = 0; c < WORDS; ++c)
+            if (warp == c) s.rows[c * 32 + lane] = rows[c];
+        const Found found = find(rows, 0, 0, TILES);
 #pragma unroll 1
         for (unsigned left = found.there; left != 0; left &= left - 1) {
             const int tile = __ffs(left) - 1;
@@ -110,14 +155,12 @@ struct Entries {
         }
     }
 
-    // Zeros where there is no entry: 0 x NaN must not reach a sum.
-    __device__ __forceinline__ void put(int tile, const few::Bytes& bytes, uint32_t first_scales, bool there) const {
-        uint8_t* to = s.entries + (tile * attention::TILE + warp) * attention::ROW;
-        if (there) bytes.put(to, first_scales, lane);
-        else few::put_zeros(to, lane);
+    // Bytes that are zeros are an entry of zeros, as is wanted where there is none: 0 x NaN must not reach a sum.
+    __device__ __forceinline__ void put(int tile, const few::Bytes& bytes, uint32_t first_scales) const {
+        bytes.put(s.entries + (tile * attention::TILE + warp) * attention::ROW, first_scales, lane);
     }
 
-    // Those of a stage that are BF16 already.
+    // Those of tiles that are BF16 already.
     __device__ __forceinline__ void copy_plain(const Found& found, unsigned tiles) const {
 #pragma unroll 1
         for (unsigned left = tiles & ~found.packed; left != 0; left &= left - 1) {
@@ -134,17 +177,20 @@ struct Entries {
     __device__ __forceinline__ void begin(int tiles, int head, int heads) const {
         attention::Query q = {};
         float2 turns[4] = {};
-        const Found found = find(0, 0, tiles);
+        int rows[WORDS];
+        const unsigned all = (1u << tiles) - 1;
+        read<false>(rows, 0, false);
         load_query(q, turns, head, heads);
+        const Found found = find(rows, 0, 0, tiles);
         treat_query(q, turns, heads);
 #pragma unroll 1
-        for (unsigned left = found.within & found.packed; left != 0; left &= left - 1) {
+        for (unsigned left = all & found.packed; left != 0; left &= left - 1) {
             const int tile = __ffs(left) - 1;
-            const bool there = found.there >> tile & 1;
-            const few::Bytes bytes = few::Bytes::of(found.of(tile), lane);
-            put(tile, bytes, bytes.first_scales(), there);
+            few::Bytes bytes = few::Bytes::of(found.of(tile), lane);
+            if (!(found.there >> tile & 1)) bytes = {};
+            put(tile, bytes, bytes.first_scales());
         }
-        copy_plain(found, found.within);
+        copy_plain(found, all);
     }
 
     // The warp's query, as it came, and its rotations.

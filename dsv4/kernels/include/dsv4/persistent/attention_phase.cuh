@@ -18,13 +18,13 @@ struct Attention {
     attention::Arguments a;
     int rows, heads;        // heads: of a unit
     exchange::Word* words;  // [groups, 2, ROUND]
-    uint32_t* turns;        // [groups] the last turn of each
+    uint32_t* turns;        // [groups, 8] the last turn, as each block counts it
     exchange::Word* chunks; // of long rows
 };
 
 // Bytes of scratch: zeros before its first use, then left alone. Phases of all programs of such a grid may share it.
 constexpr int64_t attention_scratch(int grid) {
-    return grid / GROUP * (2 * ROUND * static_cast<int64_t>(sizeof(exchange::Word)) + 4);
+    return grid / GROUP * (2 * ROUND * static_cast<int64_t>(sizeof(exchange::Word)) + GROUP * 4);
 }
 
 // The same of a program with long rows, for their chunks.
@@ -62,54 +62,50 @@ struct Unit {
     static constexpr int MINE = HG / GROUP;
     using Block = few::Block<HG, TILES, Work>;
 
-    static __device__ __forceinline__ void look(Block& block) {
-#pragma unroll
-        for (int c = 0; c < Block::WORDS; ++c)
-            block.there[c] = __ballot_sync(attention::ALL, block.s.rows[c * 32 + block.lane] >= 0);
-    }
-
-    // What a stage adds to a block's share; with the first one, queries are brought where they have not been begun.
+    // What a stage adds to a block's share; with the first one, queries are brought where they have not been begun. FIRST:
+    // it is the first and only one, and the places of its row numbers have been found; nothing has been cleared.
+    template <bool FIRST>
     static __device__ __forceinline__ void add_stage(Block& all, int head, int stage, Begun begun, bool asks) {
         Work& s = all.s;
         const Entries e(all.a, all.token);
         Block block(all.a, s, all.token, e.rank);
-        for (auto& word : block.there) word = 0;
         attention::Query q = {};
         float2 turns[4] = {};
+        int rows[Entries::WORDS];
         few::Bytes bytes[TILES];
-        const bool known = begun.rows == TILES;
+        e.template read<FIRST>(rows, stage, begun.rows);
         if (asks) e.load_query(q, turns, head, HG);
-        Entries::Found found = e.find(stage, begun.rows, TILES);
-        unsigned bring = found.within >> begun.tiles << begun.tiles;
-        if (known) {
-            look(block);
-            bring &= (1u << block.used_tiles()) - 1;
-        }
-        if (!(bring >> e.lane & 1)) found.entry = e.a.q;
+        block.look(rows);
+        const int used = block.used_tiles();
+        const unsigned bring = (1u << used) - 1 >> begun.tiles << begun.tiles;
+        const Entries::Found found = e.find(rows, stage, begun.tiles, used);
         // All that lanes tell each other comes before the loads or behind them: the compiler waits there for loads.
         const uint8_t* from[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) from[tile] = found.of(tile);
+        for (int tile = 0; tile < TILES; ++tile) from[tile] = found.of(tile), bytes[tile] = {};
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) bytes[tile] = few::Bytes::of(from[tile], e.lane);
+        for (int tile = 0; tile < TILES; ++tile)
+            if (found.there & 1u << tile) bytes[tile] = few::Bytes::of(from[tile], e.lane);
         if (asks) e.treat_query(q, turns, HG);
         uint32_t scales[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) scales[tile] = bytes[tile].first_scales();
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
-            if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile], found.there & 1u << tile);
+            if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile]);
         e.copy_plain(found, bring);
         __syncthreads();
-        if (!known) look(block);
-        if (const int used = block.used_tiles()) {
+        if (used) {
             block.score(used);
             __syncthreads();
-            block.softmax(used);
+            block.template softmax<FIRST>(used);
             __syncthreads();
-            memcpy(block.sums, all.sums, sizeof all.sums);
-            block.accumulate(used);
+            if constexpr (!FIRST) memcpy(block.sums, all.sums, sizeof all.sums);
+            block.template accumulate<FIRST>(used);
             memcpy(all.sums, block.sums, sizeof all.sums);
+        } else if constexpr (FIRST) {
+            all.clear();
+            __syncthreads();
         }
     }
 
@@ -197,7 +193,7 @@ struct Unit {
             block.clear();
 #pragma unroll 1
             for (; stage < stop; ++stage) {
-                add_stage(block, head, stage, begun, asks);
+                add_stage<false>(block, head, stage, begun, asks);
                 begun = {}, asks = false;
                 if (stage + 1 < stop) __syncthreads();  // entries are no longer read
             }
@@ -245,7 +241,7 @@ struct Unit {
         merged[0] = sum[0] / total, merged[1] = sum[1] / total;
     }
 
-    // turn: the last one's number. What is used in the end is asked for first, and nothing waits for it before.
+    // turn: this one's number. What is used in the end is asked for when the block has told its share: it comes meanwhile.
     // share: Whole, or the Chunks of this group.
     template <typename Share>
     static __device__ __forceinline__ void run(const Attention& phase, int token, int head, Begun begun, uint32_t turn,
@@ -255,19 +251,23 @@ struct Unit {
         const int pair = threadIdx.x % PAIRS, mine = block.rank * MINE + threadIdx.x / PAIRS, odd = pair % 2;
         const int channel = HG == 8 ? pair / 8 * 16 + odd * 8 + pair % 8 - odd : 2 * pair;  // that is written
         const bool reads = threadIdx.x < MINE * PAIRS, there = reads && head + mine < a.heads;
-        const float2 back = attention::turn_back(a, token, channel);
-        const float sink = a.sink[there ? head + mine : 0];
-        float merged[2];
+        float2 back;
+        float sink, merged[2];
+        const auto ask = [&] {
+            back = attention::turn_back(a, token, channel);
+            sink = a.sink[there ? head + mine : 0];
+        };
         if constexpr (std::is_same_v<Share, Chunks>) {
             tell_chunks(block, head, begun, turn, share);
             if (share.first > 0 || !reads) return;
+            ask();
             hear_chunks(merged, share.words, mine, pair, turn, __fmul_rn(sink, few::LOG2E));
         } else {
-            block.clear();
-            add_stage(block, head, 0, begun, !begun.queries);
+            add_stage<true>(block, head, 0, begun, !begun.queries);
             exchange::Word* words = phase.words + (2 * (blockIdx.x / GROUP) + turn % 2) * ROUND;
             tell(block, words, turn);
             if (!reads) return;
+            ask();
             const exchange::Word* all = words + mine * GROUP * PAIRS;
             hear(merged, all + pair, all, turn, __fmul_rn(sink, few::LOG2E));
         }
@@ -281,25 +281,27 @@ struct Unit {
             attention::result(merged[0], merged[1], back, channel >= attention::DH - a.rope);
     }
 
-    // Every unit of the group.
+    // Every unit of the group, the first of which is known.
     static __device__ __forceinline__ void all(const Attention& phase, Begun begun) {
         const int groups = gridDim.x / GROUP, per_token = phase.a.groups;
-        uint32_t turn = exchange::last_turn(phase.turns + blockIdx.x / GROUP);
+        auto [unit, token, turn] = work<Work>().first;
+        if (token >= phase.rows) return;
 #pragma unroll 1
-        for (int unit = first_unit(), token = 0;; unit += groups, begun = {}) {
-            for (; unit >= per_token; unit -= per_token) ++token;
-            if (token >= phase.rows) break;
+        while (true) {
             run(phase, token, unit * HG, begun, ++turn, Whole{});
+            for (unit += groups; unit >= per_token; unit -= per_token) ++token;
+            if (token >= phase.rows) break;
+            begun = {};
+            Entries(phase.a, token).find_places();
             __syncthreads();
         }
-        // All of the group have read the number: this block has heard from every warp.
-        if (blockIdx.x % GROUP == 0 && threadIdx.x == 0) phase.turns[blockIdx.x / GROUP] = turn;
+        if (threadIdx.x == 0) phase.turns[blockIdx.x] = turn;
     }
 
     // The same of long rows. How often blocks have met tells turns apart.
     static __device__ __forceinline__ void all_long(const Attention& phase, Begun begun) {
         const int groups = gridDim.x / GROUP, units = phase.rows * phase.a.groups, step = sharers(units);
-        bool scanned = begun.rows == TILES;
+        bool scanned = begun.rows;
         uint32_t turn = LONG_TURN | position().all;
 #pragma unroll 1
         for (int item = first_unit(); item < units * step; item += groups) {
@@ -346,39 +348,46 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
 
 // What can be done before the phases in front, of kinds `before`, have ended: INDEX writes the pool's row numbers, LINEAR
 // the queries. Entries are all there behind INDEX, since INPUTS was met in front of it.
-static __device__ __forceinline__ Begun begun_behind(int before, const Entries& e) {
+static __device__ __forceinline__ Begun begun_behind(int before, const attention::Arguments& a) {
     const bool multiplied = among(before, LINEAR);
-    if (among(before, INDEX)) return {e.window(), e.window(), !multiplied && e.window() > 0};
-    return {multiplied || among(before, INPUTS) ? TILES : 0, 0, false};
+    const int window = Entries::window(a);
+    if (among(before, INDEX)) return {false, window, !multiplied && window > 0};
+    return {multiplied || among(before, INPUTS), 0, false};
 }
 
 // Every thread calls, after come() behind the phases in front.
 static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
+    const attention::Arguments& a = phase.a;
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
     int unit = first_unit(), token = 0, sharer = 0;
-    if (const int units = phase.rows * phase.a.groups; longer(phase.a)) {
+    if (const int units = phase.rows * a.groups; longer(a)) {
         if (unit >= units * sharers(units)) return;
         sharer = unit / units, unit %= units;
     }
-    for (; unit >= phase.a.groups; unit -= phase.a.groups) ++token;
+    for (; unit >= a.groups; unit -= a.groups) ++token;
+    if (threadIdx.x == 0) {
+        work<AttentionWork<16>>().first = {unit, token, exchange::last_turn(phase.turns + blockIdx.x)};
+    }
     if (token >= phase.rows) return;
-    const Entries e(phase.a, token);
-    const Begun begun = begun_behind(before, e);
+    if (threadIdx.x == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.sink + unit * phase.heads));
+    const Entries e(a, token);
+    const Begun begun = begun_behind(before, a);
+    if (!begun.rows) e.find_places();
     if (sharer > 0) {
-        if (begun.rows == TILES) e.scan();
+        if (begun.rows) e.scan();
     } else if (begun.tiles > 0) {
         e.begin(begun.tiles, unit * phase.heads, begun.queries ? phase.heads : 0);
-    } else if (begun.rows > 0) {
-        e.announce(e.find(0, 0, TILES));
-        if (longer(phase.a)) e.scan();
+    } else if (begun.rows) {
+        e.announce();
+        if (longer(a)) e.scan();
     }
 }
 
 static __device__ __forceinline__ void attention_phase(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
-    const Begun begun = begun_behind(before, Entries(phase.a, 0));
+    const Begun begun = begun_behind(before, phase.a);
     if (longer(phase.a)) {
         if (phase.heads == 8) Unit<8>::all_long(phase, begun);
         else Unit<16>::all_long(phase, begun);

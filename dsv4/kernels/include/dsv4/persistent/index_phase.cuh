@@ -30,6 +30,7 @@ struct IndexWork {
     index::Selection<THREADS> selection;
     uint64_t fours[index::TOGETHER / 4];
     index::Tiles tiles[WARPS];
+    const int64_t* pages;  // of the row
     uint32_t turn;
 };
 
@@ -66,7 +67,7 @@ static __device__ __forceinline__ void index_ahead(int turn, int before) {
     index::clear_heads(a, s.heads);
     index::clear(s.selection);
     if (lane == 0) s.tiles[warp] = tiles;
-    if (threadIdx.x == 0) s.turn = turns + 1;
+    if (threadIdx.x == 0) s.turn = turns + 1, s.pages = index::pages_of(a, row);
     index::prefetch(a, tiles, warp * GROUP + rank);
 }
 
@@ -106,12 +107,12 @@ static __device__ __forceinline__ void index_phase(int turn) {
     index::start_heads(a, s.heads, row);
     IndexWords& words = phase.words[row];
     const uint32_t number = s.turn;
-    index::score_row<4, WARPS>(a, s.heads, row, rank, warp, tiles, [&](int at, uint64_t four) {
+    index::score_row<4, WARPS>(a, s.heads, row, s.pages, rank, warp, tiles, [&](int at, uint64_t four) {
         const float values[exchange::PER_WORD] = {__uint_as_float(static_cast<uint32_t>(four)),
                                                   __uint_as_float(static_cast<uint32_t>(four >> 32)), 0.0f};
         if (lane < 4) exchange::tell(&words.fours[at], values, number);
     });
-    const index::Share<THREADS> share(index::pages_of(a, row), tiles.n, rank, GROUP, s.fours);
+    const index::Share<THREADS> share(s.pages, tiles.n, rank, GROUP, s.fours);
     hear_keys(share, words.fours, number, s.fours);
     index::select(s.selection, share, a.out + row * a.width, a.topk);
     if (threadIdx.x == 0) words.turns[rank] = number;

@@ -126,7 +126,8 @@ static __device__ __forceinline__ void phase(const index::Arguments& a, Told* to
     index::start_heads(a, s.heads, row);
     uint32_t* upper = s.selection.bins + index::BINS;
     const int first = s.range.first;
-    index::score_row<4, WARPS>(a, s.heads, row, first / index::ENTRIES, warp, s.tiles[warp], [&](int at, uint64_t four) {
+    index::score_row<4, WARPS>(a, s.heads, row, index::pages_of(a, row), first / index::ENTRIES, warp, s.tiles[warp],
+                               [&](int at, uint64_t four) {
         if (lane < 4) s.fours[at - first / 4] = four;
         const uint32_t key = static_cast<uint32_t>(four >> lane / 4 * 16) & 0xFFFF;
         if (lane < 16) atomicAdd(&upper[key >> index::DIGIT_BITS], 1u);  // each one of sixteen
