@@ -52,6 +52,7 @@ __device__ __forceinline__ void ask(const Program& program, int turn, bool passe
     fetch_phase(program, phase_at(turn).number + (passes_over_next ? 2 : 1), turn ^ 1);
 }
 
+template <bool ONE>
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
     {
         Stream stream(program, program.segments + program.starts[blockIdx.x * WARPS + Stream::warp()]);
@@ -70,45 +71,46 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         int turn = current_turn();
         const int kind = phase_at(turn).kind;
         const bool meets = !(phase_at(turn).joined & LAST);
-        if (among(phase_at(turn).before, SEAM)) seam_rest(turn ^ 1);
-        bool multiplies = kind == LINEAR;
-        if (kind == ROUTE) {
-            ask(program, turn);
-            meetings.wait_for_all();
-            note_time(program, turn, 0);
-            multiplies = route_phase(turn);
-        }
-        if (multiplies) {
+        if (among(phase_at(turn).before, SEAM)) seam_rest<ONE>(turn ^ 1);
+        if (kind == LINEAR || kind == ROUTE) {
             Stream stream(program);
             Ahead ahead = {};
-            find_work(turn, ahead);
             const bool early = !among(phase_at(turn).before, SEAM);  // seam_rest reads the phase in front
-            if (kind == LINEAR) {
-                linear_ahead(turn);
-                if (early) ask(program, turn);
+            if (kind == ROUTE) route_ahead(turn);
+            find_work<ONE>(turn, ahead);
+            linear_ahead<ONE>(turn);
+            if (early) ask(program, turn);
+            const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // looks out for others instead
+            if (!speaks) prepare_linear(turn, stream, ahead);
+            if (meets) meetings.wait_for_all();
+            if (kind == LINEAR) look_at_tokens(ahead);
+            note_time(program, turn, 0);
+            if (!early) ask(program, turn);
+            if (ahead.tiles() > 0) {
+                if (kind == ROUTE) {
+                    stream.park();  // for want of registers
+                    activate<ONE>(turn);
+                    stream = Stream(program);
+                    look_at_tokens(ahead);
+                }
+                linear_phase<ONE>(turn, stream, ahead, [&] {
+                    if (phase_at(turn).kind == ROUTE) hear_plan<ONE>(turn);
+                });
+            } else if (phase_at(turn).kind == ROUTE) {
+                route_phase<ONE>(turn);
             }
-            const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // and prepares what it can when the wait is over
-            if (kind == LINEAR) {
-                if (!speaks) prepare_linear(turn, stream, ahead);
-                if (meets) meetings.wait_for_all();
-                if (speaks) prepare_linear(turn, stream, ahead);
-                note_time(program, turn, 0);
-                if (!early) ask(program, turn);
-            }
-            linear_phase(turn, stream, ahead);
-        } else if (kind != ROUTE) {
-            if (kind == SEAM) seam_ahead(turn);
+        } else {
+            if (kind == SEAM) seam_ahead<ONE>(turn);
             if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
             if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
-            if (kind == EXPERTS) experts_ahead(turn), wait_for_plan(turn);
             if (meets) meetings.wait_for_all();
             note_time(program, turn, 0);
             ask(program, turn, passes_over_next(turn));
             if (kind == SEAM) {
-                seam_phase(turn);
+                seam_phase<ONE>(turn);
             } else if (kind == EXPERTS) {
                 Stream stream(program);
-                experts_phase(turn, meetings, stream);
+                experts_phase<ONE>(turn, meetings, stream);
                 stream.park();
             } else if (kind == INPUTS) {
                 inputs_phase(turn);
@@ -122,8 +124,10 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         note_time(program, turn, 1);
         wait_for_copies();
         const bool last = phase_at(turn).number + 1 == program.count;
-        if (phase_at(turn).joined & NEXT && !passes_over_next(turn)) __syncthreads();
-        else meetings.come();
+        meetings.come([] {
+            const int behind = current_turn();
+            return !(phase_at(behind).joined & NEXT) || passes_over_next(behind);
+        });
         if (last) break;  // others may have begun, and the next phase but one comes to this one's place
         set_turn(turn ^ 1);
     }
@@ -168,12 +172,12 @@ extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64
                           up, up_stride, shared_w2, cuts, plan, tokens, experts, topk, D, F, limit, grid, work_bytes);
 }
 
-extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
+extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* shared, const void* x, int64_t x_row,
                                           const void* w13_tiles, const float* w13_alpha, const void* w2_tiles,
                                           const float* w2_alpha, void* mid, void* out, int out_f32, int tokens, int topk,
                                           int D, int F, float limit, uint64_t* const* inboxes, uint32_t* turns, int rank,
                                           int size, int grid, int work_bytes, cudaStream_t) {
-    return describe_experts(phase, plan, shared, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
+    return describe_experts(phase, shared, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
                             tokens, topk, D, F, limit, inboxes, turns, rank, size, grid, work_bytes);
 }
 
@@ -199,7 +203,7 @@ extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const v
 }
 
 static_assert(offsetof(SeamWork, heard) <= MADE_LEAST, "seam_rest and find_work go on at once");
-static_assert(sizeof(RoutePlan) <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
+static_assert(sizeof(PlanWord) * moe::FEW_PAIRS <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
 
 // sizes: bytes of the seams' words, of the indexer's and attention's scratch, of the state; of the work area that phases
 // other than LINEAR need; of shared memory in front of it.
@@ -217,7 +221,8 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
 
 // words: of the seams. times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
-                                  const void* words, uint64_t* times, int count, int grid, int stages, int work_bytes, cudaStream_t stream) {
+                                  const void* words, uint64_t* times, int count, int rows, int grid, int stages,
+                                  int work_bytes, cudaStream_t stream) {
     if (count < 1 || grid < 1 || grid > MAX_BLOCKS || stages < 2 || stages > MAX_STAGES || work_bytes % 128)
         return cudaErrorInvalidValue;
     Program program = {};
@@ -225,7 +230,8 @@ extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, 
     program.seams = static_cast<const mhc::Words<mhc::SEAM>*>(words)->turns;
     program.times = times, program.count = count, program.stages = stages, program.work_bytes = work_bytes;
     const int bytes = WORK_AT + work_bytes + WARPS * stages * CHUNK;
-    const cudaError_t error = cudaFuncSetAttribute(decode_layers, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const auto kernel = rows == 1 ? decode_layers<true> : decode_layers<false>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    return launch_dependent(decode_layers, grid, 1, THREADS, bytes, stream, program);
+    return launch_dependent(kernel, grid, 1, THREADS, bytes, stream, program);
 }

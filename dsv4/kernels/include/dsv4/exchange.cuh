@@ -110,11 +110,6 @@ __device__ __forceinline__ Four look_at_four(const uint32_t* from) {
 
 __device__ __forceinline__ void clear_four(uint32_t* at) { put_words(at, {0, 0, 0, 0}); }
 
-// Who sees the number with arrived() sees all that this thread's block has written before it met for the last time.
-__device__ __forceinline__ void publish(unsigned* number, unsigned value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
-}
-
 // One block more has come, and what it has written is visible to those who see that; how many have.
 __device__ __forceinline__ void arrive(unsigned* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

@@ -36,7 +36,10 @@ struct Peers {
     }
     // To all ranks, this one as well: by who makes a column, so that nobody has to read it first.
     __device__ __forceinline__ void tell_all(int64_t token, int column, float value, uint32_t turn) const {
-        const int64_t place = place_of(rank, token, column, turn);
+        tell_at(place_of(rank, token, column, turn), value, turn);
+    }
+    // The same, of a place in every inbox.
+    __device__ __forceinline__ void tell_at(int64_t place, float value, uint32_t turn) const {
 #pragma unroll 1
         for (int i = 1; i <= size; ++i)
             exchange::tell_peer(inboxes[exchange::rank_after(rank, i, size)] + place, value, turn);

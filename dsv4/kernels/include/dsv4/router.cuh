@@ -30,8 +30,16 @@ __device__ __forceinline__ float score(float logit) { return sqrtf(logit > 20.0f
 
 // One warp; lane k < K holds the score of the k-th expert, and is told its weight.
 __device__ __forceinline__ float weight_of(const Arguments& a, float picked) {
+    constexpr int AT_ONCE = 8;
     float sum = 0.0f;
-    for (int k = 0; k < a.topk; ++k) sum += __shfl_sync(ALL, picked, k);
+#pragma unroll 1
+    for (int begin = 0; begin < a.topk; begin += AT_ONCE) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const float one = __shfl_sync(ALL, picked, begin + k);
+            if (begin + k < a.topk) sum += one;
+        }
+    }
     return picked / sum * a.route_scale;
 }
 
@@ -41,25 +49,38 @@ __device__ __forceinline__ void put(const Arguments& a, int64_t row, int64_t exp
     if (lane < a.topk) a.ids[row * a.topk + lane] = expert, a.weights[row * a.topk + lane] = weight;
 }
 
-// One warp; lane k < K is told the k-th best of EACH * 32 experts. Of equal keys the lower expert is taken.
+// One warp; lane k < K is told the k-th best of EACH * 32 experts. Of equal keys the lower expert is taken. keys: aligned
+// to 16 bytes.
 template <int EACH>
 __device__ __forceinline__ uint32_t best_of(const uint32_t* keys, int topk) {
+    static_assert(EACH % 4 == 0, "a lane reads four at a time");
     const int lane = threadIdx.x % 32;
-    uint32_t key[EACH];
+    uint32_t key[EACH];  // neighbours, so that the lower lane has the lower expert
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) key[i] = keys[lane + 32 * i];
+    for (int i = 0; i < EACH; i += 4) {
+        const uint4 four = reinterpret_cast<const uint4*>(keys)[(lane * EACH + i) / 4];
+        key[i] = four.x, key[i + 1] = four.y, key[i + 2] = four.z, key[i + 3] = four.w;
+    }
     uint32_t chosen = 0;
+#pragma unroll 1
     for (int k = 0; k < topk; ++k) {
-        uint32_t best = key[0], at = lane;
+        uint32_t most[EACH];
 #pragma unroll
-        for (int i = 1; i < EACH; ++i)
-            if (key[i] > best) best = key[i], at = lane + 32 * i;
-        const uint32_t top = __reduce_max_sync(ALL, best);
-        const uint32_t expert = __reduce_min_sync(ALL, best == top ? at : ALL);
+        for (int i = 0; i < EACH; ++i) most[i] = key[i];
+#pragma unroll
+        for (int left = EACH; left > 1; left = (left + 1) / 2)  // pairs of pairs: a chain would be waited for
+#pragma unroll
+            for (int i = 0; i < left / 2; ++i) most[i] = max(most[i], most[left - 1 - i]);
+        const uint32_t best = most[0];
+        int at = EACH - 1;
+#pragma unroll
+        for (int i = EACH - 2; i >= 0; --i) at = key[i] == best ? i : at;
+        const int first = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
+        const uint32_t expert = __shfl_sync(ALL, lane * EACH + at, first);
         if (lane == k) chosen = expert;
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (lane + 32 * i == expert) key[i] = 0;
+            if (lane == first && at == i) key[i] = 0;
     }
     return chosen;
 }
@@ -67,7 +88,7 @@ __device__ __forceinline__ uint32_t best_of(const uint32_t* keys, int topk) {
 // EACH: keys a lane has. Read before the wait: the bias.
 template <int EACH>
 __device__ void best_experts(const Arguments& a, int64_t row) {
-    __shared__ uint32_t keys[EACH * 32];
+    __shared__ __align__(16) uint32_t keys[EACH * 32];
     __shared__ float scores[EACH * 32];
     constexpr int ROUNDS = (EACH * 32 + THREADS - 1) / THREADS;
     const int lane = threadIdx.x, thread = threadIdx.x;

@@ -56,6 +56,7 @@ struct Slots {
 // The warp's pieces of a pass, whose rows are staged; `done`: of all its pieces so many.
 static __device__ __forceinline__ void multiply(const Experts& a, const Units& units, const Pass& pass, int& done, Feed& feed) {
     const ExpertsWork& w = work<ExpertsWork>();
+    const RoutePlan& plan = routed_plan();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int blocks = pass.down ? a.second.blocks : a.first.blocks, cuts = moe::cuts_of(blocks);
     const int halvings = a.halvings[pass.down], width = a.width[pass.down], stride = moe::stride_of(blocks);
@@ -67,7 +68,7 @@ static __device__ __forceinline__ void multiply(const Experts& a, const Units& u
 #pragma unroll 1
     while (done < end) {
         if (done > 0 && (done & (AHEAD - 1)) == 0) {
-            list_units(a, units, w.plan.group[lane], w.plan.group[lane + 32], done + AHEAD, AHEAD);
+            list_units(a, units, plan.group[lane], plan.group[lane + 32], done + AHEAD, AHEAD);
             place_units(a, units, done + AHEAD, AHEAD);
         }
         const int stop = min(end, (done | (AHEAD - 1)) + 1);  // as far as the list does not begin anew
@@ -125,7 +126,7 @@ struct Total {
     bool there;
 
     __device__ __forceinline__ Total(const Experts& a, const Units& units, const Pass& pass, int i) : slot(i >> 3) {
-        const RoutePlan& plan = work<ExpertsWork>().plan;
+        const RoutePlan& plan = routed_plan();
         const int across = pass.down ? units.tiles : a.first.rows, begin = pass.down ? 0 : units.begin;
         const Sum sum(plan, across, pass.from + slot);
         there = sum.there && static_cast<unsigned>(sum.group * across + sum.tile - begin) < static_cast<unsigned>(pass.to);
@@ -136,6 +137,7 @@ struct Total {
 };
 
 // Adds up the slices of a pass, when all of the block have come: of gate and of up, or both of down. Behind a barrier.
+template <bool ONE>
 static __device__ __forceinline__ void collect(const Experts& a, const Units& units, const Pass& pass) {
     const ExpertsWork& w = work<ExpertsWork>();
     const int cuts = moe::cuts_of(pass.down ? a.second.blocks : a.first.blocks), g = threadIdx.x & 7;
@@ -157,23 +159,29 @@ static __device__ __forceinline__ void collect(const Experts& a, const Units& un
             for (int k = 0; k < 4; ++k) low += __fmul_rn(sums[k * 8].x, back[k]), high += __fmul_rn(sums[k * 8].y, back[k]);
         }
         if (pass.down) {
-            bf16* result = work_at<bf16>(a.results) + (total.tile * a.tokens * a.first.topk + total.place) * 16 + g;
+            const int pairs = rows_of<ONE>(a.tokens) * a.first.topk;
+            bf16* result = work_at<bf16>(a.results) + (total.tile * pairs + total.place) * 16 + g;
             result[0] = from_float<bf16>(low * (alpha[2] * w4::UNDO));
             result[8] = from_float<bf16>(high * (alpha[2] * w4::UNDO));
         } else {
-            a.first.out[static_cast<int64_t>(total.place) * 8 * a.first.rows + 8 * total.tile + g] = moe::activated(
-                low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit, w.plan.weight[total.place]);
+            a.first.out[static_cast<int64_t>(total.place) * 8 * a.first.rows + 8 * total.tile + g] =
+                moe::activated(low * (alpha[0] * w4::UNDO), high * (alpha[1] * w4::UNDO), a.first.limit,
+                               routed_plan().weight[total.place]);
         }
     }
 }
 
 // Of the block's rows of the result that which comes i-th.
+template <bool ONE>
 struct Element {
     int tile, token, at;  // at: in the result
 
-    __device__ __forceinline__ Element(const Experts& a, const Units& units, int i) : tile(moe::quotient(i >> 4, a.tokens)) {
-        token = (i >> 4) - tile * a.tokens, at = (token * a.second.rows + units.first_tile + tile) * 16 + (i & 15);
+    __device__ __forceinline__ Element(const Experts& a, const Units& units, int i) {
+        const int tokens = rows_of<ONE>(a.tokens);
+        tile = moe::quotient(i >> 4, tokens), token = (i >> 4) - tile * tokens;
+        at = (token * a.second.rows + units.first_tile + tile) * 16 + (i & 15);
     }
+    __device__ __forceinline__ int column(const Experts& a) const { return at - token * a.second.rows * 16; }
     __device__ __forceinline__ uint32_t bits(const Experts& a) const {  // of the shared expert
         return a.out_f32 ? static_cast<const uint32_t*>(a.shared)[at] : static_cast<const uint16_t*>(a.shared)[at] << 16;
     }
@@ -181,52 +189,46 @@ struct Element {
 
 // The block's rows of the result, when all of its results are there: a token's experts by rising place, then the shared one.
 // added: it, of the first element that this thread has.
+template <bool ONE>
 static __device__ __forceinline__ void add_up(const Experts& a, const Units& units, uint32_t added) {
-    const ExpertsWork& w = work<ExpertsWork>();
-    const int topk = a.first.topk, first = threadIdx.x, end = units.tiles * a.tokens * 16;
-    Element element(a, units, first);
+    const RoutePlan& plan = routed_plan();
+    constexpr int AT_ONCE = 8;  // places whose results are read together
+    const int topk = a.first.topk, first = threadIdx.x, end = units.tiles * rows_of<ONE>(a.tokens) * 16;
+    const auto turn_of = [](const Element<ONE>& element) { return position().numbers[element.token]; };
+    Element<ONE> element(a, units, first);
+    const auto told_at = [&] {
+        return a.peers.place_of(a.peers.rank, element.token, element.column(a), turn_of(element));
+    };
+    int64_t told = told_at();
     __syncthreads();
 #pragma unroll 1
-    for (int i = first; i < end; i += THREADS, element = Element(a, units, i)) {
+    for (int i = first; i < end; i += THREADS, element = Element<ONE>(a, units, i), told = told_at()) {
         const int at = element.at, token = element.token;
-        const bf16* result = work_at<bf16>(a.results) + element.tile * a.tokens * topk * 16 + (i & 15);
+        const bf16* result = work_at<bf16>(a.results) + element.tile * rows_of<ONE>(a.tokens) * topk * 16 + (i & 15);
         if (i != first) added = element.bits(a);
         float y = 0.0f;
-#pragma unroll 4
-        for (int k = 0; k < topk; ++k) {
-            const int place = w.plan.places[token * topk + k];
-            const float one = to_float(result[max(place, 0) * 16]);
-            y += place < 0 ? 0.0f : one;
+#pragma unroll 1
+        for (int k = 0; k < topk; k += AT_ONCE) {
+            int place[AT_ONCE];
+            float one[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) place[j] = k + j < topk ? plan.places[token * topk + k + j] : -1;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) one[j] = to_float(result[max(place[j], 0) * 16]);
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) y += place[j] < 0 ? 0.0f : one[j];
         }
         y += __uint_as_float(added);
-        if (a.peers.size > 0) a.peers.tell_all(token, at - token * a.second.rows * 16, y, position().numbers[token]);
+        if (a.peers.size > 0) a.peers.tell_at(told, y, turn_of(element));
         else if (a.out_f32) static_cast<float*>(a.out)[at] = y;
         else static_cast<bf16*>(a.out)[at] = from_float<bf16>(y);
     }
 }
 
-// Every thread calls, after come() behind the phase in front, which does not write x: stages it.
-static __device__ __forceinline__ void experts_ahead(int turn) {
-    const Experts& a = payload<Experts>(turn);
-    const int warp = moe::uniform(threadIdx.x / 32);
-    number_rows(a.peers, a.tokens);
-    moe::Staging<1> rows(a.first.x, a.first.x_row, a.tokens, a.first.columns, a.first.blocks);
-    rows.load(warp);
-    rows.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
-}
-
-// The plan is there, which is all that the phase begins with: what else ROUTE leaves is read behind a meeting.
-static __device__ __forceinline__ void wait_for_plan(int turn) {
-    if (threadIdx.x == SPEAKER) {
-        const unsigned number = plan_number(phase_at(turn).number - 1);
-        while (exchange::arrived(&payload<Experts>(turn).plan->number) != number) {}
-    }
-    __syncthreads();
-}
-
 // Rows of x that none of the block's tiles is multiplied with leave their place to sums: those behind them move up.
+template <bool ONE>
 static __device__ __forceinline__ void close_up(const Experts& a, const Units& units, Pass& pass) {
-    RoutePlan& plan = work<ExpertsWork>().plan;
+    RoutePlan& plan = routed_plan();
     const int thread = threadIdx.x, lane = thread % 32, stride = moe::stride_of(a.first.blocks);
     const uint32_t last = plan.group[units.find(a, false, units.count - 1).x];
     const int first = plan.group[units.find(a, false, 0).x] >> 16 & 63, end = (last >> 16 & 63) + (last >> 22);
@@ -247,7 +249,7 @@ static __device__ __forceinline__ void close_up(const Experts& a, const Units& u
     __syncthreads();
     if (thread >= first && thread < end) plan.token[thread] = __popc(tokens & ((1u << plan.token[thread]) - 1));
     __syncthreads();
-    pass.parked -= (a.tokens - row) * stride;
+    pass.parked -= (rows_of<ONE>(a.tokens) - row) * stride;
 }
 
 // The next pass is over tiles of gate and up whose sums have room, which those of all that are left mostly do.
@@ -255,13 +257,13 @@ static __device__ __forceinline__ void begin_up(const Experts& a, const Units& u
     const int left = units.count - pass.to, fit = (a.end - pass.parked) >> (6 + moe::cuts_of(a.first.blocks));
     pass.to = units.count;
     if (__all_sync(moe::ALL, left * TOKENS <= fit)) return;
-    const Sum end(work<ExpertsWork>().plan, a.first.rows, pass.from + fit);
+    const Sum end(routed_plan(), a.first.rows, pass.from + fit);
     if (end.there) pass.to = min(pass.to, end.group * a.first.rows + end.tile - units.begin);
 }
 
 // The next pass is over down, for groups whose rows have room; how many rows. By whole warps.
 static __device__ __forceinline__ int begin_down(const Experts& a, const Units& units, int groups, Pass& pass) {
-    const RoutePlan& plan = work<ExpertsWork>().plan;
+    const RoutePlan& plan = routed_plan();
     const int lane = threadIdx.x % 32, place = plan.group[pass.group] >> 16 & 63;
     const auto ends = [&](int group) {
         const uint32_t word = plan.group[group];
@@ -273,33 +275,38 @@ static __device__ __forceinline__ int begin_down(const Experts& a, const Units& 
     return (last >> 16 & 63) + (last >> 22) - place;
 }
 
+template <bool ONE>
 static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
     ExpertsWork& w = work<ExpertsWork>();
+    const RoutePlan& plan = routed_plan();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
-    if (thread < static_cast<int>(sizeof(RoutePlan)) / 16)
-        start_copy16(shared_address(&w.plan) + thread * 16, reinterpret_cast<const uint8_t*>(a.plan) + thread * 16);
-    copies_commit();
-    const int4 head = *reinterpret_cast<const int4*>(a.plan);  // groups, pairs, each, more
-    const uint32_t low = a.plan->group[lane], high = a.plan->group[lane + 32];
+    moe::Staging<1> tokens(a.first.x, a.first.x_row, rows_of<ONE>(a.tokens), a.first.columns, a.first.blocks);
+    tokens.load(warp);  // on their way in front of the weights
+    const bool tells = a.peers.size > 0 && thread < rows_of<ONE>(a.tokens);
+    uint32_t turn_of_row = 0;
+    if (tells) turn_of_row = a.peers.turn_of(thread);
+    const int4 head = *reinterpret_cast<const int4*>(&plan);  // groups, pairs, each, more
+    const uint32_t low = plan.group[lane], high = plan.group[lane + 32];
     stream.pass();  // what the list says of these weights
     const Units units(a, head.x, head.z, head.w);
     list_units(a, units, low, high, 0, PIECES);
-    if (thread < head.x) {  // nobody waits for them until sums are collected: weights are on their way in front of them
+    Feed feed = {stream, w.list[warp], units.all};
+    feed.fill(1);  // and no more at first: whatever else the phase begins with would wait behind full rings
+    if (thread < head.x) {  // nobody waits for them until sums are collected
         const int expert = (warp == 0 ? low : high) & 0xFFFF;
         copy_async8(w.alpha[thread], a.first.alpha + 2 * expert);
         copy_async4(w.alpha[thread] + 2, a.second.alpha + expert);
     }
-    copies_commit();
-    Feed feed = {stream, w.list[warp], units.all};
-    feed.fill(1);  // and no more at first: whatever else the phase begins with would wait behind full rings
+    if (warp == WARPS - 1) list_places(rows_of<ONE>(a.tokens), a.first.topk);
     int done = 0;
     uint32_t added = 0;
-    copies_wait_but<1>();
+    tokens.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
+    if (tells) position().numbers[thread] = turn_of_row;
     __syncthreads();
     Pass pass = {false, 0, w.begin, 0, 0, a.parked[0]};
     feed.fill(stream.stages);
-    if (__any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up(a, units, pass);
+    if (__any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up<ONE>(a, units, pass);
     place_units(a, units, 0, PIECES);
     begin_up(a, units, pass);
 #pragma unroll 1
@@ -307,11 +314,11 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
 #pragma unroll 1
         while (true) {
             multiply(a, units, pass, done, feed);
-            collect(a, units, pass);
+            collect<ONE>(a, units, pass);
             if (pass.down || pass.to == units.count) break;
             __syncthreads();
             const int2 tile = units.find(a, false, pass.to);
-            const uint32_t group = w.plan.group[tile.x];
+            const uint32_t group = plan.group[tile.x];
             pass.from = static_cast<int>(group >> 16 & 63) * a.first.rows + tile.y * static_cast<int>(group >> 22);
             begin_up(a, units, pass);
         }
@@ -322,20 +329,20 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
         moe::Staging<1> rows(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
         if (meets) {
             meetings.wait_for_all();
-            if (thread < units.tiles * a.tokens * 16) added = Element(a, units, thread).bits(a);
+            if (thread < units.tiles * rows_of<ONE>(a.tokens) * 16) added = Element<ONE>(a, units, thread).bits(a);
         }
         if (!more) break;
         rows.load(warp);
         rows.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
         __syncthreads();
     }
-    add_up(a, units, added);
+    add_up<ONE>(a, units, added);
     stream.fill();
 }
 
-// plan, shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
+// shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
 // work_bytes. size > 0: the ranks, of mhc_seam, whom the result is told; the next phase is that seam.
-static cudaError_t describe_experts(Phase* phase, const void* plan, const void* shared, const void* x, int64_t x_row,
+static cudaError_t describe_experts(Phase* phase, const void* shared, const void* x, int64_t x_row,
                                     const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
                                     void* mid, void* out, int out_f32, int tokens, int topk, int D, int F, float limit,
                                     uint64_t* const* inboxes, uint32_t* turns, int rank, int size, int grid,
@@ -347,7 +354,7 @@ static cudaError_t describe_experts(Phase* phase, const void* plan, const void* 
                         static_cast<bf16*>(to), {}, topk, rows, (width + 63) / 64, width, limit};
     };
     Experts a = {};
-    a.plan = static_cast<const RoutePlan*>(plan), a.shared = shared;
+    a.shared = shared;
     a.first = job_of(w13_tiles, w13_alpha, x, x_row, mid, F / 8, D);
     a.second = job_of(w2_tiles, w2_alpha, mid, F, nullptr, D / 16, F);
     a.out = out, a.out_f32 = out_f32, a.tokens = tokens, a.of_block = {D / 16 / grid, D / 16 % grid};

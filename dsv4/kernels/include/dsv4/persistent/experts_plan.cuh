@@ -9,21 +9,102 @@ namespace dsv4::persistent {
 
 static_assert(WARPS == 16 && WARPS == moe::FEW_WARPS && TOKENS == moe::TOKENS && CHUNK == moe::CHUNK, "a phase is like the op's kernel");
 
-// The pairs (token, expert), sorted.
+// The pairs (token, expert), sorted: every block makes it of what it is told of each pair. It outlives ROUTE.
 struct alignas(16) RoutePlan {
     int groups, pairs;  // pairs: whose expert exists
     int each, more;     // tiles of gate and up that every block has, and how many blocks have one more
-    unsigned number;    // of the ROUTE that made it: see plan_number
-    int unused[3];
-    uint32_t group[moe::FEW_PAIRS];  // expert, first place (from bit 16 on), pairs (from bit 22 on)
+    uint32_t group[moe::FEW_PAIRS];  // expert, first place (from bit 16 on), pairs (from bit 22 on); 0: none
     float weight[moe::FEW_PAIRS];    // by place
     uint8_t token[moe::FEW_PAIRS];   // by place
     uint8_t of[moe::FEW_PAIRS];      // by place: its group
     int8_t places[moe::FEW_PAIRS];   // by token, rising; -1: none
 };
+static_assert(sizeof(RoutePlan) == ROUTED_BYTES && ROUTED_AT % alignof(RoutePlan) == 0, "memory.cuh has place for it");
+
+__device__ __forceinline__ RoutePlan& routed_plan() { return *reinterpret_cast<RoutePlan*>(memory() + ROUTED_AT); }
+
+// What blocks are told of the pair that comes at a place: its weight; its expert, and its token from bit 16 on.
+using PlanWord = exchange::Word;
+constexpr int NO_EXPERT = 0xFFFF;
+
+// Of one half of the places, a lane each: what receive_plan is told.
+struct PlanHalf {
+    int expert = NO_EXPERT, token = 0;
+    float weight = 0.0f;
+
+    __device__ __forceinline__ PlanHalf() {}
+    __device__ __forceinline__ PlanHalf(const PlanWord& word, bool told) {
+        const uint32_t what = __float_as_uint(word.values[1]);
+        weight = word.values[0];
+        if (told) expert = what & 0xFFFF, token = what >> 16;
+    }
+    __device__ __forceinline__ bool exists() const { return expert != NO_EXPERT; }
+};
+
+// By the speaker's warp: waits for the words of all `pairs` pairs and makes the plan of them, but for `places`. rows: tiles
+// of gate and up of a group. Groups are pairs of one expert, at most TOKENS.
+static __device__ __forceinline__ void receive_plan(const PlanWord* words, int pairs, int rows, unsigned number) {
+    RoutePlan& plan = routed_plan();
+    const int lane = threadIdx.x % 32;
+    const bool two = pairs > 32;
+    plan.group[lane] = plan.group[lane + 32] = 0;
+    PlanWord word[2] = {};
+    bool waits;
+    do {
+        word[0] = exchange::look(words + lane);
+        waits = lane < pairs && word[0].turn != number;
+        if (two) {
+            word[1] = exchange::look(words + lane + 32);
+            waits |= lane + 32 < pairs && word[1].turn != number;
+        }
+    } while (__any_sync(moe::ALL, waits));
+    const PlanHalf low(word[0], lane < pairs), high(word[1], lane + 32 < pairs);
+    const auto bits = [&](bool a, bool b) {
+        const uint32_t above = two ? __ballot_sync(moe::ALL, b) : 0;
+        return __ballot_sync(moe::ALL, a) | static_cast<uint64_t>(above) << 32;
+    };
+    const int before = __shfl_up_sync(moe::ALL, low.expert, 1), last = __shfl_sync(moe::ALL, low.expert, 31);
+    const int before_high = __shfl_up_sync(moe::ALL, high.expert, 1);
+    const uint64_t begins = bits(low.exists() && (lane == 0 || before != low.expert),
+                                 high.exists() && (lane == 0 ? last : before_high) != high.expert);
+    const int all = __popcll(bits(low.exists(), high.exists()));
+    const auto leads = [&](const PlanHalf& half, int place) {
+        return half.exists() && (place - 63 + __clzll(begins & moe::below(place + 1))) % moe::TOKENS == 0;
+    };
+    const bool leads_low = leads(low, lane), leads_high = two && leads(high, lane + 32);
+    const uint64_t leaders = bits(leads_low, leads_high);
+    __syncwarp();  // the groups are 0
+    const auto put = [&](const PlanHalf& half, int place, bool leads) {
+        const uint64_t behind = leaders & ~moe::below(place + 1);
+        const int of = __popcll(leaders & moe::below(place + 1)) - 1, end = min(all, __popcll(~behind & (behind - 1)));
+        if (leads) plan.group[of] = half.expert | place << 16 | (end - place) << 22;
+        plan.weight[place] = half.weight;
+        plan.token[place] = static_cast<uint8_t>(half.token), plan.of[place] = static_cast<uint8_t>(max(of, 0));
+    };
+    put(low, lane, leads_low);
+    if (two) put(high, lane + 32, leads_high);
+    const int groups = __popcll(leaders), tiles = groups * rows, each = moe::quotient(tiles, gridDim.x);
+    if (lane == 0) *reinterpret_cast<int4*>(&plan) = make_int4(groups, all, each, tiles - each * gridDim.x);
+}
+
+// By a warp, before rows move up: the places of each token's pairs.
+static __device__ __forceinline__ void list_places(int tokens, int topk) {
+    RoutePlan& plan = routed_plan();
+    const int lane = threadIdx.x % 32, all = plan.pairs;
+    const int low = lane < all ? plan.token[lane] : TOKENS, high = lane + 32 < all ? plan.token[lane + 32] : TOKENS;
+    plan.places[lane] = plan.places[lane + 32] = -1;
+    __syncwarp();
+#pragma unroll 1
+    for (int token = 0; token < tokens; ++token) {
+        const uint32_t one = __ballot_sync(moe::ALL, low == token), two = __ballot_sync(moe::ALL, high == token);
+        const uint32_t before = (1u << lane) - 1;
+        int8_t* const places = plan.places + token * topk;
+        if (low == token) places[__popc(one & before)] = static_cast<int8_t>(lane);
+        if (high == token) places[__popc(one) + __popc(two & before)] = static_cast<int8_t>(lane + 32);
+    }
+}
 
 struct Experts {
-    const RoutePlan* plan;
     const void* shared;      // [T, D] of the shared expert, as `out` is
     moe::Job first, second;  // without plans, weights and factors
     void* out;               // [T, D] float or bf16
@@ -59,7 +140,6 @@ constexpr int AHEAD = MAX_STAGES, PIECES = 2 * AHEAD;  // of each warp, known at
 // and sums [tile, and of it pair of its group][slice][8][row g, row g + 8]; when all blocks have met, rows of mid, results of
 // down [tile][place][16], and such sums.
 struct alignas(128) ExpertsWork {
-    RoutePlan plan;
     float alpha[moe::FEW_PAIRS][4];  // by group: of gate, up and down
     Routed list[WARPS][PIECES];
     Placed placed[WARPS][PIECES];
@@ -140,7 +220,7 @@ static __device__ __forceinline__ void list_units(const Experts& a, const Units&
     __syncwarp();
 }
 
-// The same pieces, once the plan is in shared memory.
+// Where the same pieces find their rows, once those have moved up.
 static __device__ __forceinline__ void place_units(const Experts& a, const Units& units, int from, int count) {
     ExpertsWork& w = work<ExpertsWork>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = from + lane;
@@ -154,7 +234,7 @@ static __device__ __forceinline__ void place_units(const Experts& a, const Units
                          ((piece.number() << cuts) + slice) * SLOT_BYTES, 0, piece.count()};
 #pragma unroll 1
         for (int m = 0; m < min(piece.count(), TOKENS); ++m)
-            placed.rows |= static_cast<uint32_t>(down ? m : w.plan.token[piece.first() + m]) << 4 * m;
+            placed.rows |= static_cast<uint32_t>(down ? m : routed_plan().token[piece.first() + m]) << 4 * m;
         w.placed[warp][index & (PIECES - 1)] = placed;
     }
     __syncwarp();

@@ -89,11 +89,15 @@ struct LinearUnit {
 // warp's first unit, and the first blocks of that, unpacked, if it is a whole slice of NVFP4.
 struct Ahead {
     bool ready;
-    int tiles, own;
-    const bf16* x;
+    int block;            // its tiles, and from bit 16 on the part of the first one
+    const bf16* x;        // or null
+    uint32_t columns[8];  // what lies there: read as soon as the tokens are known
     LinearUnit unit;
     uint32_t a[EARLY_BLOCKS][1][4][4];
     w4::Lane last;  // of the chunk, as it came
+
+    __device__ __forceinline__ int tiles() const { return block & 0xFFFF; }
+    __device__ __forceinline__ int own() const { return block >> 16; }
 };
 
 // Where a lane's sixteen columns of a slice of a token begin.
@@ -102,13 +106,16 @@ __device__ __forceinline__ const bf16* column_of(const linear::Part& part, int t
 }
 
 // Every thread calls, after come() behind the phase in front: what the block and the warp have to do.
+template <bool ONE>
 __device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     const Starts starts(a);
-    ahead.tiles = tiles, ahead.own = starts.part_of(first);
+    ahead.block = tiles | starts.part_of(first) << 16;
     ahead.unit.begin(a, starts, first, tiles);
-    ahead.x = column_of(a.parts[ahead.own], ahead.unit.tile, ahead.unit.slice);
+    const int column = ahead.unit.slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
+    const bool reads = tiles > 0 && ahead.unit.tile < rows_of<ONE>(a.tokens) && column < a.columns;
+    ahead.x = reads ? column_of(a.parts[ahead.own()], ahead.unit.tile, ahead.unit.slice) : nullptr;
 #pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < tiles; tile += WARPS) {
         const linear::Part& part = a.parts[starts.part_of(first + tile)];
@@ -122,13 +129,19 @@ __device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
 }
 
 // The same: the norm's weights are on their way.
+template <bool ONE>
 __device__ __forceinline__ void linear_ahead(int turn) {
     const Linear& a = payload<Linear>(turn);
     const int at = threadIdx.x * 16;
-    number_rows(a.peers, a.tokens);
+    number_rows(a.peers, rows_of<ONE>(a.tokens));
     if (a.norm == nullptr) return;
     for (int i = at; i < a.columns * 4; i += THREADS * 16)
         start_copy16(shared_address(memory()) + WORK_AT + a.norm_at + i, reinterpret_cast<const uint8_t*>(a.norm) + i);
+}
+
+// The first thing to do when the tokens are known: all that follows has time until they are here.
+__device__ __forceinline__ void look_at_tokens(Ahead& ahead) {
+    load_columns(ahead.columns, ahead.x, ahead.x != nullptr);
 }
 
 // Every lane has read the chunk at hand: another one is asked for in its place.
@@ -141,7 +154,7 @@ __device__ __forceinline__ void next_chunk(Stream& stream) {
 __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const LinearUnit& unit = ahead.unit;
-    if (unit.tile >= ahead.tiles) return;
+    if (unit.tile >= ahead.tiles()) return;
     ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(unit.slice, a.blocks) == linear::SLICE_BLOCKS;
     if (!ahead.ready) return;
     const int lane = threadIdx.x % 32;
@@ -163,28 +176,33 @@ __device__ __forceinline__ void begin_unit(float (&sum)[1][4], const Ahead& ahea
     linear::block_product<linear::NVFP4>(sum, a, x + EARLY_BLOCKS * 128);
 }
 
-// Slices of tokens are staged as warps take units: every WARPS-th is a warp's, and two are on their way at a time.
+// Slices of tokens are staged as warps take units: every WARPS-th is a warp's, of several two are on their way at a time.
+// The first one has been looked at.
+template <bool ONE>
 __device__ __forceinline__ void stage(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo) {
-    constexpr int AT_ONCE = 2;
-    const linear::Part& part = a.parts[ahead.own];
+    constexpr int AT_ONCE = ONE ? 1 : 2;
+    const int all = rows_of<ONE>(a.tokens);
+    const linear::Part& part = a.parts[ahead.own()];
     const LinearUnit& unit = ahead.unit;
-    const bf16* from = ahead.x;
+    uint32_t pairs[AT_ONCE][8];
+    for (int k = 0; k < 8; ++k) pairs[0][k] = ahead.columns[k];
     int token = unit.tile, slice = unit.slice;
+    bool first = true;
 #pragma unroll 1
-    while (token < a.tokens) {
-        uint32_t pairs[AT_ONCE][8];
+    while (token < all) {
         int tokens[AT_ONCE], slices[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             const int column = slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
             tokens[i] = token, slices[i] = slice;
-            load_columns(pairs[i], from, token < a.tokens && column < a.columns);
+            if (i > 0 || !first)
+                load_columns(pairs[i], column_of(part, token, slice), token < all && column < a.columns);
             LinearUnit::step(a, token, slice);
-            from = column_of(part, token, slice);
         }
+        first = false;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i)
-            if (tokens[i] < a.tokens)
+            if (tokens[i] < all)
                 linear::put_slice(pairs[i], part.format == linear::PLAIN, x + tokens[i] * stride + slices[i] * 1024,
                                   undo + slices[i] * TOKENS + tokens[i]);
     }
@@ -192,13 +210,14 @@ __device__ __forceinline__ void stage(const Linear& a, const Ahead& ahead, uint8
 
 // A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
 // shares [tokens][2 slices]: a row's sums of squares, by 256 columns.
+template <bool ONE>
 __device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo,
                                              float* shares) {
     const int lane = threadIdx.x % 32, token = ahead.unit.tile, slice = ahead.unit.slice;
     const int column = slice * SLICE + lane * 16;
-    const bool mine = token < a.tokens;
-    uint32_t pairs[8] = {};
-    if (mine) load_columns(pairs, ahead.x, column < a.columns);
+    const bool mine = token < rows_of<ONE>(a.tokens);
+    uint32_t pairs[8];
+    for (int k = 0; k < 8; ++k) pairs[k] = ahead.columns[k];
     const auto values = [&](float (&v)[16]) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
@@ -221,24 +240,25 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead
         pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w.x), normed(v[4 * i + 1], scale, w.y));
         pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w.z), normed(v[4 * i + 3], scale, w.w));
     }
-    linear::put_slice(pairs, a.parts[ahead.own].format == linear::PLAIN, x + token * stride + slice * 1024,
+    linear::put_slice(pairs, a.parts[ahead.own()].format == linear::PLAIN, x + token * stride + slice * 1024,
                       undo + slice * TOKENS + token);
 }
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
-__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead) {
+// In a block with tiles. meanwhile(): what the speaker's warp does when it has multiplied.
+template <bool ONE, typename Meanwhile>
+__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead, Meanwhile&& meanwhile) {
     const Linear& a = payload<Linear>(turn);
-    const int tiles = ahead.tiles;
-    if (tiles == 0) return;
+    const int tiles = ahead.tiles();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int stride = a.slices * 1024 + 16, tokens = a.tokens, step = tokens * linear::TILE_ROWS;
+    const int stride = a.slices * 1024 + 16, tokens = rows_of<ONE>(a.tokens), step = tokens * linear::TILE_ROWS;
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
     float* const slots = undo + a.slices * TOKENS;
     if (a.norm != nullptr)
-        stage_normed(a, ahead, x, stride, undo, slots);
+        stage_normed<ONE>(a, ahead, x, stride, undo, slots);
     else
-        stage(a, ahead, x, stride, undo);
+        stage<ONE>(a, ahead, x, stride, undo);
     const uint8_t* const mine = x + linear::lane_columns(tokens, stride);
     LinearUnit unit = ahead.unit;
     asm volatile("" : "+r"(unit.part));  // else where the part lies would be kept since it was looked at ahead
@@ -285,11 +305,12 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         __syncthreads();
     }
     stream.park();
+    if (threadIdx.x / 32 == SPEAKER / 32) meanwhile();
     const int row = threadIdx.x % linear::TILE_ROWS, slices = a.slices, ranks = a.peers.size;
     __syncthreads();
 
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
-        const int pair = i / linear::TILE_ROWS, at = pair * a.per_token >> 16, token = pair - at * tokens;
+        const int pair = i / linear::TILE_ROWS, at = ONE ? pair : pair * a.per_token >> 16, token = pair - at * tokens;
         const Made made = reinterpret_cast<const Made*>(memory() + WORK_AT + a.made_at)[at];
         const float* slot = slots + at * slices * step + token * linear::TILE_ROWS + row;
         float y = 0.0f;

@@ -25,12 +25,19 @@ struct Meetings {
     __device__ __forceinline__ explicit Meetings(State* state) : state(state) {
         if (threadIdx.x == SPEAKER) position().all = position().base = state->before;
     }
-    // This block is here; all blocks are. Every thread calls.
-    __device__ __forceinline__ void come() const {
+    // This block is here; all blocks are. Every thread calls. meets(): whether others are told; asked in front of the
+    // barrier, by the speaker's warp alone, as that is not the one that is waited for.
+    template <typename Meets>
+    __device__ __forceinline__ void come(Meets&& meets) const {
+        bool tells = false;
+        if (threadIdx.x / 32 == SPEAKER / 32) tells = meets();
         __syncthreads();
-        if (threadIdx.x != SPEAKER) return;
+        if (threadIdx.x != SPEAKER || !tells) return;
         exchange::arrive(&state->arrivals);
         position().all += gridDim.x;
+    }
+    __device__ __forceinline__ void come() const {
+        come([] { return true; });
     }
     __device__ __forceinline__ void wait_for_all() const {
         if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, position().all);

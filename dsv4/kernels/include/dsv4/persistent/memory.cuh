@@ -1,6 +1,6 @@
 // How a block's shared memory is laid out: two phases (the one at hand and the next), each warp's next segments, its
-// barriers and its stream, where the block is in the program, the work area, of which every phase may use all and in
-// which nothing outlives a phase, then the warps' rings.
+// barriers and its stream, where the block is in the program, what ROUTE leaves for EXPERTS, the work area, of which
+// every phase may use all and in which nothing outlives a phase, then the warps' rings.
 #pragma once
 #include <cstring>
 #include <dsv4/persistent/program.cuh>
@@ -27,7 +27,8 @@ constexpr int BARRIERS = MAX_STAGES + 2;   // of a warp: of its stages and of th
 constexpr int PHASES_AT = 0, SEGMENTS_AT = 2 * PHASE_BYTES, BARRIERS_AT = SEGMENTS_AT + WARPS * 2 * HALF * 16;
 constexpr int PARKED_AT = BARRIERS_AT + WARPS * BARRIERS * 8;
 constexpr int POSITION_AT = PARKED_AT + WARPS * static_cast<int>(sizeof(StreamState));
-constexpr int WORK_AT = (POSITION_AT + static_cast<int>(sizeof(Position)) + 127) / 128 * 128;
+constexpr int ROUTED_AT = POSITION_AT + static_cast<int>(sizeof(Position)), ROUTED_BYTES = 720;
+constexpr int WORK_AT = (ROUTED_AT + ROUTED_BYTES + 127) / 128 * 128;
 
 // Asked for anew where it is needed, so that the compiler knows accesses to be to shared memory.
 __device__ __forceinline__ uint8_t* memory() {

@@ -27,6 +27,12 @@ struct alignas(16) Phase {
 };
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");
 
+// Of a step's rows. The kernel for ONE row knows that there is no more: what is done per row is then no loop.
+template <bool ONE>
+__device__ __forceinline__ constexpr int rows_of(int tokens) {
+    return ONE ? 1 : tokens;
+}
+
 // Whether kind `kind` is among `kinds`.
 __host__ __device__ constexpr bool among(int kinds, Kind kind) { return kinds >> kind & 1; }
 

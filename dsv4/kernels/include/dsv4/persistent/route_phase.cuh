@@ -1,7 +1,7 @@
 // ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block
-// routes all tokens, sorts the pairs and writes down who has to do what; meanwhile the others multiply what the shared
-// expert makes: as LINEAR does it, of an input that each makes for itself. The arithmetic is that of router.cuh and
-// swiglu.cuh, and so are the bits.
+// routes all tokens, sorts the pairs and tells them to all; meanwhile the others multiply what the shared expert makes,
+// as LINEAR does it, of an input that each makes for itself, and work out who has to do what. The arithmetic is that of
+// router.cuh and swiglu.cuh, and so are the bits.
 #pragma once
 #include <dsv4/persistent/experts_plan.cuh>
 #include <dsv4/persistent/linear_phase.cuh>
@@ -12,7 +12,7 @@ namespace dsv4::persistent {
 // Lies where a product has its second part and those behind it: here it has one.
 struct Route {
     routing::Arguments route;  // without what it writes
-    RoutePlan* plan;
+    PlanWord* plan;            // of every place
     const bf16 *gate, *up;     // [T, F]
     int64_t gate_stride, up_stride;
     float limit;
@@ -22,11 +22,18 @@ struct Route {
 };
 static_assert(sizeof(Route) <= (MOST_PARTS - 1) * sizeof(linear::Part), "there is place");
 
-// The product's input, behind its own work area, where it will find it.
-static __device__ __forceinline__ void activate(Linear& product, const Route& a) {
-    constexpr int AT_ONCE = 2;
+static __device__ __forceinline__ const Route& route_of(const Linear& product) {
+    return *reinterpret_cast<const Route*>(product.parts + 1);
+}
+
+// The product's input, behind its own work area, where find_work() has it lie.
+template <bool ONE>
+static __device__ __forceinline__ void activate(int turn) {
+    constexpr int AT_ONCE = 8;
+    const Linear& product = payload<Linear>(turn);
+    const Route& a = route_of(product);
     bf16* const activated = work_at<bf16>(a.activated);
-    const int thread = threadIdx.x, across = product.columns / 2, pairs = product.tokens * across;
+    const int thread = threadIdx.x, across = product.columns / 2, pairs = rows_of<ONE>(product.tokens) * across;
 #pragma unroll 1
     for (int begin = thread; begin < pairs; begin += AT_ONCE * THREADS) {
         uint32_t gate[AT_ONCE] = {}, up[AT_ONCE] = {};
@@ -48,13 +55,19 @@ static __device__ __forceinline__ void activate(Linear& product, const Route& a)
             for (int k = 0; k + 1 < AT_ONCE; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
         }
     }
-    if (thread == 0) product.parts[0].x = activated;
+    __syncthreads();
 }
 
-// Every token's experts and their weights, which are entered as pairs. A warp picks the experts of a token.
-static __device__ __forceinline__ void pick(const Route& a, moe::FewPlan& pairs, int tokens) {
+// Every token's experts and their weights, which all blocks are told. A warp picks the experts of a token, a lane each,
+// and finds the place of each among all pairs.
+template <bool ONE>
+static __device__ __forceinline__ void pick(int turn) {
+    const Linear& product = payload<Linear>(turn);
+    const Route& a = route_of(product);
+    const int tokens = rows_of<ONE>(product.tokens);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, scores = tokens * a.keys, topk = a.route.topk;
-    float* const score = work_at<float>(sizeof(moe::FewPlan));
+    int* const order = work_at<int>(0);  // of pairs: by expert, then by pair
+    float* const score = reinterpret_cast<float*>(order + moe::FEW_PAIRS);
     uint32_t* const key = reinterpret_cast<uint32_t*>(score + scores);
     int64_t chosen = -1;
     if (a.route.tid2eid != nullptr && warp < tokens) chosen = routing::expert_of_token(a.route, warp);
@@ -67,6 +80,7 @@ static __device__ __forceinline__ void pick(const Route& a, moe::FewPlan& pairs,
     };
     float logit, bias;
     bool exists = load(thread, logit, bias);
+    if (thread < moe::FEW_PAIRS) order[thread] = INT_MAX;
 #pragma unroll 1
     for (int at = thread; at < scores; at += THREADS) {
         float next_logit, next_bias;
@@ -75,47 +89,56 @@ static __device__ __forceinline__ void pick(const Route& a, moe::FewPlan& pairs,
         score[at] = s, key[at] = exists ? routing::order(s + bias) : 0;
         logit = next_logit, bias = next_bias, exists = next;
     }
-    if (thread < moe::FEW_PAIRS) moe::enter_pair(pairs, moe::NOBODY, 0.0f);
     __syncthreads();
-    if (warp >= tokens) return;
-    if (a.route.tid2eid == nullptr)
-        chosen = a.keys == 256 ? routing::best_of<8>(key + warp * a.keys, topk) : routing::best_of<12>(key + warp * a.keys, topk);
-    const bool there = lane < topk && chosen >= 0 && chosen < a.route.experts;
-    const float weight = routing::weight_of(a.route, there ? score[warp * a.keys + chosen] : 0.0f);
-    if (there) pairs.expert[warp * topk + lane] = static_cast<int>(chosen), pairs.given[warp * topk + lane] = weight;
-}
-
-static __device__ __forceinline__ void write_plan(const Route& a, const moe::FewPlan& pairs, const moe::Share& share) {
-    const int thread = threadIdx.x;
-    if (thread >= moe::FEW_PAIRS) return;
-    const int4 group = pairs.groups[thread];
-    RoutePlan& plan = *a.plan;
-    plan.group[thread] = thread < share.groups ? group.x | group.y << 16 | group.z << 22 : 0;
-    plan.weight[thread] = pairs.weight[thread];
-    plan.token[thread] = static_cast<uint8_t>(pairs.token[thread]);
-    plan.of[thread] = static_cast<uint8_t>(max(share.groups_before(thread + 1) - 1, 0));
-    plan.places[thread] = static_cast<int8_t>(pairs.places[thread]);
-    const int all = share.groups * a.rows, each = moe::quotient(all, gridDim.x);
-    if (thread > 0) return;
-    *reinterpret_cast<int4*>(&plan) = make_int4(share.groups, share.places, each, all - each * gridDim.x);
-}
-
-// In front of linear_phase; false: the block has no part in that.
-static __device__ __forceinline__ bool route_phase(int turn) {
-    Linear& product = const_cast<Linear&>(payload<Linear>(turn));
-    const Route& a = *reinterpret_cast<const Route*>(product.parts + 1);
-    if (blockIdx.x == gridDim.x - 1) {
-        moe::FewPlan& pairs = work<moe::FewPlan>();
-        pick(a, pairs, product.tokens);
-        const moe::Share share = moe::plan_few(pairs, product.tokens, a.route.topk);
-        write_plan(a, pairs, share);
-        __syncthreads();
-        if (threadIdx.x == 0) exchange::publish(&a.plan->number, plan_number(phase_at(turn).number));
+    float weight = 0.0f;
+    int expert = NO_EXPERT, mine = 0;
+    if (warp < tokens) {
+        if (a.route.tid2eid == nullptr)
+            chosen = a.keys == 256 ? routing::best_of<8>(key + warp * a.keys, topk)
+                                   : routing::best_of<12>(key + warp * a.keys, topk);
+        const bool there = lane < topk && chosen >= 0 && chosen < a.route.experts;
+        weight = routing::weight_of(a.route, there ? score[warp * a.keys + chosen] : 0.0f);
+        if (there) expert = static_cast<int>(chosen);
+        mine = expert * moe::FEW_PAIRS + warp * topk + lane;
+        if (lane < topk) order[warp * topk + lane] = mine;
     }
-    if (product.cuts[blockIdx.x] == product.cuts[blockIdx.x + 1]) return false;
-    activate(product, a);
+    if (tokens > 1) __syncthreads();
+    else __syncwarp();
+    if (warp >= tokens || lane >= topk) return;
+    int place = 0;
+#pragma unroll 2
+    for (int i = 0; i < tokens * topk; i += 4) {
+        const int4 four = *reinterpret_cast<const int4*>(order + i);
+        place += (four.x < mine) + (four.y < mine) + (four.z < mine) + (four.w < mine);
+    }
+    exchange::tell(a.plan + place, {weight, __uint_as_float(expert | warp << 16), 0.0f},
+                   plan_number(phase_at(turn).number));
+}
+
+// Every thread calls, after come() behind the phase in front: find_work() then knows where the product's input will lie,
+// and the bias comes to the L2 cache.
+static __device__ __forceinline__ void route_ahead(int turn) {
+    Linear& product = const_cast<Linear&>(payload<Linear>(turn));
+    const Route& a = route_of(product);
+    const int line = threadIdx.x * 32;
+    if (blockIdx.x == gridDim.x - 1 && a.route.bias != nullptr && line < a.route.experts) ask_for(a.route.bias + line);
+    if (threadIdx.x == 0) product.parts[0].x = work_at<bf16>(a.activated);
     __syncthreads();
-    return true;
+}
+
+// By the speaker's warp, when it has nothing else to do: EXPERTS begins with the plan.
+template <bool ONE>
+static __device__ __forceinline__ void hear_plan(int turn) {
+    const Linear& product = payload<Linear>(turn);
+    const Route& a = route_of(product);
+    receive_plan(a.plan, rows_of<ONE>(product.tokens) * a.route.topk, a.rows, plan_number(phase_at(turn).number));
+}
+
+// Of a block without tiles.
+template <bool ONE>
+static __device__ __forceinline__ void route_phase(int turn) {
+    if (blockIdx.x == gridDim.x - 1) pick<ONE>(turn);
+    if (threadIdx.x / 32 == SPEAKER / 32) hear_plan<ONE>(turn);
 }
 
 __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }
@@ -127,11 +150,12 @@ static int route_input(int tokens, int tiles, int slices) {
 }
 static int route_work_bytes(int tokens, int experts, int D, int F, int grid) {
     const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1), slices = (F + SLICE - 1) / SLICE;
-    const int routing = static_cast<int>(sizeof(moe::FewPlan)) + tokens * keys_of(experts) * 8;
-    return max(routing, route_input(tokens, tiles, slices) + tokens * F * 2);
+    const int product = route_input(tokens, tiles, slices) + tokens * F * 2;
+    return max(moe::FEW_PAIRS * 4 + tokens * keys_of(experts) * 8, product);
 }
 
-// shared_w2: its x is not given; cuts [grid + 1]: the blocks' tiles of it. plan: RoutePlan. The rest as EXPERTS has it.
+// shared_w2: its x is not given; cuts [grid + 1]: the blocks' tiles of it. plan: words of all places. The rest as EXPERTS
+// has it.
 static cudaError_t describe_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
                                   const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary, float route_scale,
                                   const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
@@ -140,10 +164,11 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     const int pairs = tokens * topk;
     if (tokens < 1 || tokens > TOKENS || topk < 1 || topk > 32 || pairs > moe::FEW_PAIRS || experts < topk || experts > 384)
         return cudaErrorInvalidValue;
-    if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 1 || grid > MAX_BLOCKS)
+    if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 2 || grid > MAX_BLOCKS)
         return cudaErrorInvalidValue;
     if (reinterpret_cast<uintptr_t>(gate) % 4 || gate_stride % 2 || reinterpret_cast<uintptr_t>(up) % 4 || up_stride % 2 ||
-        reinterpret_cast<uintptr_t>(plan) % 16 || shared_w2->row_scale != nullptr || shared_w2->rows != D)
+        reinterpret_cast<uintptr_t>(plan) % 16 || cuts[grid - 1] != cuts[grid] || shared_w2->row_scale != nullptr ||
+        shared_w2->rows != D)
         return cudaErrorInvalidValue;
     const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
     if (max(layout.least, route_work_bytes(tokens, experts, D, F, grid)) > work_bytes) return cudaErrorInvalidValue;
@@ -152,7 +177,7 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     if (const cudaError_t error = describe_linear(phase, &part, 1, cuts, grid, tokens, F, nullptr, 0.0f, 0, nullptr, nullptr, 0, 0)) return error;
     Route a = {};
     a.route = {logits, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, logits_stride, vocabulary, route_scale};
-    a.plan = static_cast<RoutePlan*>(plan);
+    a.plan = static_cast<PlanWord*>(plan);
     a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
     a.gate_stride = gate_stride, a.up_stride = up_stride, a.limit = limit, a.keys = keys_of(experts);
     a.rows = F / 8;

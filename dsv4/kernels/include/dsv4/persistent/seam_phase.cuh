@@ -33,8 +33,7 @@ constexpr int seam_work_bytes(int, int) { return sizeof(SeamWork); }
 struct SeamShare {
     int slice = blockIdx.x, first = 0, count;
     bool ends, closes = false;  // ends: finishes the mixes of its tokens
-    __device__ __forceinline__ explicit SeamShare(const Seam& seam) {
-        const int tokens = static_cast<int>(seam.args.tokens);
+    __device__ __forceinline__ SeamShare(const Seam& seam, int tokens) {
         for (; slice >= seam.slices && first < tokens; first += seam.together) slice -= seam.slices;
         count = min(seam.together, tokens - first);
         ends = seam.closers < 0 && slice == seam.slices - 1;
@@ -44,11 +43,12 @@ struct SeamShare {
 };
 
 // Every thread calls, at the end of the phase in front.
+template <bool ONE>
 static __device__ __forceinline__ void seam_ahead(int turn) {
     using namespace mhc;
     using S = SeamWork::S;
     const Seam& seam = payload<Seam>(turn);
-    const SeamShare mine(seam);
+    const SeamShare mine(seam, rows_of<ONE>(seam.args.tokens));
     if (threadIdx.x < TOKENS) ++position().seams[threadIdx.x];
     if (mine.count <= 0 || mine.closes) return;
     SeamWork& s = work<SeamWork>();
@@ -97,12 +97,13 @@ static __device__ __forceinline__ void hear_totals(const Seam& seam, const SeamS
 }
 
 // The phase in front has told all ranks its parts of y, row by row, and blocks have not met behind it.
+template <bool ONE>
 static __device__ __forceinline__ void seam_phase(int turn) {
     using namespace mhc;
     using mhc::SEAM;
     using S = SeamWork::S;
     const Seam& seam = payload<Seam>(turn);
-    const SeamShare mine(seam);
+    const SeamShare mine(seam, rows_of<ONE>(seam.args.tokens));
     if (mine.count <= 0) return;
     const Args<bf16>& a = seam.args;
     SeamWork& s = work<SeamWork>();
@@ -126,10 +127,10 @@ static __device__ __forceinline__ void seam_phase(int turn) {
     if (makes) {
         Leaving<bf16> leaving;
         leaving.read(a, p, mine.first + p.team, false);
-        peers_heard(32 * min(3 * count, WARPS));
+        __syncthreads();  // of the warps that tell or hear it would do, but racecheck then takes later ones for none
         leaving.finish(a, p, mine.first + p.team, false, s.heard[p.team], s.streams[p.team]);
-    } else if (hears) {
-        peers_heard(32 * min(3 * count, WARPS));
+    } else {
+        __syncthreads();
     }
 
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -165,9 +166,10 @@ static __device__ __forceinline__ void seam_phase(int turn) {
 
 // After come() behind the phase and before wait_for_all(), while no one writes to the work area but seam_ahead. By the upper
 // half of the warps.
+template <bool ONE>
 static __device__ __forceinline__ void seam_rest(int turn) {
     const Seam& seam = payload<Seam>(turn);
-    const SeamShare mine(seam);
+    const SeamShare mine(seam, rows_of<ONE>(seam.args.tokens));
     const int t = static_cast<int>(threadIdx.x / 32) - TOKENS;
     if (mine.ends && t >= 0 && t < mine.count)
         mhc::finish_mixes(seam.args, mine.first + t, work<SeamWork>().mixes[t][threadIdx.x % 32]);
