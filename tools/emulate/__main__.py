@@ -1,11 +1,12 @@
 """Whether two trees' kernels of a decode step give the same bits, whatever order their threads run in.
 
-    python -m tools.emulate compare OLD NEW --rows 1,2,5,8 --grid 16 --seeds 3
+python -m tools.emulate compare OLD NEW --rows 1,2,5,8 --grid 16 --seeds 3
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def main() -> int:
         command.add_argument("--padding", type=int, default=0, help="rows of padding, where there are more rows")
         command.add_argument("--formats", default="nvfp4", help="of nvfp4, fp8, bf16")
         command.add_argument("--entries", default="0", help="of the indexer's rows; 0: few, 8193 and more: LONG")
+        command.add_argument("--ranks", default="1", help="1: a rank that tells itself; 2: two side by side")
         command.add_argument("--grid", type=int, default=40, help="blocks; at least 8 for each row")
         command.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
@@ -38,27 +40,27 @@ def main() -> int:
 
 def _run(given: argparse.Namespace) -> int:
     sys.path.insert(0, str(given.tree.resolve()))
-    from tools.emulate import run
+    from tools.emulate.programs import left_by, programs
 
     kept = {}
-    for rows in map(int, given.rows.split(",")):
-        for format in given.formats.split(","):
-            for entries in map(int, given.entries.split(",")):
-                padding = min(given.padding, rows - 1)
-                for seed in range(given.seeds):
-                    program = run.small(rows, padding, format, entries)
-                    name = f"{rows} rows, {padding} of padding, {format}, {entries} entries, seed {seed}"
-                    print(f"{given.tree}: {name}", end=" ", flush=True)
-                    begun = time.monotonic()
-                    for what, found in run.left_by(program, max(given.grid, 8 * rows), seed).items():
-                        kept[f"{name}: {what}"] = found.contiguous().clone()
-                    print(f"({time.monotonic() - begun:.1f} s)")
+    choices = [option.split(",") for option in (given.rows, given.formats, given.entries, given.ranks)]
+    for rows, format, entries, ranks in itertools.product(*choices):
+        padding, grid = min(given.padding, int(rows) - 1), max(given.grid, 8 * int(rows))
+        for seed in range(given.seeds):
+            name = f"{rows} rows, {padding} of padding, {format}, {entries} entries, {ranks} ranks, seed {seed}"
+            begun = time.monotonic()
+            made = programs(int(rows), padding, format, entries=int(entries), ranks=int(ranks))
+            for what, found in left_by(made, grid, seed).items():
+                kept[f"{name}: {what}"] = found.contiguous().clone()
+            print(f"{given.tree}: {name} ({time.monotonic() - begun:.1f} s)", flush=True)
     save_file(kept, given.into)
     return 0
 
 
 def _compare(given: argparse.Namespace) -> int:
-    options = [f"--{name}={getattr(given, name)}" for name in ("rows", "padding", "formats", "entries", "grid")]
+    options = [
+        f"--{name}={getattr(given, name)}" for name in ("rows", "padding", "formats", "entries", "ranks", "grid")
+    ]
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for tree, seeds in ((given.old, 1), (given.new, given.seeds)):

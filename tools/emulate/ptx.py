@@ -1,7 +1,7 @@
 """Inline PTX by its text: the function of include/ptx.h that does the same, called with the operands in their order.
 
-A text stands here with single spaces, none at its ends. What is only a matter of speed or of memory that others see does
-nothing on one processor.
+A text stands here with single spaces, none at its ends. What is only a matter of speed, or of when others see what was
+written, does nothing on one processor.
 """
 
 _NOTHING = "nothing"
@@ -36,9 +36,11 @@ FUNCTIONS = {
     "bar.sync %0, %1;": "named_barrier",
     "mbarrier.init.shared::cta.b64 [%0], %1;": "barrier_init",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": "arrive_expecting",
-    "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }": "wait_parity",
+    "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+    "@!done bra again; }": "wait_parity",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "copy_bulk",
-    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;": "copy_bulk",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+    "[%0], [%1], %2, [%3], %4;": "copy_bulk",
     "cp.async.ca.shared.global [%0], [%1], 4;": "copy4",
     "cp.async.ca.shared.global [%0], [%1], 8;": "copy8",
     "cp.async.cg.shared.global [%0], [%1], 16;": "copy16",
@@ -61,9 +63,8 @@ FUNCTIONS = {
     "cvt.rn.bf16.f32 %0, %1;": "bf16_of",
     "{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "floats_of_f16x2",
     "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": "e4m3x2_of",
-    "{.reg .b32 two; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 two, %1; mov.b32 {low, high}, two; cvt.f32.f16 %0, low;}": (
-        "float_of_e4m3"
-    ),
+    "{.reg .b32 two; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 two, %1; mov.b32 {low, high}, two; "
+    "cvt.f32.f16 %0, low;}": "float_of_e4m3",
     "cvt.rn.f16x2.e4m3x2 %0, %1;": "f16x2_of_e4m3x2",
     "mul.rn.f16x2 %0, %1, %2;": "mul_f16x2",
     "mul.rn.bf16x2 %0, %1, %2;": "mul_bf16x2",
@@ -72,9 +73,9 @@ FUNCTIONS = {
     "rcp.approx.ftz.f32 %0, %1;": "reciprocal",
     # bits
     "prmt.b32 %0, %1, 0, %2;": "permute_with_zero",
-    "{.reg .b16 low, high; mov.b32 {low, high}, %2; mov.b32 %0, {low, low}; mov.b32 %1, {high, high};}": "doubled_halves",
+    "{.reg .b16 low, high; mov.b32 {low, high}, %2; "
+    "mov.b32 %0, {low, low}; mov.b32 %1, {high, high};}": "doubled_halves",
     "mov.b64 {%0, %1}, 0; mov.b64 {%2, %3}, 0;": "zeros",
-    "{.reg .pred over; add.s32 %0, %0, 1; setp.eq.s32 over, %0, %2; @over mov.s32 %0, 0; @over xor.b32 %1, %1, 1;}": (
-        "next_stage"
-    ),
+    "{.reg .pred over; add.s32 %0, %0, 1; setp.eq.s32 over, %0, %2; "
+    "@over mov.s32 %0, 0; @over xor.b32 %1, %1, 1;}": "next_stage",
 }

@@ -39,7 +39,7 @@ def _call(inside: str) -> str:
     given = ", ".join(" ".join(operand[1].split()) for operand in operands if operand)
     known = FUNCTIONS.get(text)
     if known is None:  # the compiler says where, if the code is compiled at all
-        return f"emulate::ptx_that_nobody_emulates(R\"({text})\")"
+        return f'emulate::ptx_that_nobody_emulates(R"({text})")'
     return f"emulate::ptx::{known}({given})"
 
 

@@ -2,7 +2,9 @@
 #pragma once
 #include <machine.h>
 
-#define EMULATE_HERE ::emulate::Place{__builtin_FILE(), __builtin_LINE()}
+// A last parameter that nobody gives: where the call stands.
+#define EMULATE_AT const char* file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATE_HERE (::emulate::Place{file, line})
 
 namespace emulate {
 
@@ -10,7 +12,7 @@ inline void check_barrier(Block& block, unsigned number) {
     NamedBarrier& barrier = block.barriers[number];
     const unsigned expected = barrier.expected == 0 ? block.alive : barrier.expected;
     if (barrier.arrived == 0 || barrier.arrived < expected) return;
-    barrier.arrived = 0;
+    barrier.arrived = 0, machine.quiet = 0;
     for (Thread* thread : barrier.waiting) wake(*thread);
     barrier.waiting.clear();
 }
@@ -18,7 +20,7 @@ inline void check_barrier(Block& block, unsigned number) {
 // expected: threads, 0 for all that are alive.
 inline void meet(unsigned number, unsigned expected, bool waits, Place at) {
     Block& block = *current->warp->block;
-    if (number >= 16) fail(text("barrier %u at %s", number, place_text(at).c_str()));
+    if (number >= NAMED_BARRIERS) fail(text("barrier %u at %s", number, place_text(at).c_str()));
     NamedBarrier& barrier = block.barriers[number];
     if (barrier.arrived > 0 && barrier.expected != expected)
         fail(text("barrier %u of %u threads at %s, where others wait for %u", number, expected, place_text(at).c_str(),
@@ -58,6 +60,8 @@ inline void together(unsigned mask, const char* what, Place at, Finish finish) {
     if (here != expected) return sleep(Wait::LANES, what, at);
     finish(warp.lanes, expected);
     warp.arrived &= ~expected;
+    if (!warp.looked) machine.quiet = 0;  // else they may ask each other whether it has come
+    warp.looked = false;
     for (unsigned left = expected & ~mine; left != 0; left &= left - 1) wake(warp.lanes[__builtin_ctz(left)]);
 }
 
@@ -93,69 +97,67 @@ inline uint32_t gathered(unsigned mask, uint32_t value, const char* what, Place 
 
 }  // namespace emulate
 
-#define EMULATE_AT ::emulate::Place at = EMULATE_HERE
-
-inline void __syncthreads(EMULATE_AT) { emulate::meet(0, 0, true, at); }
+inline void __syncthreads(EMULATE_AT) { emulate::meet(0, 0, true, EMULATE_HERE); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATE_AT) {
-    emulate::together(mask, "__syncwarp", at, [](emulate::Thread*, unsigned) {});
+    emulate::together(mask, "__syncwarp", EMULATE_HERE, [](emulate::Thread*, unsigned) {});
 }
 
 template <typename T>
 inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATE_AT) {
-    return emulate::exchanged(mask, value, "__shfl_sync", at,
+    return emulate::exchanged(mask, value, "__shfl_sync", EMULATE_HERE,
                               [=](int me) { return (me & ~(width - 1)) | (lane & (width - 1)); });
 }
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, EMULATE_AT) {
-    return emulate::exchanged(mask, value, "__shfl_xor_sync", at, [=](int me) {
+    return emulate::exchanged(mask, value, "__shfl_xor_sync", EMULATE_HERE, [=](int me) {
         const int from = me ^ bits;
         return from / width <= me / width ? from : me;
     });
 }
 template <typename T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned step, int width = 32, EMULATE_AT) {
-    return emulate::exchanged(mask, value, "__shfl_up_sync", at, [=](int me) {
+    return emulate::exchanged(mask, value, "__shfl_up_sync", EMULATE_HERE, [=](int me) {
         return me % width >= static_cast<int>(step) ? me - static_cast<int>(step) : me;
     });
 }
 template <typename T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned step, int width = 32, EMULATE_AT) {
-    return emulate::exchanged(mask, value, "__shfl_down_sync", at, [=](int me) {
+    return emulate::exchanged(mask, value, "__shfl_down_sync", EMULATE_HERE, [=](int me) {
         return me % width + static_cast<int>(step) < width ? me + static_cast<int>(step) : me;
     });
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool yes, EMULATE_AT) {
-    return emulate::gathered(mask, yes, "__ballot_sync", at, 0,
+    return emulate::gathered(mask, yes, "__ballot_sync", EMULATE_HERE, 0,
                              [](uint32_t a, uint32_t b, int lane) { return a | b << lane; });
 }
 inline bool __any_sync(unsigned mask, bool yes, EMULATE_AT) {
-    return emulate::gathered(mask, yes, "__any_sync", at, 0, [](uint32_t a, uint32_t b, int) { return a | b; });
+    return emulate::gathered(mask, yes, "__any_sync", EMULATE_HERE, 0, [](uint32_t a, uint32_t b, int) { return a | b; });
 }
 inline bool __all_sync(unsigned mask, bool yes, EMULATE_AT) {
-    return emulate::gathered(mask, yes, "__all_sync", at, 1, [](uint32_t a, uint32_t b, int) { return a & b; });
+    return emulate::gathered(mask, yes, "__all_sync", EMULATE_HERE, 1, [](uint32_t a, uint32_t b, int) { return a & b; });
 }
 
 inline unsigned __reduce_add_sync(unsigned mask, unsigned x, EMULATE_AT) {
-    return emulate::gathered(mask, x, "__reduce_add_sync", at, 0, [](uint32_t a, uint32_t b, int) { return a + b; });
+    return emulate::gathered(mask, x, "__reduce_add_sync", EMULATE_HERE, 0, [](uint32_t a, uint32_t b, int) { return a + b; });
 }
 inline int __reduce_add_sync(unsigned mask, int x, EMULATE_AT) {
-    return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(x), at));
+    return static_cast<int>(__reduce_add_sync(mask, static_cast<unsigned>(x), file, line));
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned x, EMULATE_AT) {
-    return emulate::gathered(mask, x, "__reduce_or_sync", at, 0, [](uint32_t a, uint32_t b, int) { return a | b; });
+    return emulate::gathered(mask, x, "__reduce_or_sync", EMULATE_HERE, 0, [](uint32_t a, uint32_t b, int) { return a | b; });
 }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned x, EMULATE_AT) {
-    return emulate::gathered(mask, x, "__reduce_max_sync", at, 0,
+    return emulate::gathered(mask, x, "__reduce_max_sync", EMULATE_HERE, 0,
                              [](uint32_t a, uint32_t b, int) { return a > b ? a : b; });
 }
 inline unsigned __reduce_min_sync(unsigned mask, unsigned x, EMULATE_AT) {
-    return emulate::gathered(mask, x, "__reduce_min_sync", at, 0xffffffffu,
+    return emulate::gathered(mask, x, "__reduce_min_sync", EMULATE_HERE, 0xffffffffu,
                              [](uint32_t a, uint32_t b, int) { return a < b ? a : b; });
 }
 inline int __reduce_max_sync(unsigned mask, int x, EMULATE_AT) {
-    return static_cast<int>(__reduce_max_sync(mask, static_cast<unsigned>(x) ^ 0x80000000u, at) ^ 0x80000000u);
+    return static_cast<int>(__reduce_max_sync(mask, static_cast<unsigned>(x) ^ 0x80000000u, file, line) ^ 0x80000000u);
 }
 inline int __reduce_min_sync(unsigned mask, int x, EMULATE_AT) {
-    return static_cast<int>(__reduce_min_sync(mask, static_cast<unsigned>(x) ^ 0x80000000u, at) ^ 0x80000000u);
+    return static_cast<int>(__reduce_min_sync(mask, static_cast<unsigned>(x) ^ 0x80000000u, file, line) ^ 0x80000000u);
 }

@@ -55,12 +55,29 @@ inline void start_copy(unsigned target, const void* source, unsigned bytes) {
     me.copies.push_back({shared_at(*me.warp->block, target, bytes), static_cast<const uint8_t*>(source), bytes, me.group, 0});
 }
 
+// One of the copy engine's; false if there is none.
+inline bool land_any() {
+    if (machine.copying == 0) return false;
+    size_t place = chance() % machine.blocks.size();
+    while (machine.blocks[place]->copies.empty()) place = (place + 1) % machine.blocks.size();
+    Block& block = *machine.blocks[place];
+    land(block, chance() % block.copies.size());
+    return true;
+}
+inline void land_one_of(Thread& thread) {
+    if (!thread.copies.empty()) land_own(thread, chance() % thread.copies.size());
+}
+
 // Copies of all groups but the last `but`; those that belong to no group yet are not meant.
 inline void wait_for_groups(unsigned but) {
     Thread& me = *current;
     for (size_t i = 0; i < me.copies.size();)
         if (me.copies[i].group + but < me.group) land_own(me, i);
         else ++i;
+}
+
+inline void wait_for_all_copies() {
+    while (!current->copies.empty()) land_one_of(*current);
 }
 
 }  // namespace emulate

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include <intrinsics.h>
+#include <launch.h>
 
 #define __device__
 #define __host__
@@ -51,7 +52,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
     const dim3 &grid = config->gridDim, &threads = config->blockDim;
     const bool ended = emulate::launch({grid.x, grid.y, grid.z}, {threads.x, threads.y, threads.z},
                                        static_cast<unsigned>(config->dynamicSmemBytes),
-                                       [&] { std::apply(kernel, given); });
+                                       [kernel, given] { std::apply(kernel, given); });
     return ended ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -60,8 +61,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : "invalid arguments of a launch";
 }
 
-// The order of the next launches.
-extern "C" inline __attribute__((used)) void emulate_seed(uint64_t seed) { emulate::schedule = seed; }
+// In what order the threads of the next launches run, and how many launches run side by side.
+extern "C" inline __attribute__((used)) void emulate_as(uint64_t seed, int ranks) {
+    emulate::seed = seed, emulate::ranks = ranks;
+}
 
 namespace emulate {
 
@@ -74,11 +77,11 @@ struct BlockIndex {
     struct Y { operator unsigned() const { return current->warp->block->index.y; } } y;
 };
 struct GridSize {
-    struct X { operator unsigned() const { return machine.grid.x; } } x;
-    struct Y { operator unsigned() const { return machine.grid.y; } } y;
+    struct X { operator unsigned() const { return current->warp->block->grid->size.x; } } x;
+    struct Y { operator unsigned() const { return current->warp->block->grid->size.y; } } y;
 };
 struct BlockSize {
-    struct X { operator unsigned() const { return machine.threads.x; } } x;
+    struct X { operator unsigned() const { return current->warp->block->grid->threads.x; } } x;
 };
 
 // Where a variable of a function lies in the shared memory of every block.

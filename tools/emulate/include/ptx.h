@@ -42,7 +42,7 @@ inline void lane_index(T& x) {
 }
 inline void timer(uint64_t& now) { now = machine.turns; }
 inline void elect(uint32_t& yes, EMULATE_AT) {
-    together(0xffffffffu, "elect", at, [](Thread*, unsigned) {});
+    together(0xffffffffu, "elect", EMULATE_HERE, [](Thread*, unsigned) {});
     yes = current->lane == 0;
 }
 
@@ -50,17 +50,17 @@ inline void elect(uint32_t& yes, EMULATE_AT) {
 template <typename T>
 inline void load(T& value, Address from, EMULATE_AT) {
     value = from.read<T>();
-    looked("a word of memory", at);
+    looked("a word of memory", EMULATE_HERE);
 }
 inline void load_two(uint64_t& a, uint64_t& b, Address from, EMULATE_AT) {
     const Two64 found = from.read<Two64>();
     a = found.words[0], b = found.words[1];
-    looked("a word of memory", at);
+    looked("a word of memory", EMULATE_HERE);
 }
 inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, Address from, EMULATE_AT) {
     const Four32 found = from.read<Four32>();
     a = found.words[0], b = found.words[1], c = found.words[2], d = found.words[3];
-    looked("a word of memory", at);
+    looked("a word of memory", EMULATE_HERE);
 }
 template <typename T>
 inline void store32(Address to, T value) {
@@ -73,8 +73,8 @@ inline void store_four(Address to, uint32_t a, uint32_t b, uint32_t c, uint32_t 
 inline void add_one(Address to) { to.write(to.read<uint32_t>() + 1); }
 
 // Barriers, and copies that land late.
-inline void named_barrier_1(unsigned threads, EMULATE_AT) { meet(1, threads, true, at); }
-inline void named_barrier(unsigned number, unsigned threads, EMULATE_AT) { meet(number, threads, true, at); }
+inline void named_barrier_1(unsigned threads, EMULATE_AT) { meet(1, threads, true, EMULATE_HERE); }
+inline void named_barrier(unsigned number, unsigned threads, EMULATE_AT) { meet(number, threads, true, EMULATE_HERE); }
 inline void barrier_init(uint32_t address, unsigned arrivals) {
     *reinterpret_cast<CopyBarrier*>(shared_at(*current->warp->block, address, 8)) = {
         KNOWN, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0};
@@ -90,7 +90,7 @@ inline void wait_parity(uint32_t address, uint32_t parity, EMULATE_AT) {
     Thread& me = *current;
     if (barrier_at(*me.warp->block, address).phase != parity) return;
     me.number = address, me.parity = parity;
-    sleep(Wait::COPY, "copies of barrier", at);
+    sleep(Wait::COPY, "copies of barrier", EMULATE_HERE);
 }
 inline void copy_bulk(uint32_t target, Address source, uint32_t bytes, uint32_t barrier) {
     Block& block = *current->warp->block;
@@ -110,26 +110,24 @@ inline void copy16(uint32_t target, Address source) { start_copy(target, source.
 inline void commit_group() { ++current->group; }
 inline void wait_group(unsigned but) { wait_for_groups(but); }
 inline void wait_all_groups() { wait_for_groups(0); }
-inline void wait_all() {
-    while (!current->copies.empty()) land_own(*current, chance() % current->copies.size());
-}
+inline void wait_all() { wait_for_all_copies(); }
 
 // Matrices.
 inline void mma_f16(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                     uint32_t b0, uint32_t b1, EMULATE_AT) {
-    product({&c0, &c1, &c2, &c3}, {a0, a1, a2, a3, b0, b1}, "mma of f16", at, from_f16);
+    product({&c0, &c1, &c2, &c3}, {a0, a1, a2, a3, b0, b1}, "mma of f16", EMULATE_HERE, from_f16);
 }
 inline void mma_bf16(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                      uint32_t b0, uint32_t b1, EMULATE_AT) {
-    product({&c0, &c1, &c2, &c3}, {a0, a1, a2, a3, b0, b1}, "mma of bf16", at, from_bf16);
+    product({&c0, &c1, &c2, &c3}, {a0, a1, a2, a3, b0, b1}, "mma of bf16", EMULATE_HERE, from_bf16);
 }
 inline void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t row, EMULATE_AT) {
-    emulate::load_four({&a, &b, &c, &d}, row, false, "ldmatrix", at);
+    emulate::load_four({&a, &b, &c, &d}, row, false, "ldmatrix", EMULATE_HERE);
 }
 inline void ldmatrix_transposed(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t row, EMULATE_AT) {
-    emulate::load_four({&a, &b, &c, &d}, row, true, "ldmatrix.trans", at);
+    emulate::load_four({&a, &b, &c, &d}, row, true, "ldmatrix.trans", EMULATE_HERE);
 }
-inline void movmatrix(uint32_t& to, uint32_t from, EMULATE_AT) { to = transposed(from, at); }
+inline void movmatrix(uint32_t& to, uint32_t from, EMULATE_AT) { to = transposed(from, EMULATE_HERE); }
 
 // Numbers.
 inline void f16x2_of(uint32_t& both, float high, float low) { both = pair(to_f16(low), to_f16(high)); }
@@ -173,7 +171,7 @@ inline void mul_bf16x2(uint32_t& z, uint32_t x, uint32_t y) {
 inline void max_bf16x2(uint32_t& z, uint32_t x, uint32_t y) {
     z = of_bf16([](float a, float b, float) { return a != a ? b : b != b ? a : a > b ? a : b; }, x, y, 0);
 }
-// The sum in float64 holds any product of BF16 and almost any sum with a third.
+// Rounded to float32 in between: a tie of BF16 may then be missed.
 inline void fma_bf16x2(uint32_t& sum, uint32_t x, uint32_t y, uint32_t z) {
     sum = of_bf16([](float a, float b, float c) { return std::fmaf(a, b, c); }, x, y, z);
 }
