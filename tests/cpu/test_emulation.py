@@ -1,4 +1,4 @@
-"""Kernels on this processor (tools/emulate): decode_layers beside its twin, in any order of threads; what must be found."""
+"""Kernels on this processor (tools/emulate): decode_layers beside its twin, in any order of threads; what is found."""
 
 import ctypes
 import functools

@@ -23,8 +23,8 @@ SHARED_BYTES = 231424  # of a block, as an H200 has them
 
 
 def programs(rows: int, padding: int, format: str, *, entries: int = 0, ranks: int = 1) -> list[Small]:
-    """Two layers in the form that kernels read, for each rank. The same arguments give the same numbers. Ranks differ in
-    the weights that make a sublayer's output, of which each has a part.
+    """Two layers in the form that kernels read, for each rank; the same arguments give the same numbers. What makes a
+    sublayer's output, of which each rank has a part, is each rank's own weights.
     """
     with weights_as_on_a_gpu():
         found = [_small(20, rows, padding, format, entries) for _ in range(ranks)]

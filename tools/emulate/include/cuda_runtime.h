@@ -16,7 +16,13 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719 };
+enum cudaError_t : int {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorMisalignedAddress = 716,
+    cudaErrorLaunchFailure = 719,
+};
 using cudaStream_t = void*;
 
 struct dim3 {

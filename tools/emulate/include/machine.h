@@ -1,5 +1,4 @@
-// The machine: blocks of warps of threads, each thread a fiber, all of a grid running at once on one processor. In what order
-// they go on follows from a seed: warps by chance, lanes of a warp one after the other from any one on, some held up.
+// The machine: blocks of warps of threads, each thread a fiber, all of a grid running at once on one processor.
 #pragma once
 #include <fibers.h>
 
@@ -45,10 +44,10 @@ struct Thread : Fiber {
     Wait wait = Wait::NOTHING;
     const char* what = "";  // it waits for
     Place at;
-    unsigned mask = 0, number = 0;      // of the lanes that meet; of the barrier, or the address and
-    unsigned parity = 0;                // parity of the barrier of copies
-    uint32_t given[12] = {}, taken[4] = {};  // to and from the other lanes
-    unsigned group = 0;                 // of copies that it starts now
+    unsigned mask = 0;                       // of the lanes that meet
+    unsigned number = 0, parity = 0;         // of the barrier; of copies: its address
+    uint32_t given[10] = {}, taken[4] = {};  // to and from the other lanes
+    unsigned group = 0;                      // of copies that it starts now
     std::vector<Copy> copies;
 };
 
@@ -57,15 +56,14 @@ struct Warp {
     int number;
     Thread* lanes;
     unsigned exist = 0, runnable = 0, arrived = 0;
-    bool looked = false;  // since its lanes met
-    int listed = -1;  // its place among the warps that can go on
+    bool looked = false;      // since its lanes met
+    int listed = -1;          // its place among the warps that can go on
     uint64_t held_until = 0;  // a turn
 };
 
 struct NamedBarrier {
-    unsigned expected = 0;
+    unsigned expected = 0, arrived = 0;  // 0: all threads of the block
     std::vector<Thread*> waiting;
-    unsigned arrived = 0;
 };
 
 struct Grid;
@@ -90,12 +88,11 @@ struct Grid {
     std::vector<Block> blocks;
 };
 
-
 struct Machine {
     std::vector<std::unique_ptr<Grid>> grids;  // launches that run side by side
     std::vector<Block*> blocks;                // of all of them
     std::vector<Warp*> ready;
-    uint64_t random_state = 1, quiet = 0, alive = 0, turns = 0;
+    uint64_t random_state = 1, quiet = 0, alive = 0, turns = 0, turns_before = ~0ull;
     unsigned copying = 0;  // bulk copies under way
     bool failed = false;
     std::string message;

@@ -12,9 +12,8 @@ constexpr int PATIENCE_SECONDS = 10;  // of a processor's time between two pause
 inline void refused(int, siginfo_t* about, void*) { fail(text("an access to %p", about->si_addr)); }
 
 inline void looked_after(int, siginfo_t*, void*) {
-    static uint64_t before = 0;
-    if (machine.turns == before) fail("an endless loop");
-    before = machine.turns;
+    if (machine.turns == machine.turns_before) fail("an endless loop");
+    machine.turns_before = machine.turns;
 }
 
 struct Watch {
