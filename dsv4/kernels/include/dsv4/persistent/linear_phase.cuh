@@ -306,19 +306,26 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     }
     stream.park();
     if (threadIdx.x / 32 == SPEAKER / 32) meanwhile();
+    constexpr int AT_ONCE = 8;
     const int row = threadIdx.x % linear::TILE_ROWS, slices = a.slices, ranks = a.peers.size;
+    int made_at = WORK_AT + a.made_at;
+    asm volatile("" : "+r"(made_at));  // else it would be looked up behind the barrier
     __syncthreads();
 
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
         const int pair = i / linear::TILE_ROWS, at = ONE ? pair : pair * a.per_token >> 16, token = pair - at * tokens;
-        const Made made = reinterpret_cast<const Made*>(memory() + WORK_AT + a.made_at)[at];
+        const Made made = reinterpret_cast<const Made*>(memory() + made_at)[at];
         const float* slot = slots + at * slices * step + token * linear::TILE_ROWS + row;
         float y = 0.0f;
 #pragma unroll 1
-        for (int begin = 0; begin < slices; begin += 8, slot += 8 * step)
+        for (int begin = 0; begin < slices; begin += AT_ONCE, slot += AT_ONCE * step) {
+            float parts[AT_ONCE];
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                if (begin + k < slices) y += slot[k * step];
+            for (int k = 0; k < AT_ONCE; ++k) parts[k] = begin + k < slices ? slot[k * step] : 0.0f;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k)
+                if (begin + k < slices) y += parts[k];
+        }
         y *= made.alpha;
         if (row >= made.rows()) continue;
         if (ranks == 0) made.put(token, row, y);
