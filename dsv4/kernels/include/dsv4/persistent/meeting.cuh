@@ -43,10 +43,6 @@ struct Meetings {
         if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, position().all);
         __syncthreads();
     }
-    __device__ __forceinline__ void all() const {
-        come();
-        wait_for_all();
-    }
 
     // All have met for the last time: the next launch begins where this one ends.
     __device__ __forceinline__ void end() const {
