@@ -54,6 +54,8 @@ def cache_folder() -> Path:
 
 
 def _compile(name: str, texts: dict[Path, str], made: Path) -> None:
+    if shutil.which("g++") is None:
+        raise CompileError(f"{name} is compiled by g++ to run on this processor, and there is none on PATH; install it")
     work = Path(tempfile.mkdtemp(dir=made.parent))
     try:
         for path, text in texts.items():
