@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from dsv4.engine.guard.bits import raw
 from dsv4.kernels.compiler import FOLDER, INCLUDE
 from dsv4.kernels.decode_layers.cases import chain
 from tools.emulate.build import CompileError, library, library_of
@@ -61,10 +62,6 @@ extern "C" int dsv4_wrong(int how, cudaStream_t stream) { return launch(wrong, 1
 """
 
 
-def bytes_of(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
 @functools.cache
 def left(name: str, seed: int) -> dict[str, torch.Tensor]:
     program, grid = PROGRAMS[name]
@@ -72,7 +69,7 @@ def left(name: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def unequal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name, x in expected.items() if not torch.equal(bytes_of(found[name]), bytes_of(x))]
+    return [name for name, x in expected.items() if not torch.equal(raw(found[name]), raw(x))]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -113,11 +113,11 @@ JOINED = {  # whether C lets the next phase begin without a meeting, by what it 
 
 class Filled:
     """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes.
-    `cuts`: of each LINEAR.
+    `cuts`: of each LINEAR; `shared`: where each ROUTE leaves what the shared expert makes.
     """
 
     def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096)):
-        self.calls, self.cuts = [], []
+        self.calls, self.cuts, self.shared = [], [], []
 
         def call(kernel, device, *given):
             values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
@@ -131,6 +131,8 @@ class Filled:
                 (ctypes.c_int * 2).from_address(values[0])[:] = KINDS.index(kernel.part), joined
             if kernel.part == "linear":
                 self.cuts.append([*(ctypes.c_uint16 * (values[4] + 1)).from_address(values[3])])
+            if kernel.part == "route":
+                self.shared.append(describe._Part.from_address(values[12]).out)
             self.calls.append((kernel.part, values))
 
         class Fake(describe.Kernel):
@@ -198,7 +200,7 @@ def test_tables_of_a_program(monkeypatch, rows, padding, grid):
     assert [ranks[i + 1] for i, found in enumerate(ranks) if found in (("linear", 1), ("experts", 1))] == [
         ("seam", 1)
     ] * 3
-    calls = iter(filled.calls[1:])
+    calls, shared = iter(filled.calls[1:]), iter(filled.shared)
     for phase in phases:
         name, values = next(calls)
         if isinstance(phase, Linear):
@@ -208,7 +210,7 @@ def test_tables_of_a_program(monkeypatch, rows, padding, grid):
             cuts = describe.shared_run(phase, grid).cuts
             assert name == "route" and values[-8:-6] == [rows, 8] and cuts[0] == 0 and cuts[grid - 1 :] == (32, 32)
             name, more = next(calls)
-            assert name == "experts" and values[-1] == more[-1] == tables.work_bytes
+            assert name == "experts" and more[1] == next(shared) and values[-1] == more[-1] == tables.work_bytes
     read = np.frombuffer(tables.segments.numpy().tobytes(), dtype=[("from", "<u8"), ("bytes", "<i4"), ("chunk", "<i4")])
     operands = [p.operand for phase in small.phases if isinstance(phase, Linear) for p in phase.products]
     operands += [phase.shared_w2 for phase in small.phases if isinstance(phase, Experts)]

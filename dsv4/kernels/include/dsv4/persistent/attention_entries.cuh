@@ -10,7 +10,7 @@ static_assert(few::THREADS == THREADS && few::SPLITS == GROUP, "one way to share
 
 constexpr int TILES = 5, STAGE = TILES * attention::TILE;
 
-// What a block begins with, by the phase's turn: a unit, and the number of the last turn of its group.
+// What a block begins with, by the phase's turn: a unit, and the number of its group's last turn, as it counts them.
 struct First {
     int unit, token;  // of the token; those of no unit where there is none
     uint32_t turn;
