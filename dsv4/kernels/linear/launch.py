@@ -16,7 +16,9 @@ from dsv4.errors import KernelError
 from dsv4.kernels import tiles
 from dsv4.kernels.launch import device_sizes
 from dsv4.kernels.linear.schedule import (
+    CONVERTED,
     DENSE,
+    OWN,
     ROUND,
     SLICE_BLOCKS,
     SLICE_BYTES,
@@ -177,11 +179,12 @@ class Launcher:
     def _launch(self, how: Plan, tokens: int) -> None:
         cuts = (ctypes.c_uint32 * len(how.cuts))(*how.cuts)
         scratch = None
-        if tokens > FEW_TOKENS:  # of each token and slice: sums, or what is staged and what undoes its scaling
-            staged = (1 + max(row.input for row in self.table)) * (SLICE_BYTES // 4 + 1)
-            each = self.tiles * tiles.ROWS if how.mode == SPLIT else staged
-            size = -(-self.blocks // SLICE_BLOCKS) * padded_tokens(tokens) * each
-            scratch = torch.empty(size, dtype=torch.float32, device=self.device)
+        slices, inputs = -(-self.blocks // SLICE_BLOCKS), 1 + max(row.input for row in self.table)
+        all_here = how.mode == OWN and tokens <= CONVERTED and inputs == 1 and how.window == slices
+        if tokens > FEW_TOKENS and not all_here:
+            # of each token and slice sums, or what is staged and what undoes its scaling
+            each = self.tiles * tiles.ROWS if how.mode == SPLIT else inputs * (SLICE_BYTES // 4 + 1)
+            scratch = torch.empty(slices * padded_tokens(tokens) * each, dtype=torch.float32, device=self.device)
         _KERNEL(
             self.device,
             ctypes.addressof(self.table),

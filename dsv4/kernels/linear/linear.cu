@@ -5,7 +5,7 @@
 // staged once per block (or per slice, where they are many): scaled FP16 for NVFP4 and FP8 weights, BF16 for BF16
 // weights. Three ways of spreading tiles (16 rows x K) and their slices:
 //   OWN    many tiles: a warp takes whole tiles and keeps the sum of the slices in registers; of more than eight tokens, a
-//          kernel in front makes what all blocks stage
+//          kernel in front makes what all blocks stage, but of up to sixteen with few columns
 //   MEET   few tiles, up to eight tokens: a cluster takes whole tiles, its blocks and their warps the slices; sums meet
 //          in shared memory
 //   SPLIT  few tiles, more tokens: blocks take slices; sums meet in `partials`, and a second kernel adds them up: whoever
@@ -35,12 +35,17 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
     let_next_start();
     const int used = (task.tokens + 7) / 8, at = blockIdx.x * SUM_THREADS + threadIdx.x;
     const int lane = at % 32, n = at / 32 % used, tile = at / 32 / used, token = 8 * n + lane % 4 * 2;
-    wait_for_previous();
-    if (tile >= task.parts.tiles) return;
+    const Part& part = part_of(task.parts, min(tile, task.parts.tiles - 1));
+    const int row = (tile - part.first_tile) * TILE_ROWS, slices = token < task.tokens ? task.slices : 0;
     const float4* from = reinterpret_cast<const float4*>(task.partials);
     from += (static_cast<int64_t>(tile) * task.slices * groups + n) * 32 + lane;
+    const bool whole = whole_rows(part, row);
+    // all that is known before the turn comes: each argument is far away when it is first asked for
+    asm volatile("" ::"l"(from), "r"(slices), "r"(row), "r"(static_cast<int>(whole)), "l"(part.out), "l"(part.out_stride),
+                 "l"(part.row_scale), "f"(part.alpha));
+    wait_for_previous();
+    if (tile >= task.parts.tiles) return;
     float sum[4] = {};
-    const int slices = token < task.tokens ? task.slices : 0;
     for (int first = 0; first < slices; first += SUM_AHEAD) {
         float4 v[SUM_AHEAD];
 #pragma unroll
@@ -51,9 +56,7 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
             if (first + i < slices) sum[0] += v[i].x, sum[1] += v[i].y, sum[2] += v[i].z, sum[3] += v[i].w;
     }
     __syncwarp();
-    const Part& part = part_of(task.parts, tile);
-    const int row = (tile - part.first_tile) * TILE_ROWS;
-    if (whole_rows(part, row)) {
+    if (whole) {
         put_eight(part, row, 8 * n, task.tokens, sum);
         return;
     }
@@ -68,9 +71,9 @@ cudaError_t run(const Many& task, int grid, size_t shared_bytes, cudaStream_t st
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
-    if (!SPLIT) {
+    if (!SPLIT && task.staged != nullptr) {
         const int64_t rows = static_cast<int64_t>(task.inputs) * task.slices * task.tokens;
-        error = launch_dependent(stage_tokens<NT>, (rows + MANY_WARPS - 1) / MANY_WARPS, 1, MANY_THREADS, 0, stream, task);
+        error = launch_dependent(stage_tokens<NT>, (rows + STAGE_WARPS - 1) / STAGE_WARPS, 1, STAGE_WARPS * 32, 0, stream, task);
         if (error != cudaSuccess) return error;
     }
     error = launch_dependent(kernel, grid, 1, MANY_THREADS, shared_bytes, stream, task);
@@ -129,8 +132,8 @@ __global__ void __launch_bounds__(256) round_kernel(const __grid_constant__ Part
 }  // namespace
 
 // parts: `count` structures in host memory; cuts [grid / ranks + 1] in host memory, copied into the launch. scratch: sums
-// for ROUND; of more than eight tokens, what the kernels of a launch hand on (Many), aligned to 16. ranks, height, cold: of
-// the kernel for few tokens.
+// for ROUND; of more than eight tokens, what the kernels of a launch hand on (Many), aligned to 16, or null. ranks, height,
+// cold: of the kernel for few tokens.
 extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32_t* cuts, int grid, float* scratch,
                            int tokens, int columns, int mode, int window, int batch, int stages,
                            int ranks, int height, int cold, int shared_bytes, cudaStream_t stream) {
@@ -169,5 +172,7 @@ extern "C" int dsv4_linear(const Part* parts, int count, int tiles, const uint32
     auto go = tokens <= 16   ? (mode == OWN ? run<2, false> : run<2, true>)
               : tokens <= 32 ? (mode == OWN ? run<4, false> : run<4, true>)
                              : (mode == OWN ? run<8, false> : run<8, true>);
-    return mode == MEET || window < 1 || window > slices ? cudaErrorInvalidValue : go(task, grid, shared_bytes, stream);
+    const bool all_here = mode == OWN && tokens <= CONVERTED && task.inputs == 1 && window == slices;
+    if (mode == MEET || window < 1 || window > slices || (scratch == nullptr && !all_here)) return cudaErrorInvalidValue;
+    return go(task, grid, shared_bytes, stream);
 }

@@ -18,6 +18,7 @@ OWN, MEET, SPLIT, DENSE, ROUND = 0, 1, 2, 3, 4  # Mode in linear.cu
 WARPS, CHUNK, SLICE_BLOCKS, SLICE_BYTES = 16, 2304, 8, 1024  # constants of include/dsv4/linear.cuh; a slice of a token
 TOGETHER = 4  #: warps that multiply together, each a tile: constant of include/dsv4/linear_many.cuh
 TOKENS = 64  #: at most, in one launch
+CONVERTED = 16  #: at most, that blocks with whole tiles convert: constant of include/dsv4/linear_many.cuh
 _MAX_STAGES = 5  # of the rings
 _REQUESTS_BYTES = 56  # of each warp (ManyRequests in linear_many.cuh)
 _ALIGNMENT = 1 << 10

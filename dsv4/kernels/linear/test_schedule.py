@@ -12,6 +12,7 @@ from dsv4.kernels.linear.schedule import MEET, OWN, SPLIT, plan, tokens_at_once
 from dsv4.kernels.linear.schedule_few import FEW_TOKENS, plan_few
 from dsv4.kernels.linear.test_linear import weights_of
 from dsv4.kernels.linear.tiled import TiledRows, tiled, tiled_groups
+from dsv4.kernels.loader import noted
 from dsv4.quant.weights import FP8Weight, MXFP4Weight, PlainWeight
 
 H200, RTX = (132, 231424), (188, 100352)  # processors, bytes of shared memory for a block
@@ -118,6 +119,22 @@ def test_equal_inputs_are_staged_once_for_each_form():
     inputs = [x[:, :64], x[:, :64], x[:, :64], x[:, 64:], x[:, :64]]
     launcher._point(slice(3, 20), inputs, [None] * 5, [torch.empty(20, 16)] * 5)
     assert [row.input for row in launcher.table] == [0, 0, 1, 2, 1]
+
+
+def test_a_kernel_in_front_stages_tokens_but_few_of_few_columns():
+    x = torch.zeros(64, 96, dtype=torch.bfloat16)
+
+    def scratch(tokens, *formats):
+        launcher = Launcher([tiled(weights_of(40, 96)[format]) for format in formats])
+        how = plan(launcher.shapes, launcher.blocks, tokens, *H200)
+        launcher._point(slice(tokens), [x] * len(formats), [None] * len(formats), [torch.empty(64, 40)] * len(formats))
+        with noted() as launches:
+            launcher._launch(how, tokens)
+        assert how.mode == OWN and how.window == 1
+        return launches[0].arguments[5]
+
+    assert scratch(9, "nvfp4") is None and scratch(16, "nvfp4", "fp8") is None
+    assert len(scratch(17, "nvfp4")) == 32 * 257 and len(scratch(16, "nvfp4", "bf16")) == 2 * 16 * 257
 
 
 def test_a_gpu_without_room_is_refused():

@@ -3,8 +3,12 @@
 //
 // Slices of the tokens lie in shared memory in the order of wide_product.cuh, scaled FP16 (BF16 for BF16 weights).
 //   OWN    a block needs every slice once per 16 tiles: `stage_tokens` has converted them once for all blocks, the copy
-//          engine brings them one by one, and no warp waits for another but where the room for the next is not free
+//          engine brings them one by one, and no warp waits for another but where the room for the next is not free. Of
+//          few slices and tokens a block converts all of them itself, and keeps them
 //   SPLIT  a block needs one slice or two: it converts them itself, the next one while one is multiplied if there is room
+//
+// Tokens come behind what was asked for before them, and nothing is multiplied without them. So a warp asks for one stage
+// of its ring while it waits for its turn, then for its tokens, then for the other stages.
 #pragma once
 #include <dsv4/dependent.cuh>
 #include <dsv4/linear.cuh>
@@ -13,6 +17,8 @@
 namespace dsv4::linear {
 
 constexpr int MANY_WARPS = 16, MANY_THREADS = MANY_WARPS * 32, TOGETHER = 4, GROUPS = MANY_WARPS / TOGETHER;
+constexpr int STAGE_WARPS = 4;  // of a block that stages
+constexpr int CONVERTED = 16;  // tokens, at most, that blocks with whole tiles convert themselves, if all slices have room
 constexpr int MEET_FROM = 4;  // tiles of eight tokens from which on warps multiply together: with fewer, alone is faster
 // Of blocks, that a warp has unpacked at a time when warps multiply together: of 64 tokens no more have room in registers.
 template <int NT>
@@ -22,7 +28,8 @@ struct Many {
     Parts parts;
     uint32_t cuts[MAX_GRID + 1];  // block b takes the units cuts[b] .. cuts[b + 1]: tiles; SPLIT: slice * tiles + tile
     float* partials;              // SPLIT: [tile][slice][NT][lane][4], accumulators as they are
-    uint8_t* staged;              // OWN: [inputs][slices] as in shared memory, then what undoes their scaling [8 NT] each
+    uint8_t* staged;              // OWN: [inputs][slices] as in shared memory, then what undoes their scaling [8 NT] each.
+                                  // Null: there is one input, whose slices have room in the window, and blocks convert them
     int tokens, columns, blocks, slices;
     int inputs;  // OWN: of `staged`; Part::input says which is whose
     int window;  // slices of the tokens that shared memory has room for, no more than there are
@@ -70,7 +77,7 @@ struct ManyRequests {
     Passes<SPLIT> rest;
     Pass pass = {};
     int item;
-    int left = 0, chunk = 0;  // bytes
+    int left = 0, chunk = 0;  // bytes; left: of the tile, -1 when nothing is left at all
     const uint8_t* from = nullptr;
 
     __device__ __forceinline__ ManyRequests(const Many& task, int warp) : rest(task), item(warp / TOGETHER) {}
@@ -79,7 +86,10 @@ struct ManyRequests {
         int own;  // the warp's tile of an item
         do {
             for (int items; item >= (items = items_of(pass));) {
-                if (!rest.next(task, pass)) return false;
+                if (!rest.next(task, pass)) {
+                    left = -1;
+                    return false;
+                }
                 item = SPLIT ? item - items : warp / TOGETHER;
             }
             own = item * TOGETHER + warp % TOGETHER;
@@ -93,7 +103,7 @@ struct ManyRequests {
         return true;
     }
     __device__ __forceinline__ void request(const Many& task, int warp, uint32_t to, uint32_t full) {
-        if (left == 0 && !open(task, warp)) return;
+        if (left <= 0 && (left < 0 || !open(task, warp))) return;
         const int bytes = min(left, chunk);
         bulk_load(to, from, bytes, full);
         from += bytes, left -= bytes;
@@ -108,18 +118,22 @@ constexpr int SLICE_ROOM = NT * SLICE_BLOCKS * 1024;  // bytes of a slice of the
 // OWN: the slices of the tokens for all blocks. A warp per row of a slice; its lane 4 s + t holds the columns 16 t .. 16 t
 // + 15 of step s, whose pairs are the words t of the eight pieces there.
 template <int NT>
-__global__ void __launch_bounds__(MANY_THREADS) stage_tokens(const __grid_constant__ Many task) {
-    take_turn();
-    const int lane = threadIdx.x % 32, at = blockIdx.x * MANY_WARPS + threadIdx.x / 32;
+__global__ void __launch_bounds__(STAGE_WARPS * 32) stage_tokens(const __grid_constant__ Many task) {
+    let_next_start();
+    const int lane = threadIdx.x % 32, at = blockIdx.x * STAGE_WARPS + threadIdx.x / 32;
     const int token = at % task.tokens, place = at / task.tokens, input = place / task.slices;
-    if (input >= task.inputs) return;
+    if (input >= task.inputs) return wait_for_previous();
     int which = 0;
     while (task.parts.part[which].input != input) ++which;
     const Part& part = task.parts.part[which];
     const int column = (place - input * task.slices) * SLICE + lane * 16;
+    const bf16* const from = part.x + token * part.x_stride + column;
+    const bool wide = part.x_wide, plain = part.format == PLAIN;
+    asm volatile("" ::"l"(from), "r"(static_cast<int>(wide)), "r"(static_cast<int>(plain)));  // before the turn comes
+    wait_for_previous();
     uint32_t pairs[8];
-    load_columns(pairs, part.x + token * part.x_stride + column, task.columns - column, part.x_wide);
-    const float back = part.format == PLAIN ? 1.0f : scale_to_f16(pairs);
+    load_columns(pairs, from, task.columns - column, wide);
+    const float back = plain ? 1.0f : scale_to_f16(pairs);
     uint8_t* const step = task.staged + place * static_cast<int64_t>(SLICE_ROOM<NT>) + lane / 4 * NT * 1024;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
@@ -363,15 +377,29 @@ __device__ __forceinline__ void put_many(const Part& part, int row, int tokens, 
 }
 
 // OWN: whole tiles, 16 at a time, all slices of each.
-template <int NT, typename Refill>
-__device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& staged, const float* undo, Ring<1>& ring,
-                                            Refill&& refill) {
+template <int NT, typename Refill, typename Fill, typename Turn>
+__device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& staged, uint8_t* x, float* undo,
+                                            Ring<1>& ring, Refill&& refill, Fill&& fill, Turn&& turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Passes<false> rest(task);
-    Pass pass, then;
+    Pass pass = {}, then;
     bool more = rest.next(task, pass);
-    if (threadIdx.x == 0)
-        for (int i = 0; i < task.window; ++i) staged.ask(task, pass.part, i, i);
+    const bool all_here = 8 * NT == CONVERTED && task.staged == nullptr;
+    const Part& own = task.parts.part[pass.part];
+    asm volatile("" ::"l"(own.x), "l"(own.x_stride), "r"(own.x_wide), "r"(own.input), "r"(task.inputs), "l"(task.staged));
+    turn();  // arguments are far away when they are first asked for: these are at hand
+    if (all_here) {
+        const Part& part = task.parts.part[0];
+        for (int i = 0; i < task.slices; ++i) ask_tokens<NT>(task, part, i, x + i * SLICE_ROOM<NT>);
+        fill();
+        for (int i = 0; i < task.slices; ++i)
+            convert_tokens<NT>(task, part.format == PLAIN, x + i * SLICE_ROOM<NT>, undo + i * 8 * NT);
+        __syncthreads();
+    } else {
+        if (threadIdx.x == 0)
+            for (int i = 0; i < task.window; ++i) staged.ask(task, pass.part, i, i);
+        fill();
+    }
     int place = 0;
     uint32_t parity = 0;
     while (more) {
@@ -384,7 +412,7 @@ __device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& 
         for (int slice = 0; slice < task.slices; ++slice) {
             const int count = min(task.blocks - slice * SLICE_BLOCKS, SLICE_BLOCKS);
             float sum[1][NT][4] = {};
-            barrier_wait(staged.full + place * 8, parity);
+            if (!all_here) barrier_wait(staged.full + place * 8, parity);
             __syncwarp();
             many_product<NT>(sum, part, tile, slice, count, staged.data + place * SLICE_ROOM<NT>, live, ring, refill);
             undo_many<NT>(sum[0], part.format, undo + place * 8 * NT);
@@ -393,7 +421,7 @@ __device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) total[n][i] += sum[0][n][i];
             __syncwarp();
-            if (lane == 0 && staged.leave(place)) {
+            if (!all_here && lane == 0 && staged.leave(place)) {
                 const int ahead = slice + task.window;  // of all that are still to come
                 if (ahead < task.slices) staged.ask(task, pass.part, ahead, place);
                 else if (more) staged.ask(task, then.part, ahead - task.slices, place);
@@ -406,14 +434,22 @@ __device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& 
 }
 
 // SPLIT: slices of tiles, whose sums go to `partials`.
-template <int NT, typename Refill>
-__device__ __forceinline__ void single_slices(const Many& task, uint8_t* x, float* undo, Ring<1>& ring, Refill&& refill) {
+template <int NT, typename Refill, typename Fill>
+__device__ __forceinline__ void single_slices(const Many& task, uint8_t* x, float* undo, Ring<1>& ring, Refill&& refill,
+                                              Fill&& fill) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     Passes<true> rest(task);
     Pass pass, then;
     Tokens held, before;  // at `place`; where there is room for two, at the other
     int place = 0, item = warp / TOGETHER;
     bool more = rest.next(task, pass);
+    if (more) {
+        held = {pass.part, pass.slice};
+        ask_tokens<NT>(task, task.parts.part[pass.part], pass.slice, x);
+        fill();
+        convert_tokens<NT>(task, task.parts.part[pass.part].format == PLAIN, x, undo);
+        __syncthreads();
+    }
     while (more) {
         const Tokens wanted = {pass.part, pass.slice};
         if (!wanted.same(task, held)) {
@@ -480,23 +516,37 @@ __global__ void __launch_bounds__(MANY_THREADS, 1) linear_many(const __grid_cons
     const Staged<NT> staged = {shared_address(x), shared_address(slices), shared_address(undo), shared_address(done)};
     if (!SPLIT && threadIdx.x == 0)
         for (int i = 0; i < task.window; ++i) barrier_init(staged.full + i * 8, 1), done[i] = 0;
-    if (lane == 0) {
-        *requests = ManyRequests<SPLIT>(task, warp);
-        for (int i = 0; i < ring.stages; ++i) barrier_init(ring.full + i * 8, 1);
+    ManyRequests<SPLIT> first(task, warp);  // in registers until the ring is full
+    if (lane < ring.stages) {
+        barrier_init(ring.full + lane * 8, 1);
         barriers_ready();
-        for (int i = 0; i < ring.stages; ++i) requests->request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
     }
+    __syncwarp();
+    if (lane == 0) first.request(task, warp, ring.data, ring.full);
     if (SPLIT) __syncwarp();
     else __syncthreads();  // the slices' barriers are there
-    wait_for_previous();
-    let_next_start();
+    const auto turn = [] {
+        wait_for_previous();
+        let_next_start();
+    };
     const auto refill = [&](Ring<1>& r) {
         __syncwarp();  // every lane has read the stage
         if (lane == 0) requests->request(task, warp, r.data + r.at * CHUNK, r.full + r.at * 8);
         r.advance();
     };
-    if constexpr (SPLIT) single_slices<NT>(task, x, undo, ring, refill);
-    else whole_tiles<NT>(task, staged, undo, ring, refill);
+    const auto fill = [&] {  // once, behind what the first tokens were asked for
+        if (lane == 0) {
+            for (int i = 1; i < ring.stages; ++i)
+                first.request(task, warp, ring.data + i * CHUNK, ring.full + i * 8);
+            *requests = first;
+        }
+    };
+    if constexpr (SPLIT) {
+        turn();
+        single_slices<NT>(task, x, undo, ring, refill, fill);
+    } else {
+        whole_tiles<NT>(task, staged, x, undo, ring, refill, fill, turn);
+    }
 }
 
 }  // namespace dsv4::linear
