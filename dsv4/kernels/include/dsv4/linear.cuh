@@ -119,11 +119,6 @@ __device__ __forceinline__ int lane_columns(int tokens, int stride) {
     return min(lane / 4, tokens - 1) * stride + lane % 4 * 32;
 }
 
-// A lane's part of a block of NVFP4: its codes begin at `codes`, its scales are at `scales`.
-__device__ __forceinline__ w4::Lane nvfp4_lane(const uint8_t* codes, const uint8_t* scales) {
-    return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint16_t*>(scales)};
-}
-
 // A of a block's four products, of what the lane has of it. NVFP4: x 2^-14; FP8: before its block scale.
 __device__ __forceinline__ void nvfp4_operands(uint32_t (&a)[4][4], const w4::Lane& part) {
     const uint32_t words[4] = {part.codes.x, part.codes.y, part.codes.z, part.codes.w};
@@ -173,7 +168,7 @@ __device__ __forceinline__ void nvfp4_block(float (&sum)[TILES][4], const uint8_
                                             const uint8_t* x) {
     uint32_t a[TILES][4][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], nvfp4_lane(codes + i * CHUNK, scales + i * CHUNK));
+    for (int i = 0; i < TILES; ++i) nvfp4_operands(a[i], w4::load(codes + i * CHUNK, scales + i * CHUNK));
     block_product<NVFP4>(sum, a, x);
 }
 

@@ -35,12 +35,14 @@ struct Lane {
     uint16_t scales;  // E4M3 of row g (low byte) and row g + 8
 };
 
-__device__ __forceinline__ Lane load(const uint8_t* block, int lane) {
+// Of the codes and scales of all lanes; or of those from the lane's own on, where the lane has been added to both.
+__device__ __forceinline__ Lane load(const uint8_t* codes, const uint8_t* scales, int lane = 0) {
     Lane part;
-    part.codes = reinterpret_cast<const uint4*>(block)[lane];
-    part.scales = reinterpret_cast<const uint16_t*>(block + CODE_BYTES)[lane];
+    part.codes = reinterpret_cast<const uint4*>(codes)[lane];
+    part.scales = reinterpret_cast<const uint16_t*>(scales)[lane];
     return part;
 }
+__device__ __forceinline__ Lane load(const uint8_t* block, int lane) { return load(block, block + CODE_BYTES, lane); }
 
 // The scales of rows g and g + 8, each in both halves: said in such a way that no instruction is needed.
 __device__ __forceinline__ void scales(uint16_t bytes, uint32_t& row_g, uint32_t& row_g8) {

@@ -162,8 +162,8 @@ __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& 
     const uint8_t *const codes = stream.byte(lane * 16), *const scales = stream.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k)
-        linear::nvfp4_operands(ahead.a[k][0], linear::nvfp4_lane(codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES));
-    ahead.last = linear::nvfp4_lane(codes + EARLY_BLOCKS * w4::BLOCK_BYTES, scales + EARLY_BLOCKS * w4::BLOCK_BYTES);
+        linear::nvfp4_operands(ahead.a[k][0], w4::load(codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES));
+    ahead.last = w4::load(codes + EARLY_BLOCKS * w4::BLOCK_BYTES, scales + EARLY_BLOCKS * w4::BLOCK_BYTES);
     next_chunk(stream);
 }
 
