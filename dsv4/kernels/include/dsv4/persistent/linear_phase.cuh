@@ -144,13 +144,6 @@ __device__ __forceinline__ void look_at_tokens(Ahead& ahead) {
     load_columns(ahead.columns, ahead.x, ahead.x != nullptr);
 }
 
-// Every lane has read the chunk at hand: another one is asked for in its place.
-__device__ __forceinline__ void next_chunk(Stream& stream) {
-    if (stream.replace()) return;
-    stream.release();
-    stream.fill();
-}
-
 __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const LinearUnit& unit = ahead.unit;
@@ -164,7 +157,7 @@ __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& 
     for (int k = 0; k < EARLY_BLOCKS; ++k)
         linear::nvfp4_operands(ahead.a[k][0], w4::load(codes + k * w4::BLOCK_BYTES, scales + k * w4::BLOCK_BYTES));
     ahead.last = w4::load(codes + EARLY_BLOCKS * w4::BLOCK_BYTES, scales + EARLY_BLOCKS * w4::BLOCK_BYTES);
-    next_chunk(stream);
+    if (!stream.replace()) stream.release();
 }
 
 // sum += the first chunk of the unit, which `ahead` has.
@@ -282,12 +275,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         while (true) {
             linear::slice_product(
                 sum, format, 1, unit.blocks(unit.slice, blocks) - begun, mine + unit.slice * 1024 + begun * 128, lane,
-                stream, which, [](Stream& s) { return s.replace(); },
-                [](Stream& s) {
-                    s.release();
-                    s.fill();
-                },
-                least);
+                stream, which, [](Stream& s) { return s.replace(); }, [](Stream& s) { s.release(); }, least);
             begun = 0;
             linear::undo_scaling(sum, scale, reinterpret_cast<const float*>(memory() + (back + unit.slice * TOKENS * 4)));
 #pragma unroll

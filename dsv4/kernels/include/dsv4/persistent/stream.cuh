@@ -130,26 +130,23 @@ struct Stream {
             : "+r"(head), "+r"(parity)
             : "r"(stages));
     }
-    // Every lane has read it; its place is free.
-    __device__ __forceinline__ void release() {
-        __syncwarp();
-        --held;
-        advance();
-    }
-    // The same, and asks for another one in its place: as long as it is known what comes next, all stages are asked for.
-    // known(): opens a segment as `more` of fill() does, but may leave to that what takes long. If nothing is known, false,
-    // and the chunk has still to be released. Before, all stages have been filled, as far as that was possible.
-    template <typename Known>
-    __device__ __forceinline__ bool replace(Known&& known) {
+    // Every lane has read it, and another one is asked for in its place; or false, and the chunk has still to be released:
+    // nothing is known to come next, or it takes longer to open. Before, all stages have been filled, as far as that was
+    // possible.
+    __device__ __forceinline__ bool replace() {
         __syncwarp();
         const bool one = elected();
-        if (left == 0 && !known()) return false;
+        if (left == 0 && !open_quickly()) return false;
         ask(head, one);
         advance();
         return true;
     }
-    __device__ __forceinline__ bool replace() {
-        return replace([&] { return open_quickly(); });
+    // Every lane has read it: its place is free, and is asked for as soon as it is known what comes next.
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        --held;
+        advance();
+        fill();
     }
 };
 
