@@ -130,9 +130,9 @@ struct Stream {
             : "+r"(head), "+r"(parity)
             : "r"(stages));
     }
-    // Every lane has read it, and another one is asked for in its place; or false, and the chunk has still to be released:
-    // nothing is known to come next, or it takes longer to open. Before, all stages have been filled, as far as that was
-    // possible.
+    // Every lane has read it, and another one is asked for in its place; or false, and the chunk has still to be
+    // released: nothing is known to come next, or it takes longer to open. Before, all stages have been filled, as far
+    // as that was possible.
     __device__ __forceinline__ bool replace() {
         __syncwarp();
         const bool one = elected();
