@@ -102,10 +102,7 @@ struct Block {
 
     // The row number at slot 0 .. STAGE-1 of a stage, -1 for none.
     __device__ int row_at(int stage, int slot) const {
-        int position = stage * STAGE + slot;
-        const Source& from = source(stage, slot / TILE);
-        if (position >= a.local_positions) position -= a.local_positions;
-        return position < from.width ? static_cast<int>(from.rows[token * from.row_stride + position]) : -1;
+        return a.row_at(token, stage * STAGE + slot);
     }
 
     // Rows of stage 0, and how many stages there are up to the last entry.

@@ -39,6 +39,19 @@ struct Arguments {
     float scale, eps;
 
     __host__ __device__ int positions() const { return local_positions + pool.width; }
+
+    // Where the row number at a position of a token stands; null for none.
+    __device__ __forceinline__ const int64_t* place_of(int64_t token, int position) const {
+        const bool in_window = position < local_positions;
+        const Source& from = in_window ? local : pool;
+        const int at = position - (in_window ? 0 : local_positions);
+        return at < from.width ? from.rows + token * from.row_stride + at : nullptr;
+    }
+    // The row number itself; -1 for none.
+    __device__ __forceinline__ int row_at(int64_t token, int position) const {
+        const int64_t* place = place_of(token, position);
+        return place != nullptr ? static_cast<int>(*place) : -1;
+    }
 };
 
 // Out of what the launcher is called with; groups is left to others.

@@ -74,24 +74,12 @@ struct Entries {
         return min(a.local_positions / (GROUP * attention::TILE), TILES);
     }
 
-    // Where the row number at a position is; null for none.
-    __device__ __forceinline__ const int64_t* place_of(int position) const {
-        const bool local = position < a.local_positions;
-        const attention::Source& from = local ? a.local : a.pool;
-        const int at = position - (local ? 0 : a.local_positions);
-        return at < from.width ? from.rows + token * from.row_stride + at : nullptr;
-    }
-    __device__ __forceinline__ int row_at(int position) const {
-        const int64_t* place = place_of(position);
-        return place != nullptr ? static_cast<int>(*place) : -1;
-    }
-
     // Finds those of stage 0; there for all after a barrier.
     __device__ __forceinline__ void find_places() const {
         const int slot = threadIdx.x;
         if (slot == 0) s.none = -1;
         if (slot >= WORDS * 32) return;
-        const int64_t* place = slot < STAGE ? place_of(position_of(slot)) : nullptr;
+        const int64_t* place = slot < STAGE ? a.place_of(token, position_of(slot)) : nullptr;
         s.places[slot] = place != nullptr ? place : &s.none;
     }
 
@@ -104,7 +92,7 @@ struct Entries {
             const int slot = c * 32 + lane;
             if (known) rows[c] = s.rows[slot];
             else if (FOUND) rows[c] = static_cast<int>(*s.places[slot]);
-            else rows[c] = slot < STAGE ? row_at(position_of(stage * STAGE + slot)) : -1;
+            else rows[c] = slot < STAGE ? a.row_at(token, position_of(stage * STAGE + slot)) : -1;
         }
     }
 
@@ -133,7 +121,7 @@ struct Entries {
         int last = 0;
 #pragma unroll 1
         for (int i = STAGE + warp * 32 + lane, position; (position = position_of(i)) < a.positions(); i += THREADS)
-            if (row_at(position) >= 0) last = i;
+            if (a.row_at(token, position) >= 0) last = i;
         last = __reduce_max_sync(attention::ALL, last);
         if (lane == 0) s.last[warp] = last;
     }
