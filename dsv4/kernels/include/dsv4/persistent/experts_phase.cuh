@@ -283,9 +283,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
     moe::Staging<1> tokens(a.first.x, a.first.x_row, rows_of<ONE>(a.tokens), a.first.columns, a.first.blocks);
     tokens.load(warp);  // on their way in front of the weights
-    const bool tells = a.peers.size > 0 && thread < rows_of<ONE>(a.tokens);
-    uint32_t turn_of_row = 0;
-    if (tells) turn_of_row = a.peers.turn_of(thread);
+    const RowNumbers numbers(a.peers, rows_of<ONE>(a.tokens));
     const int4 head = *reinterpret_cast<const int4*>(&plan);  // groups, pairs, each, more
     const uint32_t low = plan.group[lane], high = plan.group[lane + 32];
     stream.pass();  // what the list says of these weights
@@ -302,7 +300,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     int done = 0;
     uint32_t added = 0;
     tokens.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
-    if (tells) position().numbers[thread] = turn_of_row;
+    numbers.put();
     __syncthreads();
     Pass pass = {false, 0, w.begin, 0, 0, a.parked[0]};
     feed.fill(stream.stages);

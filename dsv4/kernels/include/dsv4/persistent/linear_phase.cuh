@@ -133,7 +133,7 @@ template <bool ONE>
 __device__ __forceinline__ void linear_ahead(int turn) {
     const Linear& a = payload<Linear>(turn);
     const int at = threadIdx.x * 16;
-    number_rows(a.peers, rows_of<ONE>(a.tokens));
+    RowNumbers(a.peers, rows_of<ONE>(a.tokens)).put();
     if (a.norm == nullptr) return;
     for (int i = at; i < a.columns * 4; i += THREADS * 16)
         start_copy16(shared_address(memory()) + WORK_AT + a.norm_at + i, reinterpret_cast<const uint8_t*>(a.norm) + i);

@@ -10,11 +10,20 @@ __device__ __forceinline__ void wait_until(const unsigned* counter, unsigned tar
     while (static_cast<int>(exchange::arrived(counter) - target) < 0) {}
 }
 
-// In which turn of theirs a phase tells its rows to the ranks.
-__device__ __forceinline__ void number_rows(const mhc::Peers& peers, int tokens) {
+// In which turn of theirs a phase tells its rows to the ranks: asked for, a row by a thread, and put where all find it.
+struct RowNumbers {
     const int token = threadIdx.x;
-    if (peers.size > 0 && token < tokens) position().numbers[token] = peers.turn_of(token);
-}
+    const bool tells;
+    uint32_t turn = 0;
+
+    __device__ __forceinline__ RowNumbers(const mhc::Peers& peers, int tokens)
+        : tells(peers.size > 0 && token < tokens) {
+        if (tells) turn = peers.turn_of(token);
+    }
+    __device__ __forceinline__ void put() const {
+        if (tells) position().numbers[token] = turn;
+    }
+};
 
 constexpr int SPEAKER = THREADS - 32;  // the thread that comes and waits for its block: of a warp that is rarely busy then
 
