@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(SELECT_THREADS, 2) index_select(const __grid_c
          s.selection.bins + index::BINS);
     const index::Share<SELECT_THREADS> share(index::pages_of(a, t) + (range.count ? range.first / PAGE : 0), range.count, 0,
                                              1, reinterpret_cast<const uint64_t*>(kept));
-    index::Search search = {};
-    search.left = a.topk;
+    index::Search search(a.topk);
 #pragma unroll 1
     for (int digit = 1; digit >= 0; --digit) {
         uint32_t* bins = s.selection.bins + digit * index::BINS;

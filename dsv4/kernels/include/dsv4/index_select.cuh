@@ -102,30 +102,28 @@ __device__ __forceinline__ void count_digit(uint32_t* bins, const Share<THREADS>
     });
 }
 
-// The topk-th largest of more keys, and how many that equal it are taken. The bins are empty.
+// What is chosen: keys above `edge` and the first `left` that equal it; and how many are above it and equal to it in
+// front of this block's keys. Until all digits of the edge are known: of the keys that begin with those, `left` are.
+struct Search {
+    uint32_t edge = 0, left, higher = 0, same = 0;
+
+    __device__ __forceinline__ explicit Search(uint32_t topk) : left(topk) {}
+    __device__ __forceinline__ void take(const Digit& next) { edge = edge << DIGIT_BITS | next.bin, left = next.left; }
+};
+
+// Finds the topk-th largest of more keys. The bins are empty.
 template <int THREADS>
-__device__ __forceinline__ uint32_t threshold(Selection<THREADS>& s, const Share<THREADS>& share, uint32_t topk,
-                                              uint32_t& equals) {
-    uint32_t edge = 0, left = topk;  // the digits that are known, and how many are left for the keys that begin with them
+__device__ __forceinline__ Search threshold(Selection<THREADS>& s, const Share<THREADS>& share, uint32_t topk) {
+    Search search(topk);
 #pragma unroll 1
     for (int digit = 1; digit >= 0; --digit) {
-        const int shift = digit * DIGIT_BITS;
         uint32_t* bins = s.bins + digit * BINS;
-        count_digit(bins, share, shift, edge);
+        count_digit(bins, share, digit * DIGIT_BITS, search.edge);
         __syncthreads();
-        const Digit found = find_digit(bins, left);
-        edge = edge << DIGIT_BITS | found.bin;
-        left = found.left;
+        search.take(find_digit(bins, search.left));
     }
-    equals = left;
-    return edge;
+    return search;
 }
-
-// What is chosen: keys above `edge` and the first `left` that equal it; and how many are above it and equal to it in front
-// of this block's keys. At first: nothing is known of the edge but that `left` keys are chosen.
-struct Search {
-    uint32_t edge, left, higher, same;
-};
 
 // Writes what is chosen of the keys that all threads have a share of. One barrier.
 template <int THREADS>
@@ -148,9 +146,7 @@ __device__ __forceinline__ void write_chosen(Selection<THREADS>& s, const Share<
 // Every thread of every block calls this with its share of the same keys.
 template <int THREADS>
 __device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
-    Search found = {};
-    found.edge = threshold(s, share, topk, found.left);
-    write_chosen(s, share, found, out);
+    write_chosen(s, share, threshold(s, share, topk), out);
 }
 
 constexpr int RANGE = 32768;  // keys of a block that has a range of them, at most
@@ -169,8 +165,7 @@ __device__ __forceinline__ void narrow(Search& search, const Counts& counts) {
     for (uint32_t bin = threadIdx.x % 32; bin < BINS; bin += 32) higher += bin > digit.bin ? counts.before[bin] : 0;
     search.higher += __reduce_add_sync(0xffffffffu, higher);
     search.same = counts.before[digit.bin];
-    search.edge = search.edge << DIGIT_BITS | digit.bin;
-    search.left = digit.left;
+    search.take(digit);
 }
 
 // A block's range: so many pages for each, and which entries it has. Ranges rise with the blocks' ranks.

@@ -136,8 +136,7 @@ static __device__ __forceinline__ void phase(const index::Arguments& a, Told* to
     const index::Share<THREADS> share(index::pages_of(a, row) + range.first / index::PAGE, range.count, 0, 1, s.fours);
     const int working = (s.n + range.each * index::PAGE - 1) / (range.each * index::PAGE);
     const uint32_t number = s.turn;
-    index::Search search = {};
-    search.left = a.topk;
+    index::Search search(a.topk);
 #pragma unroll 1
     for (int digit = 1; digit >= 0; --digit) {
         uint32_t* bins = s.selection.bins + digit * index::BINS;
