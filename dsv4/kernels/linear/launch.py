@@ -178,13 +178,7 @@ class Launcher:
 
     def _launch(self, how: Plan, tokens: int) -> None:
         cuts = (ctypes.c_uint32 * len(how.cuts))(*how.cuts)
-        scratch = None
-        slices, inputs = -(-self.blocks // SLICE_BLOCKS), 1 + max(row.input for row in self.table)
-        all_here = how.mode == OWN and tokens <= CONVERTED and inputs == 1 and how.window == slices
-        if tokens > FEW_TOKENS and not all_here:
-            # of each token and slice sums, or what is staged and what undoes its scaling
-            each = self.tiles * tiles.ROWS if how.mode == SPLIT else inputs * (SLICE_BYTES // 4 + 1)
-            scratch = torch.empty(slices * padded_tokens(tokens) * each, dtype=torch.float32, device=self.device)
+        scratch = self._scratch(how, tokens) if tokens > FEW_TOKENS else None
         _KERNEL(
             self.device,
             ctypes.addressof(self.table),
@@ -204,6 +198,16 @@ class Launcher:
             self.cold,
             how.shared_bytes,
         )
+
+    def _scratch(self, how: Plan, tokens: int) -> Tensor | None:
+        """What the kernels of a launch of more than eight tokens hand on, of each token and slice: sums, or what is
+        staged and what undoes its scaling. None where every block stages all slices of the one input itself.
+        """
+        slices, inputs = -(-self.blocks // SLICE_BLOCKS), 1 + max(row.input for row in self.table)
+        if how.mode == OWN and tokens <= CONVERTED and inputs == 1 and how.window == slices:
+            return None
+        each = self.tiles * tiles.ROWS if how.mode == SPLIT else inputs * (SLICE_BYTES // 4 + 1)
+        return torch.empty(slices * padded_tokens(tokens) * each, dtype=torch.float32, device=self.device)
 
 
 class Launched(Protocol):

@@ -40,9 +40,7 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
     const float4* from = reinterpret_cast<const float4*>(task.partials);
     from += (static_cast<int64_t>(tile) * task.slices * groups + n) * 32 + lane;
     const bool whole = whole_rows(part, row);
-    // all that is known before the turn comes: each argument is far away when it is first asked for
-    asm volatile("" ::"l"(from), "r"(slices), "r"(row), "r"(static_cast<int>(whole)), "l"(part.out), "l"(part.out_stride),
-                 "l"(part.row_scale), "f"(part.alpha));
+    all_at_hand(from, slices, row, whole, part.out, part.out_stride, part.row_scale, part.alpha);
     wait_for_previous();
     if (tile >= task.parts.tiles) return;
     float sum[4] = {};
@@ -73,7 +71,8 @@ cudaError_t run(const Many& task, int grid, size_t shared_bytes, cudaStream_t st
     if (error != cudaSuccess) return error;
     if (!SPLIT && task.staged != nullptr) {
         const int64_t rows = static_cast<int64_t>(task.inputs) * task.slices * task.tokens;
-        error = launch_dependent(stage_tokens<NT>, (rows + STAGE_WARPS - 1) / STAGE_WARPS, 1, STAGE_WARPS * 32, 0, stream, task);
+        error = launch_dependent(stage_tokens<NT>, (rows + STAGE_WARPS - 1) / STAGE_WARPS, 1, STAGE_WARPS * 32, 0, stream,
+                                 task);
         if (error != cudaSuccess) return error;
     }
     error = launch_dependent(kernel, grid, 1, MANY_THREADS, shared_bytes, stream, task);

@@ -21,6 +21,17 @@ __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.
 // reads nothing, so it may be asked for before the wait. Not for addresses that are not there.
 __device__ __forceinline__ void ask_for(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
+// A kernel's arguments are far away when they are first asked for. What is made of them, said here in front of its turn, is
+// at hand when that comes.
+__device__ __forceinline__ void at_hand(const void* value) { asm volatile("" ::"l"(value)); }
+__device__ __forceinline__ void at_hand(int64_t value) { asm volatile("" ::"l"(value)); }
+__device__ __forceinline__ void at_hand(int value) { asm volatile("" ::"r"(value)); }
+__device__ __forceinline__ void at_hand(float value) { asm volatile("" ::"f"(value)); }
+template <typename... Values>
+__device__ __forceinline__ void all_at_hand(Values... values) {
+    (at_hand(values), ...);
+}
+
 // What a kernel begins with that has nothing to do before its turn.
 __device__ __forceinline__ void take_turn() {
     let_next_start();

@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
                 }
             }
             if (!real) {
-                asm volatile("" ::"l"(part.x), "l"(part.x_stride), "r"(part.x_wide), "l"(part.out), "f"(part.alpha));
-                asm volatile("" ::"l"(part.row_scale), "l"(part.out_stride), "r"(part.out_f32), "r"(part.rows));
+                all_at_hand(part.x, part.x_stride, part.x_wide, part.out, part.alpha);
+                all_at_hand(part.row_scale, part.out_stride, part.out_f32, part.rows);
                 break;
             }
             if (OWN) continue;

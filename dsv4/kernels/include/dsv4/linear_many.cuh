@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(STAGE_WARPS * 32) stage_tokens(const __grid_co
     const int column = (place - input * task.slices) * SLICE + lane * 16;
     const bf16* const from = part.x + token * part.x_stride + column;
     const bool wide = part.x_wide, plain = part.format == PLAIN;
-    asm volatile("" ::"l"(from), "r"(static_cast<int>(wide)), "r"(static_cast<int>(plain)));  // before the turn comes
+    all_at_hand(from, wide, plain);
     wait_for_previous();
     uint32_t pairs[8];
     load_columns(pairs, from, task.columns - column, wide);
@@ -386,8 +386,8 @@ __device__ __forceinline__ void whole_tiles(const Many& task, const Staged<NT>& 
     bool more = rest.next(task, pass);
     const bool all_here = 8 * NT == CONVERTED && task.staged == nullptr;
     const Part& own = task.parts.part[pass.part];
-    asm volatile("" ::"l"(own.x), "l"(own.x_stride), "r"(own.x_wide), "r"(own.input), "r"(task.inputs), "l"(task.staged));
-    turn();  // arguments are far away when they are first asked for: these are at hand
+    all_at_hand(own.x, own.x_stride, own.x_wide, own.input, task.inputs, task.staged);
+    turn();
     if (all_here) {
         const Part& part = task.parts.part[0];
         for (int i = 0; i < task.slices; ++i) ask_tokens<NT>(task, part, i, x + i * SLICE_ROOM<NT>);
