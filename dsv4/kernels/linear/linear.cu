@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const __grid_constant_
     }
     __syncwarp();
     if (whole) {
-        put_eight(part, row, 8 * n, task.tokens, sum);
+        const Eight eight(part, row, task.tokens);
+        eight.scale(8 * n, sum);
+        eight.put(8 * n, sum);
         return;
     }
 #pragma unroll

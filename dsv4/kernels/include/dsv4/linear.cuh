@@ -7,6 +7,7 @@
 #pragma once
 #include <dsv4/activations.cuh>
 #include <dsv4/bulk.cuh>
+#include <dsv4/fragments.cuh>
 #include <dsv4/launch.cuh>
 #include <dsv4/mma.cuh>
 #include <dsv4/w4.cuh>
@@ -84,33 +85,44 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
     return other;
 }
 
-// Whether all rows of the tile that begins at `row` may be stored by put_eight.
+// Whether all rows of the tile that begins at `row` may be stored as Eight does it.
 __device__ __forceinline__ bool whole_rows(const Part& part, int row) {
     return !part.out_f32 && row + TILE_ROWS <= part.rows && part.out_stride % 4 == 0 &&
            reinterpret_cast<uintptr_t>(part.out) % 8 == 0;
 }
 
-// `put` of what a warp holds of a tile and eight tokens from `first` on, in the order of the accumulators (rows g and
-// g + 8, tokens 2 t and 2 t + 1), as BF16: a lane stores four rows of token g, and a token's sixteen are one sector.
-__device__ __forceinline__ void put_eight(const Part& part, int row, int first, int tokens, const float (&sum)[4]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float factor[2] = {1.0f, 1.0f};
-    if (part.row_scale != nullptr)
+// `put` of what a warp holds of a tile and eight tokens, in the order of the accumulators (rows g and g + 8, tokens 2 t and
+// 2 t + 1), as BF16: a lane stores four rows of token g, and a token's sixteen are one sector.
+struct Eight {
+    const Part& part;
+    float alpha;  // 1 once sums have been scaled
+    int tokens;
+    bf16* to;  // of token g of the first eight
+
+    __device__ __forceinline__ Eight(const Part& part, int row, int tokens)
+        : part(part), alpha(part.row_scale == nullptr ? part.alpha : 1.0f), tokens(tokens),
+          to(static_cast<bf16*>(part.out) + threadIdx.x % 32 / 4 * part.out_stride + row + threadIdx.x % 2 * 8 +
+             threadIdx.x % 4 / 2 * 4) {}
+    // Before tokens `first` .. `first` + 7 are put, if rows have scales of their own.
+    __device__ __forceinline__ void scale(int first, float (&sum)[4]) const {
+        if (part.row_scale == nullptr) return;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            factor[i] = part.row_scale[min(first + 2 * t + i, tokens - 1) * part.row_scale_stride];
-    uint32_t half[2];  // of rows g, of rows g + 8; then of token g
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t even = from_float<bf16>(sum[2 * i] * part.alpha * factor[0]).bits;
-        const uint32_t odd = from_float<bf16>(sum[2 * i + 1] * part.alpha * factor[1]).bits;
-        half[i] = transposed(even | odd << 16);
+        for (int i = 0; i < 4; ++i) {
+            const int token = min(first + static_cast<int>(threadIdx.x % 4) * 2 + i % 2, tokens - 1);
+            sum[i] = sum[i] * part.alpha * part.row_scale[token * part.row_scale_stride];
+        }
     }
-    const bool upper = t % 2;
-    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? half[0] : half[1], 1);
-    bf16* const to = static_cast<bf16*>(part.out) + (first + g) * part.out_stride + row + upper * 8 + t / 2 * 4;
-    if (first + g < tokens) *reinterpret_cast<uint2*>(to) = upper ? make_uint2(other, half[1]) : make_uint2(half[0], other);
-}
+    __device__ __forceinline__ void put(int first, const float (&sum)[4]) const {
+        const int lane = threadIdx.x % 32;
+        const uint32_t low = transposed(bf16x2(sum[0] * alpha, sum[1] * alpha));  // now of token g: rows of the first eight
+        const uint32_t high = transposed(bf16x2(sum[2] * alpha, sum[3] * alpha));
+        const bool upper = lane % 2;
+        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, 1);
+        if (first + lane / 4 < tokens)
+            *reinterpret_cast<uint2*>(to + first * part.out_stride) =
+                upper ? make_uint2(other, high) : make_uint2(low, other);
+    }
+};
 
 // Where a lane's columns of up to eight staged tokens lie, beyond those of its slice: of token g. Only the tokens there are take space, and the others
 // read the last one.

@@ -359,9 +359,12 @@ __device__ __forceinline__ void undo_many(float (&sum)[NT][4], int format, const
 template <int NT>
 __device__ __forceinline__ void put_many(const Part& part, int row, int tokens, float (&sum)[NT][4]) {
     if (whole_rows(part, row)) {
+        const Eight eight(part, row, tokens);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) eight.scale(8 * n, sum[n]);
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-            if (8 * n < tokens) put_eight(part, row, 8 * n, tokens, sum[n]);
+            if (8 * n < tokens) eight.put(8 * n, sum[n]);
         return;
     }
     const int lane = threadIdx.x % 32;
