@@ -16,6 +16,7 @@ FUNCTIONS = {
     "createpolicy.fractional.L2::evict_first.b64 %0, 1.0;": "cache_policy",
     # where a thread is
     "mov.u32 %0, %%tid.x;": "thread_index",
+    "mov.u32 %0, %%ctaid.x;": "block_index",
     "mov.u32 %0, %%laneid;": "lane_index",
     "mov.u64 %0, %%globaltimer;": "timer",
     "{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }": "elect",
@@ -23,6 +24,7 @@ FUNCTIONS = {
     "ld.relaxed.gpu.global.u32 %0, [%1];": "load",
     "ld.acquire.gpu.global.u32 %0, [%1];": "load",
     "{.reg .b128 w; ld.relaxed.gpu.global.b128 w, [%2]; mov.b128 {%0, %1}, w;}": "load_two",
+    "ld.relaxed.sys.global.u64 %0, [%1];": "load",
     "ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];": "load_two",
     "ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];": "load_four",
     "{.reg .b128 w; mov.b128 w, {%1, %2}; st.relaxed.gpu.global.b128 [%0], w;}": "store_two",

@@ -153,6 +153,7 @@ class Small:
         into = self._product(self.streams[1], linear_operand(gate, *both, act="bf16"))
         bias = None if hashed else make.normal(EXPERTS.experts)
         table = make.uniform(50, EXPERTS.experts).topk(EXPERTS.topk).indices if hashed else None
+        self.written = [x for x in self.written if x is not into.out[0]]  # the router is told its logits
         given = *into.out, bias, table, make.integers(0, 50, self.rows)
         how = {"topk": EXPERTS.topk, "route_scale": 1.5, "limit": 10.0}
         shared = self._operand(inner, WIDTH)

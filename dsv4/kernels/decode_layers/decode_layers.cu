@@ -4,17 +4,24 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
-// A thread's number is asked for anew in each place: else all that follows from it would be computed once, before the first
-// phase, and be kept in local memory for want of registers. That goes through caches which the weights' rings leave small.
-struct Thread {
+// A thread's number and its block's are asked for anew in each place: else all that follows from them would be computed
+// once, before the first phase, and be kept in local memory for want of registers. That goes through caches which the
+// weights' rings leave small.
+struct Number {
     unsigned x;
 };
-__device__ __forceinline__ Thread this_thread() {
+__device__ __forceinline__ Number this_thread() {
     unsigned x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return {x};
 }
+__device__ __forceinline__ Number this_block() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return {x};
+}
 #define threadIdx this_thread()
+#define blockIdx this_block()
 
 #include <dsv4/dependent.cuh>
 #include <dsv4/persistent/attention_phase.cuh>
@@ -72,17 +79,23 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
         const int kind = phase_at(turn).kind;
         const bool meets = !(phase_at(turn).joined & LAST);
         if (among(phase_at(turn).before, SEAM)) seam_rest<ONE>(turn ^ 1);
-        if (kind == LINEAR || kind == ROUTE) {
+        if (kind == EXPERTS) {  // first, as everyone waits for it
+            note_time(program, turn, 0);
+            ask(program, turn);
+            Stream stream(program);
+            experts_phase<ONE>(turn, meetings, stream);
+            stream.park();
+        } else if (kind == LINEAR || kind == ROUTE) {
             Stream stream(program);
             Ahead ahead = {};
             const bool early = !among(phase_at(turn).before, SEAM);  // seam_rest reads the phase in front
-            if (kind == ROUTE) route_ahead(turn);
+            if (kind == ROUTE) route_ahead<ONE>(turn);
             find_work<ONE>(turn, ahead);
             linear_ahead<ONE>(turn);
             if (early) ask(program, turn);
             const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // looks out for others instead
             if (!speaks) prepare_linear(turn, stream, ahead);
-            if (meets) meetings.wait_for_all();
+            if (meets && !(kind == ROUTE && routes())) meetings.wait_for_all();
             if (kind == LINEAR) look_at_tokens(ahead);
             note_time(program, turn, 0);
             if (!early) ask(program, turn);
@@ -97,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
                     if (phase_at(turn).kind == ROUTE) hear_plan<ONE>(turn);
                 });
             } else if (phase_at(turn).kind == ROUTE) {
-                route_phase<ONE>(turn);
+                route_phase<ONE>(turn, meetings);
             }
         } else {
             if (kind == SEAM) seam_ahead<ONE>(turn);
@@ -108,10 +121,6 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             ask(program, turn, passes_over_next(turn));
             if (kind == SEAM) {
                 seam_phase<ONE>(turn);
-            } else if (kind == EXPERTS) {
-                Stream stream(program);
-                experts_phase<ONE>(turn, meetings, stream);
-                stream.park();
             } else if (kind == INPUTS) {
                 inputs_phase(turn);
             } else if (kind == INDEX) {
@@ -138,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
 
 // What route_phase and experts_phase need at least.
 int experts_work_bytes(int tokens, int experts, int topk, int D, int F, int grid) {
-    return max(ExpertsLayout(tokens, topk, D, F, grid, 0).least, route_work_bytes(tokens, experts, D, F, grid));
+    return max(ExpertsLayout(tokens, topk, D, F, grid, 0).least, route_work_bytes(tokens, experts, topk, D, F, grid));
 }
 
 constexpr int INPUTS_BYTES = (3 * 512 + 8 * 3 * 512) * 4;  // as compress::pool_entry has it for 512 channels
@@ -162,14 +171,15 @@ extern "C" int dsv4_decode_layers_seam(Phase* phase, const void* y, const void* 
                          y_stride, iters, hc_eps, norm_eps, inboxes, turns, rank, size, words, grid);
 }
 
-extern "C" int dsv4_decode_layers_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
+extern "C" int dsv4_decode_layers_route(Phase* phase, const void* logits, const float* bias,
                                         const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary,
-                                        float route_scale, const void* gate, int64_t gate_stride, const void* up,
-                                        int64_t up_stride, const linear::Part* shared_w2, const uint16_t* cuts, void* plan,
-                                        int tokens, int experts, int topk, int D, int F, float limit, int grid,
-                                        int work_bytes, cudaStream_t) {
-    return describe_route(phase, logits, logits_stride, bias, tid2eid, token_ids, vocabulary, route_scale, gate, gate_stride,
-                          up, up_stride, shared_w2, cuts, plan, tokens, experts, topk, D, F, limit, grid, work_bytes);
+                                        float route_scale, const void* x, int64_t x_row, const void* gate,
+                                        int64_t gate_stride, const void* up, int64_t up_stride,
+                                        const linear::Part* shared_w2, const uint16_t* cuts, void* plan, int tokens,
+                                        int experts, int topk, int D, int F, float limit, int grid, int work_bytes,
+                                        cudaStream_t) {
+    return describe_route(phase, logits, bias, tid2eid, token_ids, vocabulary, route_scale, x, x_row, gate, gate_stride, up,
+                          up_stride, shared_w2, cuts, plan, tokens, experts, topk, D, F, limit, grid, work_bytes);
 }
 
 extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* shared, const void* x, int64_t x_row,

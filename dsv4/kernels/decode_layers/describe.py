@@ -6,8 +6,9 @@ import ctypes
 import functools
 import inspect
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ from dsv4.kernels.sparse_attention.sparse_attention import longer, sparse_attent
 LONG_GROUP_BYTES = 4 << 20  # constant of attention_phase.cuh
 MADE_LEAST, MADE_BYTES = 8192, 16  # of linear_phase.cuh: constant; of a tile
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
+_TOLD = 2  # of Results in linear_phase.cuh
 _HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
 _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
-_ROUTE = Kernel("decode_layers", "p" + "pqpppqfpqpqppp" + "iiiiifii", "route")
+_ROUTE = Kernel("decode_layers", "p" + "ppppqfpqpqpqppp" + "iiiiifii", "route")
 _EXPERTS = Kernel("decode_layers", "p" + "ppq" + "pppppp" + "iiiiif" + "ppii" + "ii", "experts")
 
 
@@ -55,6 +57,7 @@ class Room:
     attention: Tensor
     mid: Tensor  # of experts
     plan: Tensor  # of their pairs
+    logits: Tensor  # words of the router's
     shared: Tensor  # what the shared expert makes
     state_bytes: int
     work_bytes: int  # at least
@@ -77,8 +80,9 @@ class Room:
         words, index, attention = (torch.zeros(max(n, 16), dtype=torch.uint8, device=device) for n in sizes[:3])
         mid = torch.zeros(rows * topk, inner, dtype=torch.bfloat16, device=device)
         plan = torch.zeros(PLAN_BYTES, dtype=torch.uint8, device=device)
+        logits = torch.zeros(rows, like.args[0].shape[1], dtype=torch.int64, device=device)
         shared = torch.zeros(rows, width, dtype=torch.float32, device=device)
-        return Room(grid, words, index, attention, mid, plan, shared, sizes[3], sizes[4], sizes[5])
+        return Room(grid, words, index, attention, mid, plan, logits, shared, sizes[3], sizes[4], sizes[5])
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,26 @@ class Joined:
         return _filled(_LINEAR, device, *given, *norm, *_ranks(self.told))
 
 
-def joined(phase: Linear, grid: int, beside: Inputs | Index | None = None, told: Peers | None = None) -> Joined:
-    """beside: what goes on meanwhile, in blocks that get no tiles."""
+def joined(
+    phase: Linear,
+    grid: int,
+    beside: Inputs | Index | None = None,
+    told: Peers | None = None,
+    words: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Joined:
+    """beside: what goes on meanwhile, in blocks that get no tiles. words: by address of a result, those that are told
+    instead.
+    """
     products = phase.products
     taken = () if beside is None else blocks_of(beside, grid)
     norm = beside if isinstance(beside, Inputs) else None
     if norm is not None:
         products = tuple(replace(product, x=norm.args[0]) for product in products)
     parts = [part for product in products for part in _parts(product)]
+    for part in parts:
+        if part.out in words:
+            told_as = words[part.out]
+            part.out, part.out_stride, part.out_f32 = told_as.data_ptr(), told_as.stride(0), _TOLD
     launchers = [_launcher(product.operand) for product in products]
     columns, blocks = launchers[0].columns, launchers[0].blocks
     if any(launcher.columns != columns for launcher in launchers):
@@ -151,10 +167,10 @@ def route(phase: Experts, room: Room, work_bytes: int) -> bytes:
     shared[0].out, shared[0].out_stride = room.shared.data_ptr(), width
     shared[0].out_f32 = phase.out.dtype == torch.float32
     cuts = (ctypes.c_uint16 * (room.grid + 1))(*shared_run(phase, room.grid).cuts)
-    strides = [row_stride("decode_layers", "x", tensor) for tensor in (logits, gate, up)]
+    x_row, *strides = [row_stride("decode_layers", "x", tensor) for tensor in (phase.x, gate, up)]
     vocabulary = 0 if tid2eid is None else len(tid2eid)
-    routing = logits, strides[0], bias, tid2eid, tokens, vocabulary, phase.routing["route_scale"]
-    product = gate, strides[1], up, strides[2], ctypes.addressof(shared), ctypes.addressof(cuts), room.plan
+    routing = room.logits, bias, tid2eid, tokens, vocabulary, phase.routing["route_scale"], phase.x, x_row
+    product = gate, strides[0], up, strides[1], ctypes.addressof(shared), ctypes.addressof(cuts), room.plan
     sizes = rows, logits.shape[1], topk, width, inner
     given = *routing, *product, *sizes, phase.routing["limit"], room.grid, work_bytes
     return _filled(_ROUTE, phase.x.device, *given)

@@ -91,8 +91,11 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     shared -= room.fixed_bytes
     phases, beside = overlapped(phases, grid)
     told = [describe.whom(phase, then) for phase, then in zip_longest(phases, phases[1:])]
+    words = {phase.args[0].data_ptr(): room.logits for phase in phases if isinstance(phase, Experts)}
     products = {
-        i: joined(phase, grid, beside.get(i), told[i]) for i, phase in enumerate(phases) if isinstance(phase, Linear)
+        i: joined(phase, grid, beside.get(i), told[i], words)
+        for i, phase in enumerate(phases)
+        if isinstance(phase, Linear)
     }
     least = max([room.work_bytes, *(phase.work_bytes(rows) for phase in products.values())])
     stages = min(MAX_STAGES, (shared - least) // (WARPS * CHUNK))

@@ -35,6 +35,7 @@ inline void cache_policy(uint64_t& policy) { policy = 0; }
 
 // Where a thread is.
 inline void thread_index(unsigned& x) { x = current->index.x; }
+inline void block_index(unsigned& x) { x = current->warp->block->index.x; }
 inline void lane_index(unsigned& x) { x = static_cast<unsigned>(current->lane); }
 template <typename T>
 inline void lane_index(T& x) {

@@ -50,6 +50,18 @@ __device__ __forceinline__ uint32_t last_turn(const uint32_t* turns) {
     return turn;
 }
 
+// A value that one block tells another: where it is looked for, only these 8 bytes are asked for.
+struct Value {
+    float value;
+    uint32_t turn;
+};
+
+__device__ __forceinline__ Value look_at_value(const uint64_t* from) {
+    uint64_t word;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    return {__uint_as_float(static_cast<uint32_t>(word)), static_cast<uint32_t>(word >> 32)};
+}
+
 struct Pair {
     uint64_t words[2];
     __device__ bool of(uint32_t turn) const {

@@ -24,8 +24,8 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(ALL, x, 0); }
 
 // Rows of BF16 into shared memory as FP16, every slice scaled by a power of two; undo [row][MOST_SLICES] takes it back.
 // A warp takes 512 columns: as many slices at once as fit, each in its own 2^bits lanes;
-// of AT_ONCE times so many the loads are in flight together.
-template <int AT_ONCE>
+// of AT_ONCE times so many the loads are in flight together. By so many STAGERS, warps.
+template <int AT_ONCE, int STAGERS = FEW_WARPS>
 struct Staging {
     const bf16* x;
     int64_t x_row;
@@ -52,7 +52,7 @@ struct Staging {
     __device__ __forceinline__ void load(int begin) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
+            const int task = begin + i * STAGERS, lane = threadIdx.x % (1 << bits);
             const Place at = place(task);
             const int column = at.first * 64 + lane * 16;
             low[i] = high[i] = make_uint4(0, 0, 0, 0);
@@ -65,7 +65,7 @@ struct Staging {
     __device__ __forceinline__ void store(int begin, uint8_t* staged, float* undo) const {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const int task = begin + i * FEW_WARPS, lane = threadIdx.x % (1 << bits);
+            const int task = begin + i * STAGERS, lane = threadIdx.x % (1 << bits);
             if (task >= tasks()) break;
             const Place at = place(task);
             uint32_t x[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
@@ -91,7 +91,7 @@ struct Staging {
 #pragma unroll 1
         for (int begin = warp; begin < tasks();) {
             store(begin, staged, undo);
-            begin += FEW_WARPS * AT_ONCE;
+            begin += STAGERS * AT_ONCE;
             if (begin < tasks()) load(begin);
         }
     }

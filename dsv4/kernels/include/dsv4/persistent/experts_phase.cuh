@@ -282,7 +282,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     const RoutePlan& plan = routed_plan();
     const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
     moe::Staging<1> tokens(a.first.x, a.first.x_row, rows_of<ONE>(a.tokens), a.first.columns, a.first.blocks);
-    tokens.load(warp);  // on their way in front of the weights
+    if (!ONE) tokens.load(warp);  // on their way in front of the weights; one row is there since ROUTE
     const RowNumbers numbers(a.peers, rows_of<ONE>(a.tokens));
     const int4 head = *reinterpret_cast<const int4*>(&plan);  // groups, pairs, each, more
     const uint32_t low = plan.group[lane], high = plan.group[lane + 32];
@@ -296,17 +296,18 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
         copy_async8(w.alpha[thread], a.first.alpha + 2 * expert);
         copy_async4(w.alpha[thread] + 2, a.second.alpha + expert);
     }
-    if (warp == WARPS - 1) list_places(rows_of<ONE>(a.tokens), a.first.topk);
+    if (!ONE && warp == WARPS - 1) list_places(rows_of<ONE>(a.tokens), a.first.topk);
     int done = 0;
     uint32_t added = 0;
-    tokens.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
+    if (!ONE) tokens.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
     numbers.put();
     __syncthreads();
     Pass pass = {false, 0, w.begin, 0, 0, a.parked[0]};
-    feed.fill(stream.stages);
-    if (__any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up<ONE>(a, units, pass);
+    if (!ONE) feed.fill(stream.stages);  // of one row behind all else: the copy engine takes no more at once
+    if (!ONE && __any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up<ONE>(a, units, pass);
     place_units(a, units, 0, PIECES);
     begin_up(a, units, pass);
+    if (ONE) feed.fill(stream.stages);
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
@@ -326,6 +327,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
         const int places = more ? begin_down(a, units, head.x, pass) : 0;
         moe::Staging<1> rows(a.second.x + pass.place * a.second.x_row, a.second.x_row, places, a.second.columns, a.second.blocks);
         if (meets) {
+            if (ONE && warp == 0) list_places(1, a.first.topk);  // while blocks wait; of more rows it is done before
             meetings.wait_for_all();
             if (thread < units.tiles * rows_of<ONE>(a.tokens) * 16) added = Element<ONE>(a, units, thread).bits(a);
         }

@@ -169,9 +169,6 @@ struct ExpertsLayout {
     }
 };
 
-// That which a plan has that the ROUTE of this number in this launch has made; an earlier one has another.
-__device__ __forceinline__ unsigned plan_number(int route) { return position().base + static_cast<unsigned>(route); }
-
 template <typename T>
 __device__ __forceinline__ T* work_at(int offset) {
     return reinterpret_cast<T*>(memory() + WORK_AT + offset);

@@ -28,21 +28,34 @@ struct Linear {
     mhc::Peers peers;                            // whom the result is told instead of being written; size 0: nobody
 };
 
+// What a part's out_f32 says: results are BF16, or float32; or words, with float32 and the number of this phase, which
+// those look for who do not meet behind it.
+enum Results : int { BF16 = 0, F32 = 1, TOLD = 2 };
+
 // Where a tile's results go, and what its sums are multiplied with.
 struct alignas(16) Made {
     uint8_t* out;   // of the first token, where they are written
     float alpha;
-    uint32_t what;  // how many of the rows there are, whether results are float32 (32), bytes to the next token (x 64)
+    uint32_t what;  // how many of the rows there are, Results (x 32), bytes to the next token (x 128)
 
+    static __device__ __forceinline__ Made of(const linear::Part& part, int row) {
+        const int size = 2 << part.out_f32, rows = min(part.rows - row, linear::TILE_ROWS);
+        const uint32_t pitch = static_cast<uint32_t>(part.out_stride) * size;
+        return {static_cast<uint8_t*>(part.out) + row * size, part.alpha, rows | part.out_f32 << 5 | pitch << 7};
+    }
     __device__ __forceinline__ int rows() const { return what & 31; }
     __device__ __forceinline__ void put(int token, int row, float y) const {
-        uint8_t* const at = out + token * (what >> 6);
-        if (what & 32) reinterpret_cast<float*>(at)[row] = y;
+        uint8_t* const at = out + token * (what >> 7);
+        if (what & F32 << 5) reinterpret_cast<float*>(at)[row] = y;
+        else if (what & TOLD << 5) tell(reinterpret_cast<uint64_t*>(at) + row, y);
         else reinterpret_cast<bf16*>(at)[row] = from_float<bf16>(y);
+    }
+    static __device__ __forceinline__ void tell(uint64_t* to, float y) {
+        exchange::tell_peer(to, y, told_by(phase_at(current_turn()).number));
     }
 };
 constexpr int MADE_LEAST = 8192;           // behind what a seam still reads while its successor is prepared
-constexpr uint32_t MADE_PITCH = 1u << 26;  // bytes to the next token are fewer
+constexpr uint32_t MADE_PITCH = 1u << 25;  // bytes to the next token are fewer
 static_assert(sizeof(Made) == 16, "MADE_BYTES in dsv4/kernels/decode_layers/describe.py");
 
 // Where parts begin: a lane has the first tile of the part of its number.
@@ -119,12 +132,9 @@ __device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
 #pragma unroll 1
     for (int tile = threadIdx.x / 32; tile < tiles; tile += WARPS) {
         const linear::Part& part = a.parts[starts.part_of(first + tile)];
-        const int row = (first + tile - part.first_tile) * linear::TILE_ROWS, size = part.out_f32 ? 4 : 2;
-        const uint32_t pitch = static_cast<uint32_t>(part.out_stride) * size;
         if (threadIdx.x % 32 == 0)
-            reinterpret_cast<Made*>(memory() + WORK_AT + a.made_at)[tile] = {
-                static_cast<uint8_t*>(part.out) + row * size, part.alpha,
-                min(part.rows - row, linear::TILE_ROWS) | (part.out_f32 ? 32u : 0u) | pitch << 6};
+            reinterpret_cast<Made*>(memory() + WORK_AT + a.made_at)[tile] =
+                Made::of(part, (first + tile - part.first_tile) * linear::TILE_ROWS);
     }
 }
 
@@ -338,7 +348,7 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     if (a.slices < 1 || a.slices > WARPS || columns % 16) return cudaErrorInvalidValue;
     for (int i = 0; i < count; ++i) {
         const linear::Part& part = parts[i];
-        if (!part.x_wide || part.row_scale != nullptr || part.out_stride < 0 || part.out_stride * 4 >= MADE_PITCH)
+        if (!part.x_wide || part.row_scale != nullptr || part.out_stride < 0 || part.out_stride * 8 >= MADE_PITCH)
             return cudaErrorInvalidValue;
     }
     a.per_token = (1 << 16) / tokens + 1, a.per_slice = (1 << 16) / a.slices + 1;

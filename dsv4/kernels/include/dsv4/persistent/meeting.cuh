@@ -49,8 +49,12 @@ struct Meetings {
         come([] { return true; });
     }
     __device__ __forceinline__ void wait_for_all() const {
-        if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, position().all);
+        see_all();
         __syncthreads();
+    }
+    // The same by the speaker alone.
+    __device__ __forceinline__ void see_all() const {
+        if (threadIdx.x == SPEAKER) wait_until(&state->arrivals, position().all);
     }
 
     // All have met for the last time: the next launch begins where this one ends.

@@ -44,6 +44,9 @@ __device__ __forceinline__ T& work() {
 
 __device__ __forceinline__ Position& position() { return *reinterpret_cast<Position*>(memory() + POSITION_AT); }
 
+// The number with which phase `phase` of this launch tells what it makes; no other launch tells it.
+__device__ __forceinline__ uint32_t told_by(int phase) { return position().base + static_cast<uint32_t>(phase); }
+
 // The phase in place `turn` (0 or 1).
 __device__ __forceinline__ const Phase& phase_at(int turn) {
     return reinterpret_cast<const Phase*>(memory() + PHASES_AT)[turn];

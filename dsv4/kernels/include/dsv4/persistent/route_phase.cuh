@@ -1,7 +1,7 @@
-// ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block
-// routes all tokens, sorts the pairs and tells them to all; meanwhile the others multiply what the shared expert makes,
-// as LINEAR does it, of an input that each makes for itself, and work out who has to do what. The arithmetic is that of
-// router.cuh and swiglu.cuh, and so are the bits.
+// ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block is told
+// the logits one by one, routes all tokens, sorts the pairs and tells them to all; meanwhile the others multiply what the
+// shared expert makes, as LINEAR does it, of an input that each makes for itself, and work out who has to do what. The
+// arithmetic is that of router.cuh and swiglu.cuh, and so are the bits.
 #pragma once
 #include <dsv4/persistent/experts_plan.cuh>
 #include <dsv4/persistent/linear_phase.cuh>
@@ -11,7 +11,11 @@ namespace dsv4::persistent {
 
 // Lies where a product has its second part and those behind it: here it has one.
 struct Route {
-    routing::Arguments route;  // without what it writes
+    routing::Arguments route;  // without what it writes, and without logits
+    const uint64_t* logits;    // [T, experts] words, told by the phase in front
+    const bf16* x;             // what EXPERTS multiply, and how far apart rows are
+    int64_t x_row;
+    int width, staged;         // D; where in the work area EXPERTS have it
     PlanWord* plan;            // of every place
     const bf16 *gate, *up;     // [T, F]
     int64_t gate_stride, up_stride;
@@ -58,36 +62,51 @@ static __device__ __forceinline__ void activate(int turn) {
     __syncthreads();
 }
 
-// Every token's experts and their weights, which all blocks are told. A warp picks the experts of a token, a lane each,
-// and finds the place of each among all pairs.
+// Every token's experts and their weights, which all blocks are told, of the logits that this one is told. A warp picks the
+// experts of a token, a lane each, and finds the place of each among all pairs.
 template <bool ONE>
 static __device__ __forceinline__ void pick(int turn) {
+    constexpr int AT_ONCE = ONE ? 1 : 4;
     const Linear& product = payload<Linear>(turn);
     const Route& a = route_of(product);
     const int tokens = rows_of<ONE>(product.tokens);
+    const uint32_t number = told_by(phase_at(turn).number - 1);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, scores = tokens * a.keys, topk = a.route.topk;
     int* const order = work_at<int>(0);  // of pairs: by expert, then by pair
     float* const score = reinterpret_cast<float*>(order + moe::FEW_PAIRS);
     uint32_t* const key = reinterpret_cast<uint32_t*>(score + scores);
     int64_t chosen = -1;
     if (a.route.tid2eid != nullptr && warp < tokens) chosen = routing::expert_of_token(a.route, warp);
-    const auto load = [&](int at, float& logit, float& bias) {
-        const int token = moe::quotient(at, a.keys), e = at - token * a.keys;
-        const bool exists = at < scores && e < a.route.experts;
-        logit = exists ? a.route.logits[token * a.route.stride + e] : 0.0f;
-        bias = exists && a.route.bias != nullptr ? a.route.bias[e] : 0.0f;
-        return exists;
-    };
-    float logit, bias;
-    bool exists = load(thread, logit, bias);
+    const auto expert_of = [&](int at) { return at - moe::quotient(at, a.keys) * a.keys; };
+    const auto exists = [&](int at) { return at < scores && expert_of(at) < a.route.experts; };
     if (thread < moe::FEW_PAIRS) order[thread] = INT_MAX;
 #pragma unroll 1
-    for (int at = thread; at < scores; at += THREADS) {
-        float next_logit, next_bias;
-        const bool next = load(at + THREADS, next_logit, next_bias);
-        const float s = routing::score(logit);
-        score[at] = s, key[at] = exists ? routing::order(s + bias) : 0;
-        logit = next_logit, bias = next_bias, exists = next;
+    for (int begin = thread; begin < scores; begin += AT_ONCE * THREADS) {
+        exchange::Value logit[AT_ONCE] = {};
+        float bias[AT_ONCE];
+        bool waits;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int at = begin + j * THREADS;
+            bias[j] = exists(at) && a.route.bias != nullptr ? a.route.bias[expert_of(at)] : 0.0f;
+        }
+        do {
+            waits = false;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const int at = begin + j * THREADS, token = moe::quotient(at, a.keys);
+                if (!exists(at) || logit[j].turn == number) continue;
+                logit[j] = exchange::look_at_value(a.logits + token * a.route.experts + expert_of(at));
+                waits |= logit[j].turn != number;
+            }
+        } while (waits);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int at = begin + j * THREADS;
+            if (at >= scores) break;
+            const float s = routing::score(logit[j].value);
+            score[at] = s, key[at] = exists(at) ? routing::order(s + bias[j]) : 0;
+        }
     }
     __syncthreads();
     float weight = 0.0f;
@@ -112,16 +131,26 @@ static __device__ __forceinline__ void pick(int turn) {
         place += (four.x < mine) + (four.y < mine) + (four.z < mine) + (four.w < mine);
     }
     exchange::tell(a.plan + place, {weight, __uint_as_float(expert | warp << 16), 0.0f},
-                   plan_number(phase_at(turn).number));
+                   told_by(phase_at(turn).number));
 }
 
+// Whether this block routes: it meets nobody before, as it is told the logits.
+static __device__ __forceinline__ bool routes() { return blockIdx.x == gridDim.x - 1; }
+
 // Every thread calls, after come() behind the phase in front: find_work() then knows where the product's input will lie,
-// and the bias comes to the L2 cache.
+// and the bias comes to the L2 cache. Of one row what EXPERTS multiply is staged, which was there before the phase in
+// front; of more it would take longer than the wait.
+template <bool ONE>
 static __device__ __forceinline__ void route_ahead(int turn) {
     Linear& product = const_cast<Linear&>(payload<Linear>(turn));
     const Route& a = route_of(product);
-    const int line = threadIdx.x * 32;
-    if (blockIdx.x == gridDim.x - 1 && a.route.bias != nullptr && line < a.route.experts) ask_for(a.route.bias + line);
+    const int line = threadIdx.x * 32, warp = moe::uniform(threadIdx.x / 32);
+    if (ONE && warp != SPEAKER / 32) {
+        moe::Staging<1, WARPS - 1> row(a.x, a.x_row, 1, a.width, (a.width + 63) / 64);
+        row.load(warp);
+        row.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
+    }
+    if (routes() && a.route.bias != nullptr && line < a.route.experts) ask_for(a.route.bias + line);
     if (threadIdx.x == 0) product.parts[0].x = work_at<bf16>(a.activated);
     __syncthreads();
 }
@@ -131,34 +160,39 @@ template <bool ONE>
 static __device__ __forceinline__ void hear_plan(int turn) {
     const Linear& product = payload<Linear>(turn);
     const Route& a = route_of(product);
-    receive_plan(a.plan, rows_of<ONE>(product.tokens) * a.route.topk, a.rows, plan_number(phase_at(turn).number));
+    receive_plan(a.plan, rows_of<ONE>(product.tokens) * a.route.topk, a.rows, told_by(phase_at(turn).number));
 }
 
-// Of a block without tiles.
+// Of a block without tiles. The one that routes has met nobody: before it comes to the next meeting all must have come to
+// the last one, and they have long.
 template <bool ONE>
-static __device__ __forceinline__ void route_phase(int turn) {
-    if (blockIdx.x == gridDim.x - 1) pick<ONE>(turn);
-    if (threadIdx.x / 32 == SPEAKER / 32) hear_plan<ONE>(turn);
+static __device__ __forceinline__ void route_phase(int turn, const Meetings& meetings) {
+    if (routes()) pick<ONE>(turn);
+    if (threadIdx.x / 32 != SPEAKER / 32) return;
+    if (routes()) meetings.see_all();
+    hear_plan<ONE>(turn);
 }
 
 __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }
 
-// Where the product's input lies, and the end of the work area. tiles: of a block at most.
-static int route_input(int tokens, int tiles, int slices) {
+// Where the product's input lies: of one row behind what EXPERTS have there already. tiles: of a block at most.
+static int route_input(int tokens, int tiles, int slices, const ExpertsLayout& experts) {
     const int slots = tokens * (slices * 1024 + 16) + slices * TOKENS * 4 + tiles * slices * tokens * 64;
-    return max(slots, MADE_LEAST) + tiles * static_cast<int>(sizeof(Made));
+    const int made = max(slots, MADE_LEAST) + tiles * static_cast<int>(sizeof(Made));
+    return tokens > 1 ? made : max(made, experts.parked[0]);
 }
-static int route_work_bytes(int tokens, int experts, int D, int F, int grid) {
+static int route_work_bytes(int tokens, int experts, int topk, int D, int F, int grid) {
     const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1), slices = (F + SLICE - 1) / SLICE;
-    const int product = route_input(tokens, tiles, slices) + tokens * F * 2;
+    const ExpertsLayout behind(tokens, topk, D, F, grid, 0);
+    const int product = route_input(tokens, tiles, slices, behind) + tokens * F * 2;
     return max(moe::FEW_PAIRS * 4 + tokens * keys_of(experts) * 8, product);
 }
 
-// shared_w2: its x is not given; cuts [grid + 1]: the blocks' tiles of it. plan: words of all places. The rest as EXPERTS
-// has it.
-static cudaError_t describe_route(Phase* phase, const float* logits, int64_t logits_stride, const float* bias,
-                                  const int64_t* tid2eid, const int64_t* token_ids, int64_t vocabulary, float route_scale,
-                                  const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+// logits [T, experts]: words, which the phase in front tells. shared_w2: its x is not given; cuts [grid + 1]: the blocks'
+// tiles of it. plan: words of all places. The rest as EXPERTS has it.
+static cudaError_t describe_route(Phase* phase, const void* logits, const float* bias, const int64_t* tid2eid,
+                                  const int64_t* token_ids, int64_t vocabulary, float route_scale, const void* x,
+                                  int64_t x_row, const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
                                   const linear::Part* shared_w2, const uint16_t* cuts, void* plan, int tokens, int experts,
                                   int topk, int D, int F, float limit, int grid, int work_bytes) {
     const int pairs = tokens * topk;
@@ -167,23 +201,27 @@ static cudaError_t describe_route(Phase* phase, const float* logits, int64_t log
     if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 2 || grid > MAX_BLOCKS)
         return cudaErrorInvalidValue;
     if (reinterpret_cast<uintptr_t>(gate) % 4 || gate_stride % 2 || reinterpret_cast<uintptr_t>(up) % 4 || up_stride % 2 ||
-        reinterpret_cast<uintptr_t>(plan) % 16 || cuts[grid - 1] != cuts[grid] || shared_w2->row_scale != nullptr ||
-        shared_w2->rows != D)
+        reinterpret_cast<uintptr_t>(plan) % 16 || reinterpret_cast<uintptr_t>(logits) % 8 || !aligned16(x) || x_row % 8 ||
+        cuts[grid - 1] != cuts[grid] || shared_w2->row_scale != nullptr || shared_w2->rows != D)
         return cudaErrorInvalidValue;
     const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
-    if (max(layout.least, route_work_bytes(tokens, experts, D, F, grid)) > work_bytes) return cudaErrorInvalidValue;
+    if (max(layout.least, route_work_bytes(tokens, experts, topk, D, F, grid)) > work_bytes) return cudaErrorInvalidValue;
     linear::Part part = *shared_w2;
     part.x = nullptr, part.x_stride = F, part.x_wide = 1;
     if (const cudaError_t error = describe_linear(phase, &part, 1, cuts, grid, tokens, F, nullptr, 0.0f, 0, nullptr, nullptr, 0, 0)) return error;
     Route a = {};
-    a.route = {logits, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, logits_stride, vocabulary, route_scale};
+    a.route = {nullptr, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, 0, vocabulary, route_scale};
+    a.logits = static_cast<const uint64_t*>(logits);
+    a.x = static_cast<const bf16*>(x), a.x_row = x_row, a.width = D, a.staged = layout.staged;
     a.plan = static_cast<PlanWord*>(plan);
     a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
     a.gate_stride = gate_stride, a.up_stride = up_stride, a.limit = limit, a.keys = keys_of(experts);
     a.rows = F / 8;
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
-    a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE);
+    a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE, layout);
+    const int product_end = reinterpret_cast<const Linear*>(phase->payload)->norm_at;
+    if (tokens == 1 && product_end > UNDO_AT) return cudaErrorInvalidValue;  // what EXPERTS multiply begins there
     if (a.activated + tokens * F * 2 > work_bytes) return cudaErrorInvalidValue;
     std::memcpy(reinterpret_cast<Linear*>(phase->payload)->parts + 1, &a, sizeof(a));
     phase->kind = ROUTE, phase->joined = NEXT;
