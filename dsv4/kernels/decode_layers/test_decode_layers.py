@@ -113,11 +113,12 @@ JOINED = {  # whether C lets the next phase begin without a meeting, by what it 
 
 class Filled:
     """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes.
-    `cuts`: of each LINEAR; `shared`: where each ROUTE leaves what the shared expert makes.
+    `cuts`, `told`: of each LINEAR, and the words that it tells; `shared`: where each ROUTE leaves what the shared expert
+    makes.
     """
 
     def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096)):
-        self.calls, self.cuts, self.shared = [], [], []
+        self.calls, self.cuts, self.told, self.shared = [], [], [], []
 
         def call(kernel, device, *given):
             values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
@@ -131,8 +132,10 @@ class Filled:
                 (ctypes.c_int * 2).from_address(values[0])[:] = KINDS.index(kernel.part), joined
             if kernel.part == "linear":
                 self.cuts.append([*(ctypes.c_uint16 * (values[4] + 1)).from_address(values[3])])
+                parts = (describe._Part * values[2]).from_address(values[1])
+                self.told.append([(part.out, part.out_stride) for part in parts if part.out_f32 == describe._TOLD])
             if kernel.part == "route":
-                self.shared.append(describe._Part.from_address(values[12]).out)
+                self.shared.append(describe._Part.from_address(values[13]).out)
             self.calls.append((kernel.part, values))
 
         class Fake(describe.Kernel):
@@ -195,6 +198,9 @@ def test_tables_of_a_program(monkeypatch, rows, padding, grid):
         "experts": lambda values: values[-3],
         "seam": lambda values: values[-3],
     }
+    routed = [words for words in filled.told if words]
+    logits = [values[1] for name, values in filled.calls if name == "route"]
+    assert routed == [[(words, small.phases[-1].args[0].shape[1])] for words in logits] and len(logits) == 2
     ranks = [(name, told[name](values)) for name, values in filled.calls if name in told]
     assert [name for name, size in ranks if size] == ["linear", "seam", "experts", "seam", "linear", "seam"], ranks
     assert [ranks[i + 1] for i, found in enumerate(ranks) if found in (("linear", 1), ("experts", 1))] == [
@@ -259,7 +265,7 @@ def test_a_block_keeps_the_keys_of_so_many_entries(monkeypatch):
     (index,) = (phase for phase in small.phases if isinstance(phase, Index))
     pages = torch.zeros(8, 4096, dtype=torch.int64)
     index = Index((*index.args[:4], pages, *index.args[5:]), index.named, (torch.zeros(8, 64, dtype=torch.int64),))
-    room = describe.Room(64, *[torch.zeros(1)] * 6, 0, 0, 0)
+    room = describe.Room(64, *[torch.zeros(1)] * 7, 0, 0, 0)
     describe.index(index, room, False)
     with pytest.raises(KernelError, match="rows of 262144 entries, 7 blocks for each; a block selects from 32768"):
         describe.index(index, replace(room, grid=63), False)
