@@ -113,8 +113,8 @@ JOINED = {  # whether C lets the next phase begin without a meeting, by what it 
 
 class Filled:
     """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes.
-    `cuts`, `told`: of each LINEAR, and the words that it tells; `shared`: where each ROUTE leaves what the shared expert
-    makes.
+    `cuts`, `told`: of each LINEAR, and the words that it tells; `shared`: where each ROUTE leaves what the shared
+    expert makes.
     """
 
     def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096)):
