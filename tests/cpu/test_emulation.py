@@ -75,7 +75,7 @@ def unequal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_order_of_threads_leaves_the_same_bits(name):
     first, *others = [left(name, seed) for seed in range(3)]
-    assert len(first) >= 48
+    assert len(first) >= 50
     assert [unequal(found, first) for found in others] == [[], []]
 
 

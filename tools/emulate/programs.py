@@ -13,6 +13,7 @@ from dsv4.kernels.case import Maker
 from dsv4.kernels.check import flat
 from dsv4.kernels.decode_layers.cases import Small
 from dsv4.kernels.decode_layers.decode_layers import decode_layers
+from dsv4.kernels.decode_layers.describe import Room
 from dsv4.kernels.decode_layers.phases import Experts, Linear, Phase, Seam
 from dsv4.kernels.decode_layers.program import Program, make_tables
 from dsv4.kernels.mhc_seam.peers import Peers, inbox_words
@@ -68,7 +69,15 @@ def left_by(ranks: Sequence[Small], grid: int, seed: int) -> dict[str, Tensor]:
             small.program.tables = make_tables(small.program.phases, small.h, grid, SHARED_BYTES)
         for small in ranks:
             inspect.unwrap(decode_layers)(small.h, small.program)
-    return {f"{name}, rank {rank}": x for rank, small in enumerate(ranks) for name, x in results(small).items()}
+    found = enumerate({**results(small), **told(small)} for small in ranks)
+    return {f"{name}, rank {rank}": x for rank, left in found for name, x in left.items()}
+
+
+def told(small: Small) -> dict[str, Tensor]:
+    """What blocks have told the one that routes, and it them, of the last layer."""
+    assert small.program.tables is not None
+    room = next(x for x in small.program.tables.held if isinstance(x, Room))
+    return {"logits told": room.logits, "plan told": room.plan}
 
 
 def results(small: Small) -> dict[str, Tensor]:
