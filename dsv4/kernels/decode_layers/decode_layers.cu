@@ -182,12 +182,12 @@ extern "C" int dsv4_decode_layers_route(Phase* phase, const void* logits, const 
                           up_stride, shared_w2, cuts, plan, tokens, experts, topk, D, F, limit, grid, work_bytes);
 }
 
-extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* shared, const void* x, int64_t x_row,
+extern "C" int dsv4_decode_layers_experts(Phase* phase, const void* shared, const void* plan, const void* x, int64_t x_row,
                                           const void* w13_tiles, const float* w13_alpha, const void* w2_tiles,
                                           const float* w2_alpha, void* mid, void* out, int out_f32, int tokens, int topk,
                                           int D, int F, float limit, uint64_t* const* inboxes, uint32_t* turns, int rank,
                                           int size, int grid, int work_bytes, cudaStream_t) {
-    return describe_experts(phase, shared, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
+    return describe_experts(phase, shared, plan, x, x_row, w13_tiles, w13_alpha, w2_tiles, w2_alpha, mid, out, out_f32,
                             tokens, topk, D, F, limit, inboxes, turns, rank, size, grid, work_bytes);
 }
 
@@ -213,7 +213,7 @@ extern "C" int dsv4_decode_layers_attention(Phase* phase, const void* q, const v
 }
 
 static_assert(offsetof(SeamWork, heard) <= MADE_LEAST, "seam_rest and find_work go on at once");
-static_assert(sizeof(PlanWord) * moe::FEW_PAIRS <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
+static_assert(2 * sizeof(uint64_t) * moe::FEW_PAIRS <= 1024, "PLAN_BYTES in dsv4/kernels/decode_layers/describe.py");
 
 // sizes: bytes of the seams' words, of the indexer's and attention's scratch, of the state; of the work area that phases
 // other than LINEAR need; of shared memory in front of it.

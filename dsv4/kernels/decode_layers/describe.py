@@ -39,7 +39,7 @@ _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
 _ROUTE = Kernel("decode_layers", "p" + "ppppqfpqpqpqppp" + "iiiiifii", "route")
-_EXPERTS = Kernel("decode_layers", "p" + "ppq" + "pppppp" + "iiiiif" + "ppii" + "ii", "experts")
+_EXPERTS = Kernel("decode_layers", "p" + "pppq" + "pppppp" + "iiiiif" + "ppii" + "ii", "experts")
 
 
 def ready(device: torch.device) -> None:
@@ -183,7 +183,7 @@ def experts(phase: Experts, room: Room, work_bytes: int, told: Peers | None = No
     (rows, width), inner = x.shape, second.columns
     if phase.experts.in_treatment != "none" or _launcher(phase.shared_w2).columns != inner:
         raise KernelError(f"decode_layers: a shared expert beside others of {inner} channels, or a quantised input")
-    given = room.shared, x, row_stride("decode_layers", "x", x)
+    given = room.shared, room.plan, x, row_stride("decode_layers", "x", x)
     weights = first.tiles, first.alpha, second.tiles, second.alpha, room.mid, phase.out
     sizes = phase.out.dtype == torch.float32, rows, phase.routing["topk"], width, inner, phase.routing["limit"]
     return _filled(_EXPERTS, x.device, *given, *weights, *sizes, *_ranks(told), room.grid, work_bytes)

@@ -56,31 +56,36 @@ __device__ __forceinline__ uint32_t best_of(const uint32_t* keys, int topk) {
     static_assert(EACH % 4 == 0, "a lane reads four at a time");
     const int lane = threadIdx.x % 32;
     uint32_t key[EACH];  // neighbours, so that the lower lane has the lower expert
+    int expert[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i += 4) {
         const uint4 four = reinterpret_cast<const uint4*>(keys)[(lane * EACH + i) / 4];
         key[i] = four.x, key[i + 1] = four.y, key[i + 2] = four.z, key[i + 3] = four.w;
     }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) expert[i] = lane * EACH + i;
+    // A lane's largest first, equal ones by number: only neighbours change places, and equal ones do not.
+#pragma unroll
+    for (int round = 0; round < EACH; ++round)
+#pragma unroll
+        for (int i = round % 2; i + 1 < EACH; i += 2) {
+            const bool rises = key[i + 1] > key[i];
+            const uint32_t most = max(key[i], key[i + 1]);
+            const int first = rises ? expert[i + 1] : expert[i];
+            key[i + 1] = min(key[i], key[i + 1]), expert[i + 1] = rises ? expert[i] : expert[i + 1];
+            key[i] = most, expert[i] = first;
+        }
     uint32_t chosen = 0;
 #pragma unroll 1
     for (int k = 0; k < topk; ++k) {
-        uint32_t most[EACH];
+        const int first = __ffs(__ballot_sync(ALL, key[0] == __reduce_max_sync(ALL, key[0]))) - 1;
+        const uint32_t best = __shfl_sync(ALL, expert[0], first);
+        if (lane == k) chosen = best;
+        if (lane == first) {
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) most[i] = key[i];
-#pragma unroll
-        for (int left = EACH; left > 1; left = (left + 1) / 2)  // pairs of pairs: a chain would be waited for
-#pragma unroll
-            for (int i = 0; i < left / 2; ++i) most[i] = max(most[i], most[left - 1 - i]);
-        const uint32_t best = most[0];
-        int at = EACH - 1;
-#pragma unroll
-        for (int i = EACH - 2; i >= 0; --i) at = key[i] == best ? i : at;
-        const int first = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
-        const uint32_t expert = __shfl_sync(ALL, lane * EACH + at, first);
-        if (lane == k) chosen = expert;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (lane == first && at == i) key[i] = 0;
+            for (int i = 0; i + 1 < EACH; ++i) key[i] = key[i + 1], expert[i] = expert[i + 1];
+            key[EACH - 1] = 0;
+        }
     }
     return chosen;
 }

@@ -308,6 +308,7 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     place_units(a, units, 0, PIECES);
     begin_up(a, units, pass);
     if (ONE) feed.fill(stream.stages);
+    if (warp == SPEAKER / 32) receive_weights(a.weights, told_by(phase_at(turn).number - 1));
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
@@ -340,10 +341,10 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     stream.fill();
 }
 
-// shared: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
+// shared and plan: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
 // work_bytes. size > 0: the ranks, of mhc_seam, whom the result is told; the next phase is that seam.
-static cudaError_t describe_experts(Phase* phase, const void* shared, const void* x, int64_t x_row,
-                                    const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
+static cudaError_t describe_experts(Phase* phase, const void* shared, const void* plan, const void* x,
+                                    int64_t x_row, const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
                                     void* mid, void* out, int out_f32, int tokens, int topk, int D, int F, float limit,
                                     uint64_t* const* inboxes, uint32_t* turns, int rank, int size, int grid,
                                     int work_bytes) {
@@ -354,7 +355,7 @@ static cudaError_t describe_experts(Phase* phase, const void* shared, const void
                         static_cast<bf16*>(to), {}, topk, rows, (width + 63) / 64, width, limit};
     };
     Experts a = {};
-    a.shared = shared;
+    a.shared = shared, a.weights = static_cast<const uint64_t*>(plan) + moe::FEW_PAIRS;
     a.first = job_of(w13_tiles, w13_alpha, x, x_row, mid, F / 8, D);
     a.second = job_of(w2_tiles, w2_alpha, mid, F, nullptr, D / 16, F);
     a.out = out, a.out_f32 = out_f32, a.tokens = tokens, a.of_block = {D / 16 / grid, D / 16 % grid};

@@ -23,38 +23,34 @@ static_assert(sizeof(RoutePlan) == ROUTED_BYTES && ROUTED_AT % alignof(RoutePlan
 
 __device__ __forceinline__ RoutePlan& routed_plan() { return *reinterpret_cast<RoutePlan*>(memory() + ROUTED_AT); }
 
-// What blocks are told of the pair that comes at a place: its weight; its expert, and its token from bit 16 on.
-using PlanWord = exchange::Word;
+// Blocks are told of the pair that comes at a place: its expert, and its token from bit 16 on.
 constexpr int NO_EXPERT = 0xFFFF;
 
 // Of one half of the places, a lane each: what receive_plan is told.
 struct PlanHalf {
     int expert = NO_EXPERT, token = 0;
-    float weight = 0.0f;
 
-    __device__ __forceinline__ PlanHalf() {}
-    __device__ __forceinline__ PlanHalf(const PlanWord& word, bool told) {
-        const uint32_t what = __float_as_uint(word.values[1]);
-        weight = word.values[0];
+    __device__ __forceinline__ PlanHalf(const exchange::Value& word, bool told) {
+        const uint32_t what = __float_as_uint(word.value);
         if (told) expert = what & 0xFFFF, token = what >> 16;
     }
     __device__ __forceinline__ bool exists() const { return expert != NO_EXPERT; }
 };
 
-// By the speaker's warp: waits for the words of all `pairs` pairs and makes the plan of them, but for `places`. rows: tiles
-// of gate and up of a group. Groups are pairs of one expert, at most TOKENS.
-static __device__ __forceinline__ void receive_plan(const PlanWord* words, int pairs, int rows, unsigned number) {
+// By the speaker's warp: waits for the words of all `pairs` pairs and makes the plan of them, but for `places` and weights.
+// rows: tiles of gate and up of a group. Groups are pairs of one expert, at most TOKENS.
+static __device__ __forceinline__ void receive_plan(const uint64_t* words, int pairs, int rows, unsigned number) {
     RoutePlan& plan = routed_plan();
     const int lane = threadIdx.x % 32;
     const bool two = pairs > 32;
     plan.group[lane] = plan.group[lane + 32] = 0;
-    PlanWord word[2] = {};
+    exchange::Value word[2] = {};
     bool waits;
     do {
-        word[0] = exchange::look(words + lane);
+        word[0] = exchange::look_at_value(words + lane);
         waits = lane < pairs && word[0].turn != number;
         if (two) {
-            word[1] = exchange::look(words + lane + 32);
+            word[1] = exchange::look_at_value(words + lane + 32);
             waits |= lane + 32 < pairs && word[1].turn != number;
         }
     } while (__any_sync(moe::ALL, waits));
@@ -78,13 +74,24 @@ static __device__ __forceinline__ void receive_plan(const PlanWord* words, int p
         const uint64_t behind = leaders & ~moe::below(place + 1);
         const int of = __popcll(leaders & moe::below(place + 1)) - 1, end = min(all, __popcll(~behind & (behind - 1)));
         if (leads) plan.group[of] = half.expert | place << 16 | (end - place) << 22;
-        plan.weight[place] = half.weight;
         plan.token[place] = static_cast<uint8_t>(half.token), plan.of[place] = static_cast<uint8_t>(max(of, 0));
     };
     put(low, lane, leads_low);
     if (two) put(high, lane + 32, leads_high);
     const int groups = __popcll(leaders), tiles = groups * rows, each = moe::quotient(tiles, gridDim.x);
     if (lane == 0) *reinterpret_cast<int4*>(&plan) = make_int4(groups, all, each, tiles - each * gridDim.x);
+}
+
+// By a warp: waits for the weights of all pairs, which are told behind those.
+static __device__ __forceinline__ void receive_weights(const uint64_t* words, unsigned number) {
+    RoutePlan& plan = routed_plan();
+#pragma unroll 1
+    for (int place = threadIdx.x % 32; place < plan.pairs; place += 32) {
+        exchange::Value word;
+        do word = exchange::look_at_value(words + place);
+        while (word.turn != number);
+        plan.weight[place] = word.value;
+    }
 }
 
 // By a warp, before rows move up: the places of each token's pairs.
@@ -106,6 +113,7 @@ static __device__ __forceinline__ void list_places(int tokens, int topk) {
 
 struct Experts {
     const void* shared;      // [T, D] of the shared expert, as `out` is
+    const uint64_t* weights; // words of every place, told by the phase in front
     moe::Job first, second;  // without plans, weights and factors
     void* out;               // [T, D] float or bf16
     mhc::Peers peers;        // whom the result is told instead of being written; size 0: nobody

@@ -1,5 +1,5 @@
 // ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block is told
-// the logits one by one, routes all tokens, sorts the pairs and tells them to all; meanwhile the others multiply what the
+// the logits one by one, routes all tokens, sorts the pairs and tells them to all, and then their weights; meanwhile the others multiply what the
 // shared expert makes, as LINEAR does it, of an input that each makes for itself, and work out who has to do what. The
 // arithmetic is that of router.cuh and swiglu.cuh, and so are the bits.
 #pragma once
@@ -16,7 +16,7 @@ struct Route {
     const bf16* x;             // what EXPERTS multiply, and how far apart rows are
     int64_t x_row;
     int width, staged;         // D; where in the work area EXPERTS have it
-    PlanWord* plan;            // of every place
+    uint64_t* plan;            // words of every place: the pair; then its weight
     const bf16 *gate, *up;     // [T, F]
     int64_t gate_stride, up_stride;
     float limit;
@@ -109,29 +109,30 @@ static __device__ __forceinline__ void pick(int turn) {
         }
     }
     __syncthreads();
-    float weight = 0.0f;
+    float picked = 0.0f;
     int expert = NO_EXPERT, mine = 0;
     if (warp < tokens) {
         if (a.route.tid2eid == nullptr)
             chosen = a.keys == 256 ? routing::best_of<8>(key + warp * a.keys, topk)
                                    : routing::best_of<12>(key + warp * a.keys, topk);
         const bool there = lane < topk && chosen >= 0 && chosen < a.route.experts;
-        weight = routing::weight_of(a.route, there ? score[warp * a.keys + chosen] : 0.0f);
-        if (there) expert = static_cast<int>(chosen);
+        if (there) expert = static_cast<int>(chosen), picked = score[warp * a.keys + chosen];
         mine = expert * moe::FEW_PAIRS + warp * topk + lane;
         if (lane < topk) order[warp * topk + lane] = mine;
     }
     if (tokens > 1) __syncthreads();
     else __syncwarp();
-    if (warp >= tokens || lane >= topk) return;
+    if (warp >= tokens) return;
     int place = 0;
 #pragma unroll 2
     for (int i = 0; i < tokens * topk; i += 4) {
         const int4 four = *reinterpret_cast<const int4*>(order + i);
         place += (four.x < mine) + (four.y < mine) + (four.z < mine) + (four.w < mine);
     }
-    exchange::tell(a.plan + place, {weight, __uint_as_float(expert | warp << 16), 0.0f},
-                   told_by(phase_at(turn).number));
+    const uint32_t own = told_by(phase_at(turn).number);
+    if (lane < topk) exchange::tell_peer(a.plan + place, __uint_as_float(expert | warp << 16), own);
+    const float weight = routing::weight_of(a.route, picked);  // who asks for weights of experts need not wait for these
+    if (lane < topk) exchange::tell_peer(a.plan + moe::FEW_PAIRS + place, weight, own);
 }
 
 // Whether this block routes: it meets nobody before, as it is told the logits.
@@ -201,7 +202,7 @@ static cudaError_t describe_route(Phase* phase, const void* logits, const float*
     if (D < 16 || D % 16 || F < 16 || F % 16 || D > 128 * 64 || F > 128 * 64 || grid < 2 || grid > MAX_BLOCKS)
         return cudaErrorInvalidValue;
     if (reinterpret_cast<uintptr_t>(gate) % 4 || gate_stride % 2 || reinterpret_cast<uintptr_t>(up) % 4 || up_stride % 2 ||
-        reinterpret_cast<uintptr_t>(plan) % 16 || reinterpret_cast<uintptr_t>(logits) % 8 || !aligned16(x) || x_row % 8 ||
+        reinterpret_cast<uintptr_t>(plan) % 8 || reinterpret_cast<uintptr_t>(logits) % 8 || !aligned16(x) || x_row % 8 ||
         cuts[grid - 1] != cuts[grid] || shared_w2->row_scale != nullptr || shared_w2->rows != D)
         return cudaErrorInvalidValue;
     const ExpertsLayout layout(tokens, topk, D, F, grid, work_bytes);
@@ -213,7 +214,7 @@ static cudaError_t describe_route(Phase* phase, const void* logits, const float*
     a.route = {nullptr, bias, tid2eid, token_ids, nullptr, nullptr, experts, topk, 0, vocabulary, route_scale};
     a.logits = static_cast<const uint64_t*>(logits);
     a.x = static_cast<const bf16*>(x), a.x_row = x_row, a.width = D, a.staged = layout.staged;
-    a.plan = static_cast<PlanWord*>(plan);
+    a.plan = static_cast<uint64_t*>(plan);
     a.gate = static_cast<const bf16*>(gate), a.up = static_cast<const bf16*>(up);
     a.gate_stride = gate_stride, a.up_stride = up_stride, a.limit = limit, a.keys = keys_of(experts);
     a.rows = F / 8;
