@@ -107,10 +107,13 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
                     look_at_tokens(ahead);
                 }
                 linear_phase<ONE>(turn, stream, ahead, [&] {
-                    if (phase_at(turn).kind == ROUTE) hear_plan<ONE>(turn);
+                    if (ahead.routes()) hear_plan<ONE>(turn);
+                }, [&] {
+                    if (ONE && ahead.routes()) begin_one(turn ^ 1, Stream(program));
                 });
-            } else if (phase_at(turn).kind == ROUTE) {
+            } else if (ahead.routes()) {
                 route_phase<ONE>(turn, meetings);
+                if (ONE) begin_one(turn ^ 1, Stream(program));
             }
         } else {
             if (kind == SEAM) seam_ahead<ONE>(turn);

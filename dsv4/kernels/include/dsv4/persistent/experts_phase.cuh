@@ -275,24 +275,43 @@ static __device__ __forceinline__ int begin_down(const Experts& a, const Units& 
     return (last >> 16 & 63) + (last >> 22) - place;
 }
 
-template <bool ONE>
-static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
+// When the plan is known and nobody reads any more what ROUTE had in front of UNDO_AT: the warp's pieces are listed, and the
+// first chunk is asked for. No more at first: whatever else the phase begins with would wait behind full rings.
+static __device__ __forceinline__ Units begin_experts(int turn, Stream& stream) {
     const Experts& a = payload<Experts>(turn);
-    ExpertsWork& w = work<ExpertsWork>();
     const RoutePlan& plan = routed_plan();
-    const int thread = threadIdx.x, lane = thread % 32, warp = moe::uniform(thread / 32);
-    moe::Staging<1> tokens(a.first.x, a.first.x_row, rows_of<ONE>(a.tokens), a.first.columns, a.first.blocks);
-    if (!ONE) tokens.load(warp);  // on their way in front of the weights; one row is there since ROUTE
-    const RowNumbers numbers(a.peers, rows_of<ONE>(a.tokens));
+    const int lane = threadIdx.x % 32;
     const int4 head = *reinterpret_cast<const int4*>(&plan);  // groups, pairs, each, more
     const uint32_t low = plan.group[lane], high = plan.group[lane + 32];
     stream.pass();  // what the list says of these weights
     const Units units(a, head.x, head.z, head.w);
     list_units(a, units, low, high, 0, PIECES);
-    Feed feed = {stream, w.list[warp], units.all};
-    feed.fill(1);  // and no more at first: whatever else the phase begins with would wait behind full rings
+    Feed feed = {stream, work<ExpertsWork>().list[threadIdx.x / 32], units.all};
+    feed.fill(1);
+    return units;
+}
+
+// Of one row that is done at the end of ROUTE.
+static __device__ __forceinline__ void begin_one(int turn, Stream stream) {
+    const Units units = begin_experts(turn, stream);
+    stream.park();
+    place_units(payload<Experts>(turn), units, 0, PIECES);
+}
+
+template <bool ONE>
+static __device__ __forceinline__ void experts_phase(int turn, const Meetings& meetings, Stream& stream) {
+    const Experts& a = payload<Experts>(turn);
+    ExpertsWork& w = work<ExpertsWork>();
+    const RoutePlan& plan = routed_plan();
+    const int thread = threadIdx.x, warp = moe::uniform(thread / 32);
+    moe::Staging<1> tokens(a.first.x, a.first.x_row, rows_of<ONE>(a.tokens), a.first.columns, a.first.blocks);
+    if (!ONE) tokens.load(warp);  // on their way in front of the weights; one row is there since ROUTE
+    const RowNumbers numbers(a.peers, rows_of<ONE>(a.tokens));
+    const int4 head = *reinterpret_cast<const int4*>(&plan);  // groups, pairs, each, more
+    const Units units = ONE ? Units(a, head.x, head.z, head.w) : begin_experts(turn, stream);
+    Feed feed = {stream, w.list[warp], units.all, min(units.all, 1)};
     if (thread < head.x) {  // nobody waits for them until sums are collected
-        const int expert = (warp == 0 ? low : high) & 0xFFFF;
+        const int expert = plan.group[thread] & 0xFFFF;
         copy_async8(w.alpha[thread], a.first.alpha + 2 * expert);
         copy_async4(w.alpha[thread] + 2, a.second.alpha + expert);
     }
@@ -301,11 +320,11 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     uint32_t added = 0;
     if (!ONE) tokens.finish(warp, work_at<uint8_t>(a.staged), work_at<float>(UNDO_AT));
     numbers.put();
-    __syncthreads();
+    if (!ONE) __syncthreads();
     Pass pass = {false, 0, w.begin, 0, 0, a.parked[0]};
     if (!ONE) feed.fill(stream.stages);  // of one row behind all else: the copy engine takes no more at once
     if (!ONE && __any_sync(moe::ALL, units.count * TOKENS > a.fit)) close_up<ONE>(a, units, pass);
-    place_units(a, units, 0, PIECES);
+    if (!ONE) place_units(a, units, 0, PIECES);
     begin_up(a, units, pass);
     if (ONE) feed.fill(stream.stages);
     if (warp == SPEAKER / 32) receive_weights(a.weights, told_by(phase_at(turn).number - 1));

@@ -23,7 +23,7 @@ struct Linear {
     int count, tokens, columns, blocks, slices;  // of parts; ..; K; K/64; K/512
     int per_token, per_slice;                    // 2^16 / tokens and / slices, and one: they divide what is far below 2^16
     int tiles_on, slices_on;                     // from a unit to the WARPS-th behind it
-    int made_at, norm_at;                        // of the work area: Made of the block's tiles; the norm's weights
+    int slots_at, made_at, norm_at;              // of the work area: sums; Made of the block's tiles; the norm's weights
     uint16_t cuts[MAX_BLOCKS + 1];               // block b has the tiles cuts[b] .. cuts[b + 1]
     mhc::Peers peers;                            // whom the result is told instead of being written; size 0: nobody
 };
@@ -102,7 +102,7 @@ struct LinearUnit {
 // warp's first unit, and the first blocks of that, unpacked, if it is a whole slice of NVFP4.
 struct Ahead {
     bool ready;
-    int block;            // its tiles, and from bit 16 on the part of the first one
+    int block;            // its tiles, from bit 16 on the part of the first one; below 0: the phase is ROUTE
     const bf16* x;        // or null
     uint32_t columns[8];  // what lies there: read as soon as the tokens are known
     LinearUnit unit;
@@ -110,7 +110,8 @@ struct Ahead {
     w4::Lane last;  // of the chunk, as it came
 
     __device__ __forceinline__ int tiles() const { return block & 0xFFFF; }
-    __device__ __forceinline__ int own() const { return block >> 16; }
+    __device__ __forceinline__ int own() const { return block >> 16 & 0x7FFF; }
+    __device__ __forceinline__ bool routes() const { return block < 0; }
 };
 
 // Where a lane's sixteen columns of a slice of a token begin.
@@ -124,7 +125,7 @@ __device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     const Starts starts(a);
-    ahead.block = tiles | starts.part_of(first) << 16;
+    ahead.block = tiles | starts.part_of(first) << 16 | (phase_at(turn).kind == ROUTE) << 31;
     ahead.unit.begin(a, starts, first, tiles);
     const int column = ahead.unit.slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
     const bool reads = tiles > 0 && ahead.unit.tile < rows_of<ONE>(a.tokens) && column < a.columns;
@@ -248,16 +249,18 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead
 }
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
-// In a block with tiles. meanwhile(): what the speaker's warp does when it has multiplied.
-template <bool ONE, typename Meanwhile>
-__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead, Meanwhile&& meanwhile) {
+// In a block with tiles. meanwhile(): what the speaker's warp does when it has multiplied; behind(): what is done when all
+// have, before sums are added up.
+template <bool ONE, typename Meanwhile, typename Behind>
+__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead, Meanwhile&& meanwhile,
+                                             Behind&& behind) {
     const Linear& a = payload<Linear>(turn);
     const int tiles = ahead.tiles();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int stride = a.slices * 1024 + 16, tokens = rows_of<ONE>(a.tokens), step = tokens * linear::TILE_ROWS;
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
-    float* const slots = undo + a.slices * TOKENS;
+    float* const slots = reinterpret_cast<float*>(x + a.slots_at);
     if (a.norm != nullptr)
         stage_normed<ONE>(a, ahead, x, stride, undo, slots);
     else
@@ -309,7 +312,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     int made_at = WORK_AT + a.made_at;
     asm volatile("" : "+r"(made_at));  // else it would be looked up behind the barrier
     __syncthreads();
-
+    behind();
     for (int i = threadIdx.x; i < tiles * step; i += THREADS) {
         const int pair = i / linear::TILE_ROWS, at = ONE ? pair : pair * a.per_token >> 16, token = pair - at * tokens;
         const Made made = reinterpret_cast<const Made*>(memory() + made_at)[at];
@@ -357,7 +360,8 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     if (norm != nullptr && (tokens * a.slices > WARPS || columns > 4096 || !aligned16(norm))) return cudaErrorInvalidValue;
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
-    a.made_at = max(tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4 + most * a.slices * tokens * 64, MADE_LEAST);
+    a.slots_at = tokens * (a.slices * 1024 + 16) + a.slices * TOKENS * 4;
+    a.made_at = max(a.slots_at + most * a.slices * tokens * 64, MADE_LEAST);
     a.norm_at = a.made_at + most * static_cast<int>(sizeof(Made));
     a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     fill_phase(phase, LINEAR, a);

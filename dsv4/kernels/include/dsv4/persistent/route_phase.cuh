@@ -30,7 +30,7 @@ static __device__ __forceinline__ const Route& route_of(const Linear& product) {
     return *reinterpret_cast<const Route*>(product.parts + 1);
 }
 
-// The product's input, behind its own work area, where find_work() has it lie.
+// The product's input, behind its own work area, where find_work() has it lie. The phase behind is known then.
 template <bool ONE>
 static __device__ __forceinline__ void activate(int turn) {
     constexpr int AT_ONCE = 8;
@@ -59,6 +59,7 @@ static __device__ __forceinline__ void activate(int turn) {
             for (int k = 0; k + 1 < AT_ONCE; ++k) gate[k] = gate[k + 1], up[k] = up[k + 1];
         }
     }
+    wait_for_copies();
     __syncthreads();
 }
 
@@ -165,28 +166,36 @@ static __device__ __forceinline__ void hear_plan(int turn) {
 }
 
 // Of a block without tiles. The one that routes has met nobody: before it comes to the next meeting all must have come to
-// the last one, and they have long.
+// the last one, and they have long. The plan and the phase behind are known then.
 template <bool ONE>
 static __device__ __forceinline__ void route_phase(int turn, const Meetings& meetings) {
     if (routes()) pick<ONE>(turn);
-    if (threadIdx.x / 32 != SPEAKER / 32) return;
-    if (routes()) meetings.see_all();
-    hear_plan<ONE>(turn);
+    if (threadIdx.x / 32 == SPEAKER / 32) {
+        if (routes()) meetings.see_all();
+        hear_plan<ONE>(turn);
+    }
+    wait_for_copies();
+    __syncthreads();
 }
 
 __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }
 
-// Where the product's input lies: of one row behind what EXPERTS have there already. tiles: of a block at most.
-static int route_input(int tokens, int tiles, int slices, const ExpertsLayout& experts) {
-    const int slots = tokens * (slices * 1024 + 16) + slices * TOKENS * 4 + tiles * slices * tokens * 64;
-    const int made = max(slots, MADE_LEAST) + tiles * static_cast<int>(sizeof(Made));
-    return tokens > 1 ? made : max(made, experts.parked[0]);
-}
+// Where the product has its sums, Made and its input. Of one row EXPERTS begin before the sums are added up, and their row
+// is staged before: these lie behind what they have there then. tiles: of a block at most.
+struct RouteLayout {
+    int slots, made, input, end;
+
+    RouteLayout(int tokens, int tiles, int F, const ExpertsLayout& experts) {
+        const int slices = (F + SLICE - 1) / SLICE, own = tokens * (slices * 1024 + 16) + slices * TOKENS * 4;
+        slots = tokens > 1 ? own : experts.parked[0];
+        made = max(slots + tiles * slices * tokens * 64, MADE_LEAST);
+        input = made + tiles * static_cast<int>(sizeof(Made)), end = input + tokens * F * 2;
+    }
+};
 static int route_work_bytes(int tokens, int experts, int topk, int D, int F, int grid) {
-    const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1), slices = (F + SLICE - 1) / SLICE;
-    const ExpertsLayout behind(tokens, topk, D, F, grid, 0);
-    const int product = route_input(tokens, tiles, slices, behind) + tokens * F * 2;
-    return max(moe::FEW_PAIRS * 4 + tokens * keys_of(experts) * 8, product);
+    const int tiles = (D / 16 + max(grid - 1, 1) - 1) / max(grid - 1, 1);
+    const RouteLayout product(tokens, tiles, F, ExpertsLayout(tokens, topk, D, F, grid, 0));
+    return max(moe::FEW_PAIRS * 4 + tokens * keys_of(experts) * 8, product.end);
 }
 
 // logits [T, experts]: words, which the phase in front tells. shared_w2: its x is not given; cuts [grid + 1]: the blocks'
@@ -220,11 +229,12 @@ static cudaError_t describe_route(Phase* phase, const void* logits, const float*
     a.rows = F / 8;
     int most = 0;
     for (int b = 0; b < grid; ++b) most = max(most, cuts[b + 1] - cuts[b]);
-    a.activated = route_input(tokens, most, (F + SLICE - 1) / SLICE, layout);
-    const int product_end = reinterpret_cast<const Linear*>(phase->payload)->norm_at;
-    if (tokens == 1 && product_end > UNDO_AT) return cudaErrorInvalidValue;  // what EXPERTS multiply begins there
-    if (a.activated + tokens * F * 2 > work_bytes) return cudaErrorInvalidValue;
-    std::memcpy(reinterpret_cast<Linear*>(phase->payload)->parts + 1, &a, sizeof(a));
+    const RouteLayout own(tokens, most, F, layout);
+    Linear& product = *reinterpret_cast<Linear*>(phase->payload);
+    if (tokens == 1 && product.slots_at > UNDO_AT) return cudaErrorInvalidValue;  // what EXPERTS multiply begins there
+    if (own.end > work_bytes) return cudaErrorInvalidValue;
+    product.slots_at = own.slots, product.made_at = own.made, a.activated = own.input;
+    std::memcpy(product.parts + 1, &a, sizeof(a));
     phase->kind = ROUTE, phase->joined = NEXT;
     return cudaSuccess;
 }
