@@ -64,17 +64,20 @@ __device__ __forceinline__ uint32_t best_of(const uint32_t* keys, int topk) {
     }
 #pragma unroll
     for (int i = 0; i < EACH; ++i) expert[i] = lane * EACH + i;
-    // A lane's largest first, equal ones by number: only neighbours change places, and equal ones do not.
+    // A lane's largest first, equal ones by number: only neighbours change places, and equal ones do not. A loop, as code
+    // that is not at hand takes longer than what it does.
+#pragma unroll 1
+    for (int round = 0; round < EACH / 2; ++round)
 #pragma unroll
-    for (int round = 0; round < EACH; ++round)
+        for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-        for (int i = round % 2; i + 1 < EACH; i += 2) {
-            const bool rises = key[i + 1] > key[i];
-            const uint32_t most = max(key[i], key[i + 1]);
-            const int first = rises ? expert[i + 1] : expert[i];
-            key[i + 1] = min(key[i], key[i + 1]), expert[i + 1] = rises ? expert[i] : expert[i + 1];
-            key[i] = most, expert[i] = first;
-        }
+            for (int i = odd; i + 1 < EACH; i += 2) {
+                const bool rises = key[i + 1] > key[i];
+                const uint32_t most = max(key[i], key[i + 1]);
+                const int first = rises ? expert[i + 1] : expert[i];
+                key[i + 1] = min(key[i], key[i + 1]), expert[i + 1] = rises ? expert[i] : expert[i + 1];
+                key[i] = most, expert[i] = first;
+            }
     uint32_t chosen = 0;
 #pragma unroll 1
     for (int k = 0; k < topk; ++k) {
