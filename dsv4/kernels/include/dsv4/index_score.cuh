@@ -95,6 +95,41 @@ __device__ __forceinline__ int chunk_at(int row, int c) {
     return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
 }
 
+// shares[h][n]: of columns 2 t and 2 t + 1 of tile n, what head 8 h + g of these sixteen adds to the scores; a BF16 each.
+template <int NT>
+__device__ __forceinline__ void head_shares(uint32_t (&shares)[2][NT], const uint8_t* heads, const bf16* weights,
+                                            const uint32_t (&b)[NT][16], int g, int t) {
+    float dot[NT][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint8_t* at = heads + (chunk_at(g, 4 * t) ^ 16 * i);
+        const uint4 x = *reinterpret_cast<const uint4*>(at);
+        const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * ROW_BYTES);
+        const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            mma_bf16(dot[n], a0, b[n][4 * i], b[n][4 * i + 1]);
+            mma_bf16(dot[n], a1, b[n][4 * i + 2], b[n][4 * i + 3]);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t weight = weights[h * 8 + g].bits * 0x10001u;  // twice
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            shares[h][n] = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), weight);
+    }
+}
+
+// sum[n][j]: of column 2 t + j of tile n, over this lane's heads in their order.
+template <int NT>
+__device__ __forceinline__ void add_shares(float (&sum)[NT][2], const uint32_t (&shares)[2][NT]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int n = 0; n < NT; ++n) sum[n][0] += low_half(shares[h][n]), sum[n][1] += high_half(shares[h][n]);
+}
+
 // sum[n][j]: this lane's heads' share of the score of column 2 t + j of tile n.
 template <int MT, int NT>
 __device__ __forceinline__ void score_tiles(float (&sum)[NT][2], const uint8_t* heads, const bf16* weights,
@@ -103,29 +138,9 @@ __device__ __forceinline__ void score_tiles(float (&sum)[NT][2], const uint8_t* 
     for (int n = 0; n < NT; ++n) sum[n][0] = sum[n][1] = 0.0f;
 #pragma unroll NT < 4 ? 2 : 1
     for (int mt = 0; mt < MT; ++mt) {
-        float dot[NT][4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint8_t* at = heads + (chunk_at(g, 4 * t) ^ 16 * i) + mt * (16 * ROW_BYTES);
-            const uint4 x = *reinterpret_cast<const uint4*>(at);
-            const uint4 y = *reinterpret_cast<const uint4*>(at + 8 * ROW_BYTES);
-            const uint32_t a0[4] = {x.x, y.x, x.y, y.y}, a1[4] = {x.z, y.z, x.w, y.w};
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                mma_bf16(dot[n], a0, b[n][4 * i], b[n][4 * i + 1]);
-                mma_bf16(dot[n], a1, b[n][4 * i + 2], b[n][4 * i + 3]);
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const uint32_t share = weights[mt * 16 + h * 8 + g].bits * 0x10001u;  // twice
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                const uint32_t both = mul_bf16x2(relu_bf16x2(dot[n][2 * h], dot[n][2 * h + 1]), share);
-                sum[n][0] += __uint_as_float(both << 16);
-                sum[n][1] += __uint_as_float(both & 0xFFFF0000u);
-            }
-        }
+        uint32_t shares[2][NT];
+        head_shares(shares, heads + mt * (16 * ROW_BYTES), weights + mt * 16, b, g, t);
+        add_shares(sum, shares);
     }
 }
 
@@ -206,6 +221,47 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Tiles& tiles,
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
+// Where the key of column g of tile m of sixteen `i` lies, in its page: it is that of entry 4 (g / 2) + 2 m + g % 2 of them,
+// so that a lane's four scores are neighbours.
+__device__ __forceinline__ const uint8_t* key_at(const Arguments& a, int page, int i, int m, int g, int bytes) {
+    const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
+    return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;
+}
+
+// The keys of a lane's four entries, of which `count` are there.
+__device__ __forceinline__ uint64_t four_keys(const float (&sum)[2][2], int count) {
+    uint64_t four = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        if (k < count) four |= static_cast<uint64_t>(sortable(sum[k / 2][k % 2])) << 16 * k;
+    return four;
+}
+
+// By each warp that treats heads: its heads, once they and its rotations have come. Others find them behind a barrier.
+template <int MT, int WARPS>
+__device__ __forceinline__ void treat_started(const Arguments& a, Heads<MT, WARPS>& s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (warp * s.EACH >= a.heads) return;
+    copies_wait();
+    __syncwarp();
+    const int half = g % s.APART, own = chunk_at(warp * s.EACH + g / s.APART, 4 * t);
+    HeadShare<s.EACH> share = load_head<s.EACH>(
+        a.dims, t, [&](int chunk) { return *reinterpret_cast<const uint4*>(s.heads + (own ^ 16 * (chunk % 4))); },
+        half);
+    float2 by[share.PAIRS];
+    const float2* turns = s.turns[warp] + 16 * t + 4 * half;
+#pragma unroll
+    for (int i = 0; i < share.PAIRS; i += 2) {
+        const float4 two = *reinterpret_cast<const float4*>(turns + share.pair(i));
+        by[i] = make_float2(two.x, two.y), by[i + 1] = make_float2(two.z, two.w);
+    }
+    __syncwarp();  // treated heads go where they came
+    turn(share, [&](int i) { return by[i]; });
+    treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
+        *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * s.EACH + head, chunk)) = channels;
+    });
+}
+
 // The block's part of a row whose rotations and heads have been started and that does not take all it sees. pages: its.
 // put(at, four): in every lane of a column, the keys of entries 4 at .. 4 at + 3, 0 for those that are not there.
 template <int MT, int WARPS, typename Put>
@@ -213,15 +269,11 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& 
                                           int rank, int place, const Tiles& tiles, Put put) {
     const int n = tiles.n;
     if (rank * ENTRIES >= n) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t weight = threadIdx.x < MT * 16 ? weight_bits(a, row, threadIdx.x) : 0;
     const int first = place * a.blocks + rank, stride = WARPS * a.blocks;
     int page = tiles.page, next_page = tiles.next;
-    // column c of tile m is entry 4 (c / 2) + 2 m + c % 2 of the sixteen: a lane's four scores are neighbours
-    const auto key_at = [&](int i, int m, int bytes) {
-        const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
-        return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;
-    };
+    const auto key_at = [&](int i, int m, int bytes) { return index::key_at(a, page, i, m, g, bytes); };
     PackedShare keys[2];
     const auto fetch = [&](int i) {
         keys[0] = keys[1] = NO_KEY;
@@ -230,26 +282,7 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& 
         for (int m = 0; m < 2; ++m) keys[m] = fetch_packed(key_at(i, m, PACKED_BYTES), t);
     };
     fetch(first);
-    if (warp * s.EACH < a.heads) {
-        copies_wait();
-        __syncwarp();
-        const int half = g % s.APART, own = chunk_at(warp * s.EACH + g / s.APART, 4 * t);
-        HeadShare<s.EACH> share = load_head<s.EACH>(
-            a.dims, t, [&](int chunk) { return *reinterpret_cast<const uint4*>(s.heads + (own ^ 16 * (chunk % 4))); },
-            half);
-        float2 by[share.PAIRS];
-        const float2* turns = s.turns[warp] + 16 * t + 4 * half;
-#pragma unroll
-        for (int i = 0; i < share.PAIRS; i += 2) {
-            const float4 two = *reinterpret_cast<const float4*>(turns + share.pair(i));
-            by[i] = make_float2(two.x, two.y), by[i + 1] = make_float2(two.z, two.w);
-        }
-        __syncwarp();  // treated heads go where they came
-        turn(share, [&](int i) { return by[i]; });
-        treat_heads(share, a.quantize, lane, [&](int head, int chunk, uint4 channels) {
-            *reinterpret_cast<uint4*>(s.heads + chunk_at(warp * s.EACH + head, chunk)) = channels;
-        });
-    }
+    treat_started(a, s);
     if (threadIdx.x < MT * 16) s.weights[threadIdx.x] = weight_of(a, weight);
 
     uint32_t b[2][16] = {};
@@ -277,13 +310,7 @@ __device__ __forceinline__ void score_row(const Arguments& a, Heads<MT, WARPS>& 
         float sum[2][2];
         score_tiles<MT>(sum, s.heads, s.weights, b, g, t);
         add_heads(sum);
-        uint64_t four = 0;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const uint32_t key = sortable(sum[k / 2][k % 2]);
-            if (i * ENTRIES + 4 * t + k < n) four |= static_cast<uint64_t>(key) << 16 * k;
-        }
-        put(i * (ENTRIES / 4) + t, four);
+        put(i * (ENTRIES / 4) + t, four_keys(sum, n - i * ENTRIES - 4 * t));
     }
 }
 

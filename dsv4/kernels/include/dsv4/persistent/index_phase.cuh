@@ -6,6 +6,7 @@
 #include <dsv4/exchange.cuh>
 #include <dsv4/index_score.cuh>
 #include <dsv4/index_select.cuh>
+#include <dsv4/persistent/index_pairs.cuh>
 #include <dsv4/persistent/index_ranges.cuh>
 #include <dsv4/persistent/memory.cuh>
 
@@ -29,7 +30,8 @@ struct IndexWork {
     index::Heads<4, WARPS> heads;
     index::Selection<THREADS> selection;
     uint64_t fours[index::TOGETHER / 4];
-    index::Tiles tiles[WARPS];
+    pairs::Shared pairs;
+    index::Tiles tiles[pairs::PAIRS];
     const int64_t* pages;  // of the row
     uint32_t turn;
 };
@@ -63,11 +65,12 @@ static __device__ __forceinline__ void index_ahead(int turn, int before) {
     IndexWork& s = work<IndexWork>();
     const uint32_t turns = threadIdx.x == 0 ? exchange::last_turn(&phase.words[row].turns[rank]) : 0;
     index::start_turns(a, s.heads, row);
-    const index::Tiles tiles = index::find_tiles<WARPS>(a, row, rank, warp);
+    const index::Tiles tiles = index::find_tiles<pairs::PAIRS>(a, row, rank, warp % pairs::PAIRS);
     index::clear_heads(a, s.heads);
     index::clear(s.selection);
-    if (lane == 0) s.tiles[warp] = tiles;
     if (threadIdx.x == 0) s.turn = turns + 1, s.pages = index::pages_of(a, row);
+    if (warp >= pairs::PAIRS) return;
+    if (lane == 0) s.tiles[warp] = tiles;
     index::prefetch(a, tiles, warp * GROUP + rank);
 }
 
@@ -92,14 +95,16 @@ static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& sh
                                      __float_as_uint(heard[i].values[0]);
 }
 
+static_assert(sizeof(IndexWork) <= sizeof(ranges::Work), "the work area is no larger for it");
+
 static __device__ __forceinline__ void index_phase(int turn) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
     if (phase.blocks > 0) return ranges::phase(a, phase.told, phase.blocks);
-    const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = index_row(phase), rank = blockIdx.x % GROUP;
     if (row < 0) return;
     IndexWork& s = work<IndexWork>();
-    const index::Tiles tiles = s.tiles[warp];
+    const index::Tiles tiles = s.tiles[threadIdx.x / 32 % pairs::PAIRS];
     if (tiles.n == 0) {
         index::take_all(a, row, rank * THREADS + threadIdx.x, GROUP * THREADS);
         return;
@@ -107,10 +112,10 @@ static __device__ __forceinline__ void index_phase(int turn) {
     index::start_heads(a, s.heads, row);
     IndexWords& words = phase.words[row];
     const uint32_t number = s.turn;
-    index::score_row<4, WARPS>(a, s.heads, row, s.pages, rank, warp, tiles, [&](int at, uint64_t four) {
+    pairs::score_row(a, s.heads, s.pairs, row, s.pages, rank, tiles, [&](int at, uint64_t four) {
         const float values[exchange::PER_WORD] = {__uint_as_float(static_cast<uint32_t>(four)),
                                                   __uint_as_float(static_cast<uint32_t>(four >> 32)), 0.0f};
-        if (lane < 4) exchange::tell(&words.fours[at], values, number);
+        if (threadIdx.x % 32 < 4) exchange::tell(&words.fours[at], values, number);
     });
     const index::Share<THREADS> share(s.pages, tiles.n, rank, GROUP, s.fours);
     hear_keys(share, words.fours, number, s.fours);
