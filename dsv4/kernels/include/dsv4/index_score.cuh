@@ -232,8 +232,10 @@ __device__ __forceinline__ const uint8_t* key_at(const Arguments& a, int page, i
 __device__ __forceinline__ uint64_t four_keys(const float (&sum)[2][2], int count) {
     uint64_t four = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-        if (k < count) four |= static_cast<uint64_t>(sortable(sum[k / 2][k % 2])) << 16 * k;
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t key = sortable(sum[k / 2][k % 2]);
+        four |= static_cast<uint64_t>(k < count ? key : 0) << 16 * k;
+    }
     return four;
 }
 
