@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
             if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
             if (meets) meetings.wait_for_all();
+            if (kind == INDEX) start_index(turn);
             note_time(program, turn, 0);
             ask(program, turn, passes_over_next(turn));
             if (kind == SEAM) {

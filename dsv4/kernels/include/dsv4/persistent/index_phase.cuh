@@ -74,6 +74,15 @@ static __device__ __forceinline__ void index_ahead(int turn, int before) {
     index::prefetch(a, tiles, warp * GROUP + rank);
 }
 
+// First behind the meeting, as everything waits for them: the heads of a group's row are on their way.
+static __device__ __forceinline__ void start_index(int turn) {
+    const Index& phase = payload<Index>(turn);
+    const int row = index_row(phase);
+    if (phase.blocks > 0 || row < 0) return;
+    IndexWork& s = work<IndexWork>();
+    if (s.tiles[0].n > 0) index::start_heads(phase.of, s.heads, row);
+}
+
 // This thread's keys, once they have been told.
 static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& share, const exchange::Word* words,
                                                  uint32_t turn, uint64_t* fours) {
@@ -109,7 +118,6 @@ static __device__ __forceinline__ void index_phase(int turn) {
         index::take_all(a, row, rank * THREADS + threadIdx.x, GROUP * THREADS);
         return;
     }
-    index::start_heads(a, s.heads, row);
     IndexWords& words = phase.words[row];
     const uint32_t number = s.turn;
     pairs::score_row(a, s.heads, s.pairs, row, s.pages, rank, tiles, [&](int at, uint64_t four) {
