@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(THREADS, 2) index_decode(const __grid_constant
     if constexpr (CLUSTER) {
         const index::Share<THREADS> share(index::pages_of(a, row), tiles.n, rank, a.blocks, s.scores);
         cluster_barrier();
+        index::count_digit(s.selection.bins + index::BINS, share, index::DIGIT_BITS, 0);
         index::select(s.selection, share, a.out + row * a.width, a.topk);
     }
 }

@@ -111,17 +111,15 @@ struct Search {
     __device__ __forceinline__ void take(const Digit& next) { edge = edge << DIGIT_BITS | next.bin, left = next.left; }
 };
 
-// Finds the topk-th largest of more keys. The bins are empty.
+// Finds the topk-th largest of more keys, whose upper digits all threads have counted. The lower bins are empty.
 template <int THREADS>
 __device__ __forceinline__ Search threshold(Selection<THREADS>& s, const Share<THREADS>& share, uint32_t topk) {
     Search search(topk);
-#pragma unroll 1
-    for (int digit = 1; digit >= 0; --digit) {
-        uint32_t* bins = s.bins + digit * BINS;
-        count_digit(bins, share, digit * DIGIT_BITS, search.edge);
-        __syncthreads();
-        search.take(find_digit(bins, search.left));
-    }
+    __syncthreads();
+    search.take(find_digit(s.bins + BINS, search.left));
+    count_digit(s.bins, share, 0, search.edge);
+    __syncthreads();
+    search.take(find_digit(s.bins, search.left));
     return search;
 }
 
@@ -143,7 +141,13 @@ __device__ __forceinline__ void write_chosen(Selection<THREADS>& s, const Share<
     });
 }
 
-// Every thread of every block calls this with its share of the same keys.
+// Counts the upper digits of four keys.
+__device__ __forceinline__ void count_upper(uint32_t* bins, uint64_t four) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) atomicAdd(&bins[four >> (16 * k + DIGIT_BITS) & (BINS - 1)], 1u);
+}
+
+// Every thread of every block calls this with its share of the same keys. It has counted their upper digits.
 template <int THREADS>
 __device__ __forceinline__ void select(Selection<THREADS>& s, const Share<THREADS>& share, int64_t* out, int topk) {
     write_chosen(s, share, threshold(s, share, topk), out);

@@ -83,9 +83,9 @@ static __device__ __forceinline__ void start_index(int turn) {
     if (s.tiles[0].n > 0) index::start_heads(phase.of, s.heads, row);
 }
 
-// This thread's keys, once they have been told.
+// This thread's keys, once they have been told; their upper digits are counted.
 static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& share, const exchange::Word* words,
-                                                 uint32_t turn, uint64_t* fours) {
+                                                 uint32_t turn, uint64_t* fours, uint32_t* upper) {
     exchange::Word heard[index::Share<THREADS>::MOST] = {};
     bool here;
     do {
@@ -98,10 +98,13 @@ static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& sh
             }
     } while (!here);
 #pragma unroll
-    for (int i = 0; i < index::Share<THREADS>::MOST; ++i)
-        if (i < share.count)
-            fours[share.first + i] = static_cast<uint64_t>(__float_as_uint(heard[i].values[1])) << 32 |
-                                     __float_as_uint(heard[i].values[0]);
+    for (int i = 0; i < index::Share<THREADS>::MOST; ++i) {
+        if (i >= share.count) break;  // one jump
+        const uint64_t four = static_cast<uint64_t>(__float_as_uint(heard[i].values[1])) << 32 |
+                              __float_as_uint(heard[i].values[0]);
+        fours[share.first + i] = four;
+        index::count_upper(upper, four);
+    }
 }
 
 static_assert(sizeof(IndexWork) <= sizeof(ranges::Work), "the work area is no larger for it");
@@ -126,7 +129,7 @@ static __device__ __forceinline__ void index_phase(int turn) {
         if (threadIdx.x % 32 < 4) exchange::tell(&words.fours[at], values, number);
     });
     const index::Share<THREADS> share(s.pages, tiles.n, rank, GROUP, s.fours);
-    hear_keys(share, words.fours, number, s.fours);
+    hear_keys(share, words.fours, number, s.fours, s.selection.bins + index::BINS);
     index::select(s.selection, share, a.out + row * a.width, a.topk);
     if (threadIdx.x == 0) words.turns[rank] = number;
 }
