@@ -77,6 +77,7 @@ struct Digit {
 // That of the left-th largest of the keys that are counted in bins. Every warp finds the same.
 __device__ __forceinline__ Digit find_digit(const uint32_t* bins, uint32_t left) {
     constexpr int EACH = BINS / 32;
+    static_assert(EACH == 8, "three questions find one of so many bins");
     uint32_t bin = BINS - 1 - EACH * (threadIdx.x % 32);  // a lane's bins go down from here
     const uint4* own = reinterpret_cast<const uint4*>(bins) + bin / 4;
     const uint4 upper = own[0], lower = own[-1];
@@ -86,10 +87,14 @@ __device__ __forceinline__ Digit find_digit(const uint32_t* bins, uint32_t left)
     const uint32_t all = sums[EACH - 1], sum = sum_up_to(all);
     const int found = __ffs(__ballot_sync(0xffffffffu, sum >= left)) - 1;
     const uint32_t wanted = left - (sum - all);  // of the bins of lane `found`; other lanes' values are not used
-    uint32_t above = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (sums[i] < wanted) above = sums[i], --bin;
+    uint32_t above = 0;  // of the sums, which rise, the last that is less
+    const auto passes = [&](uint32_t sum, int bins) {
+        const bool less = sum < wanted;
+        if (less) above = sum, bin -= bins;
+        return less;
+    };
+    const bool far = passes(sums[3], 4), mid = passes(far ? sums[5] : sums[1], 2);
+    passes(mid ? far ? sums[6] : sums[2] : far ? sums[4] : sums[0], 1);
     const uint32_t both = __shfl_sync(0xffffffffu, bin << 24 | ((wanted - above) & 0xFFFFFF), found);
     return {both >> 24, both & 0xFFFFFF};
 }
