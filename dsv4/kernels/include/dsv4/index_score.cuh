@@ -95,7 +95,7 @@ __device__ __forceinline__ int chunk_at(int row, int c) {
     return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
 }
 
-// shares[h][n]: of columns 2 t and 2 t + 1 of tile n, what head 8 h + g of these sixteen adds to the scores; a BF16 each.
+// shares[h][n]: what head 8 h + g of these sixteen adds to the scores of columns 2 t and 2 t + 1 of tile n, a BF16 each.
 template <int NT>
 __device__ __forceinline__ void head_shares(uint32_t (&shares)[2][NT], const uint8_t* heads, const bf16* weights,
                                             const uint32_t (&b)[NT][16], int g, int t) {
@@ -221,8 +221,8 @@ __device__ __forceinline__ void prefetch(const Arguments& a, const Tiles& tiles,
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
-// Where the key of column g of tile m of sixteen `i` lies, in its page: it is that of entry 4 (g / 2) + 2 m + g % 2 of them,
-// so that a lane's four scores are neighbours.
+// Where the key of column g of tile m of sixteen `i` lies, in its page: it is entry 4 (g / 2) + 2 m + g % 2 of them, so
+// that a lane's four scores are neighbours.
 __device__ __forceinline__ const uint8_t* key_at(const Arguments& a, int page, int i, int m, int g, int bytes) {
     const int entry = i * ENTRIES % PAGE + g / 2 * 4 + m * 2 + g % 2;
     return a.keys + (static_cast<int64_t>(page) * PAGE + entry) * bytes;

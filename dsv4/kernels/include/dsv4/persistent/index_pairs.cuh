@@ -1,6 +1,6 @@
-// Scores of a row's part by all warps of a block though it may have few entries: two warps, a pair, take sixteen entries at a
-// time. Each unpacks the keys of eight for both, scores half of the heads, and the second adds its heads to the sums of the
-// first: the order of heads is that of one warp (index_score.cuh).
+// Scores of a row's part by all warps of a block, though it may have few entries: two warps, a pair, take sixteen at a
+// time. Each unpacks the keys of eight for both and scores half of the heads. The second adds its heads to the sums of
+// the first: their order is that of one warp (index_score.cuh).
 #pragma once
 #include <dsv4/index_score.cuh>
 #include <dsv4/persistent/program.cuh>
