@@ -95,7 +95,7 @@ __device__ __forceinline__ int chunk_at(int row, int c) {
     return row * ROW_BYTES + (c ^ (c >> 3 & 1) ^ (row & 1) << 1 ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2) * 16;
 }
 
-// shares[h][n]: what head 8 h + g of these sixteen adds to the scores of columns 2 t and 2 t + 1 of tile n, a BF16 each.
+// shares[h][n]: what head 8 h + g of these sixteen adds to columns 2 t and 2 t + 1 of tile n, a BF16 each.
 template <int NT>
 __device__ __forceinline__ void head_shares(uint32_t (&shares)[2][NT], const uint8_t* heads, const bf16* weights,
                                             const uint32_t (&b)[NT][16], int g, int t) {
