@@ -11,16 +11,19 @@ import torch
 from dsv4.engine.guard.bits import raw
 from dsv4.kernels.compiler import FOLDER, INCLUDE
 from dsv4.kernels.decode_layers.cases import chain
+from dsv4.kernels.decode_layers.program import make_tables
 from tools.emulate.build import CompileError, library, library_of
-from tools.emulate.programs import left_by, programs, results
-from tools.emulate.run import libraries
+from tools.emulate.programs import SHARED_BYTES, left_by, programs, results
+from tools.emulate.run import launched_here, libraries
 
 PROGRAMS = {  # and blocks: with 32 a row, products go on beside an indexer
-    "1 row": ({"rows": 1, "padding": 0, "format": "nvfp4"}, 32),
+    "1 row": ({"rows": 1, "padding": 0, "format": "nvfp4", "short": True}, 32),
     "3 rows": ({"rows": 3, "padding": 1, "format": "fp8"}, 24),
-    "2 ranks": ({"rows": 2, "padding": 0, "format": "bf16", "ranks": 2}, 16),
+    "2 ranks": ({"rows": 2, "padding": 0, "format": "bf16", "short": True, "ranks": 2}, 16),
     "long lists": ({"rows": 2, "padding": 1, "format": "nvfp4", "entries": 8193}, 16),
+    "1 row of long lists": ({"rows": 1, "padding": 0, "format": "fp8", "entries": 8193}, 16),
 }
+RARE = "3 rows", "long lists", "1 row of long lists"  # of FP8, or with long lists
 RELATIVE = 2.0**-7  # of a tensor's length: rounded to BF16 here and there, sums in another order
 EQUAL = 0.97  # of packed bytes that are written, and of what is selected
 SMALL = r"""
@@ -77,6 +80,15 @@ def test_every_order_of_threads_leaves_the_same_bits(name):
     first, *others = [left(name, seed) for seed in range(3)]
     assert len(first) >= 50
     assert [unequal(found, first) for found in others] == [[], []]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_says_whether_a_small_kernel_will_do(name):
+    program, grid = PROGRAMS[name]
+    for small in programs(**program):
+        with launched_here(0, 1):
+            tables = make_tables(small.program.phases, small.h, grid, SHARED_BYTES)
+        assert tables.rare == (name in RARE)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -30,6 +30,7 @@ def main() -> int:
         command.add_argument("--rows", default="1,2,5,8")
         command.add_argument("--padding", type=int, default=0, help="rows of padding, where there are more rows")
         command.add_argument("--formats", default="nvfp4", help="of nvfp4, fp8, bf16")
+        command.add_argument("--lists", default="short,long", help="short: small kernels will do, unless of fp8")
         command.add_argument("--entries", default="0", help="of the indexer's rows; 0: few, 8193 and more: LONG")
         command.add_argument("--ranks", default="1", help="1: a rank that tells itself; 2: two side by side")
         command.add_argument("--grid", type=int, default=40, help="blocks; at least 8 for each row")
@@ -43,13 +44,15 @@ def _run(given: argparse.Namespace) -> int:
     from tools.emulate.programs import left_by, programs
 
     kept = {}
-    choices = [option.split(",") for option in (given.rows, given.formats, given.entries, given.ranks)]
-    for rows, format, entries, ranks in itertools.product(*choices):
+    options = given.rows, given.formats, given.lists, given.entries, given.ranks
+    for rows, format, lists, entries, ranks in itertools.product(*[option.split(",") for option in options]):
         padding, grid = min(given.padding, int(rows) - 1), max(given.grid, 8 * int(rows))
         for seed in range(given.seeds):
-            name = f"{rows} rows, {padding} of padding, {format}, {entries} entries, {ranks} ranks, seed {seed}"
+            name = f"{rows} rows, {padding} of padding, {format}, {lists} lists, {entries} entries, {ranks} ranks"
+            name += f", seed {seed}"
             begun = time.monotonic()
-            made = programs(int(rows), padding, format, entries=int(entries), ranks=int(ranks))
+            more = {"short": lists == "short", "entries": int(entries), "ranks": int(ranks)}
+            made = programs(int(rows), padding, format, **more)
             for what, found in left_by(made, grid, seed).items():
                 kept[f"{name}: {what}"] = found.contiguous().clone()
             print(f"{given.tree}: {name} ({time.monotonic() - begun:.1f} s)", flush=True)
@@ -59,7 +62,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _compare(given: argparse.Namespace) -> int:
     options = [
-        f"--{name}={getattr(given, name)}" for name in ("rows", "padding", "formats", "entries", "ranks", "grid")
+        f"--{name}={getattr(given, name)}"
+        for name in ("rows", "padding", "formats", "lists", "entries", "ranks", "grid")
     ]
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -23,13 +23,15 @@ CPU = torch.device("cpu")
 SHARED_BYTES = 231424  # of a block, as an H200 has them
 
 
-def programs(rows: int, padding: int, format: str, *, entries: int = 0, ranks: int = 1) -> list[Small]:
+def programs(
+    rows: int, padding: int, format: str, *, short: bool = False, entries: int = 0, ranks: int = 1
+) -> list[Small]:
     """Two layers in the form that kernels read, for each rank; the same arguments give the same numbers. What makes a
     sublayer's output, of which each rank has a part, is each rank's own weights.
     """
     with weights_as_on_a_gpu():
-        found = [_small(20, rows, padding, format, entries) for _ in range(ranks)]
-        others = [_small(20 + rank, rows, padding, format, entries) for rank in range(1, ranks)]
+        found = [_small(20, rows, padding, format, short, entries) for _ in range(ranks)]
+        others = [_small(20 + rank, rows, padding, format, short, entries) for rank in range(1, ranks)]
     if ranks == 1:
         return found
     inboxes = [torch.zeros(inbox_words(ranks), dtype=torch.int64) for _ in found]
@@ -45,10 +47,10 @@ def programs(rows: int, padding: int, format: str, *, entries: int = 0, ranks: i
     return found
 
 
-def _small(seed: int, rows: int, padding: int, format: str, entries: int) -> Small:
+def _small(seed: int, rows: int, padding: int, format: str, short: bool, entries: int) -> Small:
     make = Maker(CPU)
     make.generator.manual_seed(seed)
-    return Small(make, rows, padding, format, entries=entries)
+    return Small(make, rows, padding, format, short=short, entries=entries)
 
 
 def _of_rank(phase: Phase, other: Phase, whole: Tensor, part: Tensor, peers: Peers) -> Phase:

@@ -32,19 +32,30 @@ from dsv4.kernels.sparse_attention.sparse_attention import sparse_attention
 
 WIDTH, QUERY, HEADS, HEAD, GROUPS, RANK = 512, 320, 8, 512, 2, 96
 INDEX_HEADS, INDEX_WIDTH, TOPK, SEEN = 8, 128, 64, (300, 64, 77, 128, 5, 200, 0, 129)
-LONG = 1500  # entries of a row where nothing is selected
+LONG, SHORT = 1500, 300  # entries of a row where nothing is selected
 EXPERTS = Size("small", 8, WIDTH, 256, 2, ())
 NORMS = {"sinkhorn_iters": 20, "hc_eps": 1e-6, "norm_eps": EPS}
 
 
 class Small:
-    """Phases of a layer with long rows and a CSA layer, of random weights, and all tensors that they write. entries: of
-    the CSA layer's rows if longer than SEEN's, which then share their pages; alike: which all have the same keys.
+    """Phases of a layer where nothing is selected and a CSA layer, of random weights, and all tensors that they write.
+    short: the first has rows of SHORT, else of LONG. entries: of the CSA layer's rows if longer than SEEN's, which then
+    share their pages; alike: which all have the same keys.
     """
 
-    def __init__(self, make: Maker, rows: int, padding: int, format: str, *, entries: int = 0, alike: bool = False):
+    def __init__(
+        self,
+        make: Maker,
+        rows: int,
+        padding: int,
+        format: str,
+        *,
+        short: bool = False,
+        entries: int = 0,
+        alike: bool = False,
+    ):
         self.make, self.rows, self.padding, self.format = make, rows, padding, format
-        self.entries, self.alike = entries, alike
+        self.short, self.entries, self.alike = short, entries, alike
         self.phases: list[Phase] = []
         self.written: list[Tensor] = []
         self.y, self.streams = make.normal(rows, WIDTH, dtype="bf16"), self._streams()
@@ -88,7 +99,7 @@ class Small:
         pooled = [n for kind in kinds for n in (kind.channels, kind.channels)] + ([INDEX_HEADS] if csa else [])
         into = self._product(self.streams[1], self._operand(WIDTH, QUERY, HEAD, plain=tuple(pooled)))
         qr, kv, *rest = into.out
-        selected = 64 if csa else LONG
+        selected = 64 if csa else SHORT if self.short else LONG
         _, ring, local, pool, picked, sink, turn = attention_inputs(
             make, rows, HEADS, 100, selected, packed=(True, True)
         )
@@ -178,9 +189,11 @@ def chain(phase: Phase) -> None:
         op(*phase.args, **phase.named, out=phase.out if len(phase.out) > 1 else phase.out[0])
 
 
-def case(make: Maker, rows: int, padding: int, format: str, *, entries: int = 0, alike: bool = False) -> Case:
+def case(
+    make: Maker, rows: int, padding: int, format: str, *, short: bool = False, entries: int = 0, alike: bool = False
+) -> Case:
     """Everything that a program writes, of runs that start alike."""
-    small = Small(make, rows, padding, format, entries=entries, alike=alike)
+    small = Small(make, rows, padding, format, short=short, entries=entries, alike=alike)
     watched = [small.y, *small.written]
     before = [x.clone() for x in watched]
 
@@ -199,16 +212,20 @@ def case(make: Maker, rows: int, padding: int, format: str, *, entries: int = 0,
         for phase in small.phases:
             chain(phase)
 
-    name = f"two layers, {format}, {rows} rows, {padding} of padding"
+    name = f"two layers, {format}, {rows} rows{' of few entries' if short else ''}, {padding} of padding"
     name += f", {entries} entries{' alike' if alike else ''}" if entries else ""
     launch = ran(lambda: decode_layers(small.h, small.program))
     return Case("decode_layers", name, "bf16", launch, ran(ops), (small.h.clone(),), bits, moved=small.program.nbytes)
 
 
 def cases(make: Maker, quick: bool) -> Iterator[Case]:
-    for rows, padding, format in [(1, 0, "nvfp4"), (3, 1, "fp8"), (8, 2, "nvfp4")] + (
-        [] if quick else [(2, 0, "nvfp4"), (5, 0, "bf16"), (8, 0, "fp8")]
-    ):
+    short, long = [(1, 0, "nvfp4"), (8, 2, "nvfp4")], [(3, 1, "fp8")]
+    if not quick:
+        short += [(2, 0, "nvfp4"), (5, 0, "bf16")]
+        long += [(1, 0, "fp8"), (2, 0, "nvfp4"), (5, 0, "bf16"), (8, 0, "fp8")]
+    for rows, padding, format in short:
+        yield case(make, rows, padding, format, short=True)
+    for rows, padding, format in long:
         yield case(make, rows, padding, format)
     for rows, padding, entries, alike in [(1, 0, 8193, False), (3, 1, 9000, True)] + (
         []

@@ -59,7 +59,7 @@ __device__ __forceinline__ void ask(const Program& program, int turn, bool passe
     fetch_phase(program, phase_at(turn).number + (passes_over_next ? 2 : 1), turn ^ 1);
 }
 
-template <bool ONE>
+template <bool ONE, bool RARE>
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
     {
         Stream stream(program, program.segments + program.starts[blockIdx.x * WARPS + Stream::warp()]);
@@ -106,21 +106,23 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
                     stream = Stream(program);
                     look_at_tokens(ahead);
                 }
-                linear_phase<ONE>(turn, stream, ahead, [&] {
-                    if (ahead.routes()) hear_plan<ONE>(turn);
+                linear_products<ONE, RARE>(turn, stream, ahead);
+            } else if (ahead.routes()) {
+                if (routes()) pick<ONE>(turn);
+                wait_for_copies();  // the phase behind is known then
+            }
+            if (ahead.works())
+                linear_sums<ONE>(turn, ahead, [&] {
+                    if (ahead.routes()) hear_plan<ONE>(turn, meetings);
                 }, [&] {
                     if (ONE && ahead.routes()) begin_one(turn ^ 1, Stream(program));
                 });
-            } else if (ahead.routes()) {
-                route_phase<ONE>(turn, meetings);
-                if (ONE) begin_one(turn ^ 1, Stream(program));
-            }
         } else {
             if (kind == SEAM) seam_ahead<ONE>(turn);
-            if (kind == ATTENTION) attention_ahead(turn, phase_at(turn).before);
-            if (kind == INDEX) index_ahead(turn, phase_at(turn).before);
+            if (kind == ATTENTION) attention_ahead<ONE, RARE>(turn, phase_at(turn).before);
+            if (kind == INDEX) index_ahead<RARE>(turn, phase_at(turn).before);
             if (meets) meetings.wait_for_all();
-            if (kind == INDEX) start_index(turn);
+            if (kind == INDEX) start_index<RARE>(turn);
             note_time(program, turn, 0);
             ask(program, turn, passes_over_next(turn));
             if (kind == SEAM) {
@@ -128,9 +130,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             } else if (kind == INPUTS) {
                 inputs_phase(turn);
             } else if (kind == INDEX) {
-                index_phase(turn);
+                index_phase<RARE>(turn);
             } else {
-                attention_phase(turn, phase_at(turn).before);
+                attention_phase<ONE, RARE>(turn, phase_at(turn).before);
             }
         }
         turn = current_turn();
@@ -233,9 +235,9 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
     return cudaSuccess;
 }
 
-// words: of the seams. times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
+// words: of the seams. rare: a phase says RARE_PHASE. times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
-                                  const void* words, uint64_t* times, int count, int rows, int grid, int stages,
+                                  const void* words, uint64_t* times, int count, int rows, int rare, int grid, int stages,
                                   int work_bytes, cudaStream_t stream) {
     if (count < 1 || grid < 1 || grid > MAX_BLOCKS || stages < 2 || stages > MAX_STAGES || work_bytes % 128)
         return cudaErrorInvalidValue;
@@ -244,7 +246,8 @@ extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, 
     program.seams = static_cast<const mhc::Words<mhc::SEAM>*>(words)->turns;
     program.times = times, program.count = count, program.stages = stages, program.work_bytes = work_bytes;
     const int bytes = WORK_AT + work_bytes + WARPS * stages * CHUNK;
-    const auto kernel = rows == 1 ? decode_layers<true> : decode_layers<false>;
+    const auto kernel = rows == 1 ? rare ? decode_layers<true, true> : decode_layers<true, false>
+                        : rare ? decode_layers<false, true> : decode_layers<false, false>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     return launch_dependent(kernel, grid, 1, THREADS, bytes, stream, program);

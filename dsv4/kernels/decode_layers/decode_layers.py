@@ -8,7 +8,7 @@ from dsv4.kernels.decode_layers.program import Program
 from dsv4.kernels.loader import Kernel
 from dsv4.kernels.op import op
 
-_KERNEL = Kernel("decode_layers", "ppppppiiiii")
+_KERNEL = Kernel("decode_layers", "ppppppiiiiii")
 
 
 @op("decode_layers", ref=decode_layers_ref, shapes={"h": "T M D : bf16"})
@@ -31,5 +31,6 @@ def decode_layers(h: Tensor, program: Program, *, times: Tensor | None = None) -
             "blocks, two times each"
         )
     tensors = tables.phases, tables.segments, tables.starts, tables.state, tables.words, times
-    _KERNEL(h.device, *tensors, tables.count, len(h), tables.grid, tables.stages, tables.work_bytes)
+    sizes = tables.count, len(h), tables.rare, tables.grid, tables.stages, tables.work_bytes
+    _KERNEL(h.device, *tensors, *sizes)
     return program.y

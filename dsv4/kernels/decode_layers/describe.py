@@ -34,7 +34,8 @@ LONG_GROUP_BYTES = 4 << 20  # constant of attention_phase.cuh
 MADE_LEAST, MADE_BYTES = 8192, 16  # of linear_phase.cuh: constant; of a tile
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _TOLD = 2  # of Results in linear_phase.cuh
-_HEADER, _NEXT, _LAST = struct.Struct("<4i"), 1, 2  # of Phase in program.cuh: kind, joined (Joined), number, before
+_HEADER = struct.Struct("<4i")  # of Phase in program.cuh: kind, joined, number, before
+_NEXT, _LAST, _RARE = 1, 2, 4  # Joined there
 _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
@@ -281,6 +282,11 @@ def in_order(phases: Sequence[bytes]) -> list[bytes]:
         found.append(_HEADER.pack(kind, joined | last, number, before) + phase[_HEADER.size :])
         before = (before if last else 0) | 1 << kind
     return found
+
+
+def is_rare(phase: bytes) -> bool:
+    """Whether it needs what a small kernel does not have."""
+    return bool(_HEADER.unpack_from(phase)[1] & _RARE)
 
 
 def _filled(kernel: Kernel, device: torch.device, *given: Any) -> bytes:

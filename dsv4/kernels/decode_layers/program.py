@@ -39,6 +39,7 @@ class Tables:
     state: Tensor
     words: Tensor
     count: int
+    rare: bool  # a phase needs what a small kernel does not have
     grid: int
     stages: int  # of a warp's ring
     work_bytes: int
@@ -123,4 +124,5 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     segments, starts = segments_on(device, tuple(runs))
     table = torch.frombuffer(bytearray(b"".join(describe.in_order(made))), dtype=torch.uint8).to(device)
     state = torch.zeros(room.state_bytes, dtype=torch.uint8, device=device)
-    return Tables(table, segments, starts, state, room.words, len(made), grid, stages, work, (room, phases))
+    rare = any(map(describe.is_rare, made))
+    return Tables(table, segments, starts, state, room.words, len(made), rare, grid, stages, work, (room, phases))

@@ -136,6 +136,7 @@ __device__ void round_index_key(Row<ITER>& row, int n, float factor) {
                 v[k] = a + b;
                 v[k + step] = a - b;
             }
+#pragma unroll 1
     for (int step = 1; step < n / 8; step *= 2) {
         const float sign = threadIdx.x & step ? -1.0f : 1.0f;
 #pragma unroll
@@ -191,6 +192,7 @@ __device__ void store_entry(const Row<ITER>& row, uint8_t* to, int n, int dims, 
             }
         }
     }
+#pragma unroll 1
     for (int i = scales + plain / 64 + threadIdx.x % 32; i < bytes; i += 32) to[i] = 0;
 }
 

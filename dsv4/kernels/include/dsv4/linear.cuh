@@ -220,8 +220,8 @@ __device__ __forceinline__ int least_of(int format) { return format == NVFP4 ? 4
 // formats need to know. The caller refills the ring, a Ring or what is like it, after each chunk: through next(), or, behind
 // four blocks of NVFP4, through quickly() where that is true.
 // Where fewer tiles are left than a warp multiplies at once, what the ring holds in the place of the others reaches only
-// sums that nobody takes.
-template <int TILES, typename Which, typename Ring, typename Quickly, typename Next>
+// sums that nobody takes. EIGHT: there are FP8 weights.
+template <int TILES, bool EIGHT = true, typename Which, typename Ring, typename Quickly, typename Next>
 __device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format, int tiles, int left,
                                               const uint8_t* x, int lane, Ring& ring, Which&& which, Quickly&& quickly,
                                               Next&& next, int least) {
@@ -252,7 +252,7 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format
                 for (int k = 0; k < left; ++k)
                     nvfp4_block(sum, codes + k * w4::BLOCK_BYTES, scale + k * w4::BLOCK_BYTES, x + k * 128);
                 left -= 4, x += 4 * 128;
-            } else if (format == FP8) {
+            } else if (EIGHT && format == FP8) {
                 const Slice slice = which();
                 if (left == slice.blocks) {
                     const int column = slice.number * (SLICE / 128) + lane;

@@ -73,6 +73,7 @@ struct Staging {
 #pragma unroll
             for (int k = 0; k < 8; ++k) most = magnitudes(most, x[k]);
             most = max(most & 0xFFFFu, most >> 16);
+#pragma unroll 1
             for (int step = 1; step < 1 << bits; step *= 2) most = max(most, __shfl_xor_sync(ALL, most, step));
             const int shift = f16_shift(most);
             const float factor = power_of_two(shift);

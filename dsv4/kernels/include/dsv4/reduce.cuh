@@ -31,6 +31,7 @@ __device__ __forceinline__ float block_sum(float x) {
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     float sum = 0.0f;
+#pragma unroll 4
     for (int warp = 0; warp < blockDim.x / 32; ++warp) sum += parts[warp];
     return sum;
 }

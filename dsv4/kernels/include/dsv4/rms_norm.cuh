@@ -71,6 +71,7 @@ __device__ __forceinline__ float norm_share(const float (&v)[16]) {
 // The scale of a row of up to 4096 from all its shares, in their order.
 __device__ __forceinline__ float norm_scale(const float* shares, int count, int n, float eps) {
     float sum = 0.0f;
+#pragma unroll 4
     for (int i = 0; i < count; ++i) sum += shares[i];
     return norm_scale(sum, n, eps);
 }

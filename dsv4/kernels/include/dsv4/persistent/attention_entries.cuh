@@ -39,7 +39,7 @@ struct Begun {
 };
 
 // What only longer lists need stands out of the others' way.
-__device__ __forceinline__ bool longer(const attention::Arguments& a) { return __builtin_expect(few::longer<TILES>(a), false); }
+__host__ __device__ __forceinline__ bool longer(const attention::Arguments& a) { return __builtin_expect(few::longer<TILES>(a), false); }
 
 // What a warp brings of a unit's entries: of each tile of a stage the one of its own number.
 struct Entries {
@@ -126,23 +126,6 @@ struct Entries {
         if (lane == 0) s.last[warp] = last;
     }
 
-    // Row numbers are kept, and the L2 cache is asked for the entries.
-    __device__ __forceinline__ void announce() const {
-        int rows[WORDS];
-        read<false>(rows, 0, false);
-#pragma unroll
-        for (int c = 0; c < WORDS; ++c)
-            if (warp == c) s.rows[c * 32 + lane] = rows[c];
-        const Found found = find(rows, 0, 0, TILES);
-#pragma unroll 1
-        for (unsigned left = found.there; left != 0; left &= left - 1) {
-            const int tile = __ffs(left) - 1;
-            const uint8_t* sector = found.of(tile) + lane * 32;
-            if (lane * 32 < (found.packed >> tile & 1 ? kv::ENTRY_BYTES : attention::DH * 2))
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(sector));
-        }
-    }
-
     // Bytes that are zeros are an entry of zeros, as is wanted where there is none: 0 x NaN must not reach a sum.
     __device__ __forceinline__ void put(int tile, const few::Bytes& bytes, uint32_t first_scales) const {
         bytes.put(s.entries + (tile * attention::TILE + warp) * attention::ROW, first_scales, lane);
@@ -161,20 +144,32 @@ struct Entries {
         }
     }
 
-    // One tile after the other, and queries: `heads` of them from `head` on.
-    __device__ __forceinline__ void begin(int tiles, int head, int heads) const {
+    // Stage 0 as far as it can be known ahead. Row numbers are kept and the L2 cache is asked for the entries; or tiles are
+    // brought, one after the other, and queries: `heads` of them from `head` on.
+    __device__ __forceinline__ void begin(const Begun& begun, int head, int heads) const {
         attention::Query q = {};
         float2 turns[4] = {};
         int rows[WORDS];
-        const unsigned all = (1u << tiles) - 1;
         read<false>(rows, 0, false);
         load_query(q, turns, head, heads);
-        const Found found = find(rows, 0, 0, tiles);
+        const Found found = find(rows, 0, 0, begun.rows ? TILES : begun.tiles);
+        if (begun.rows) {
+#pragma unroll
+            for (int c = 0; c < WORDS; ++c)
+                if (warp == c) s.rows[c * 32 + lane] = rows[c];
+        }
         treat_query(q, turns, heads);
+        const unsigned all = (1u << begun.tiles) - 1;
 #pragma unroll 1
-        for (unsigned left = all & found.packed; left != 0; left &= left - 1) {
+        for (unsigned left = begun.rows ? found.there : all & found.packed; left != 0; left &= left - 1) {
             const int tile = __ffs(left) - 1;
-            few::Bytes bytes = few::Bytes::of(found.of(tile), lane);
+            const uint8_t* from = found.of(tile);
+            if (begun.rows) {
+                if (lane * 32 < (found.packed >> tile & 1 ? kv::ENTRY_BYTES : attention::DH * 2))
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + lane * 32));
+                continue;
+            }
+            few::Bytes bytes = few::Bytes::of(from, lane);
             if (!(found.there >> tile & 1)) bytes = {};
             put(tile, bytes, bytes.first_scales());
         }

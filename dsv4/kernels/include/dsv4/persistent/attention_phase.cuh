@@ -90,9 +90,12 @@ struct Unit {
         uint32_t scales[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) scales[tile] = bytes[tile].first_scales();
+#pragma unroll 1
+        for (int tile = 0; tile < TILES; ++tile) {
+            if (bring & found.packed & 1u << tile) e.put(tile, bytes[0], scales[0]);
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-            if (bring & found.packed & 1u << tile) e.put(tile, bytes[tile], scales[tile]);
+            for (int k = 0; k + 1 < TILES; ++k) bytes[k] = bytes[k + 1], scales[k] = scales[k + 1];
+        }
         e.copy_plain(found, bring);
         __syncthreads();
         if (used) {
@@ -343,25 +346,28 @@ static cudaError_t describe_attention(Phase* phase, const void* q, const void* l
     *phase = {};
     phase->kind = ATTENTION;
     memcpy(phase->payload, &held, sizeof held);
+    phase->joined = longer(held.a) || (rows == 1 && held.heads != 8) ? RARE_PHASE : 0;
     return cudaSuccess;
 }
 
 // What can be done before the phases in front, of kinds `before`, have ended: INDEX writes the pool's row numbers, LINEAR
 // the queries. Entries are all there behind INDEX, since INPUTS was met in front of it.
+template <bool ONE, bool RARE>
 static __device__ __forceinline__ Begun begun_behind(int before, const attention::Arguments& a) {
     const bool multiplied = among(before, LINEAR);
     const int window = Entries::window(a);
-    if (among(before, INDEX)) return {false, window, !multiplied && window > 0};
+    if (among(before, INDEX)) return {false, window, (!ONE || RARE) && !multiplied && window > 0};
     return {multiplied || among(before, INPUTS), 0, false};
 }
 
 // Every thread calls, after come() behind the phases in front.
+template <bool ONE, bool RARE>
 static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     const attention::Arguments& a = phase.a;
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
     int unit = first_unit(), token = 0, sharer = 0;
-    if (const int units = phase.rows * a.groups; longer(a)) {
+    if (const int units = phase.rows * a.groups; RARE && longer(a)) {
         if (unit >= units * sharers(units)) return;
         sharer = unit / units, unit %= units;
     }
@@ -372,27 +378,22 @@ static __device__ __forceinline__ void attention_ahead(int turn, int before) {
     if (token >= phase.rows) return;
     if (threadIdx.x == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.sink + unit * phase.heads));
     const Entries e(a, token);
-    const Begun begun = begun_behind(before, a);
+    const Begun begun = begun_behind<ONE, RARE>(before, a);
     if (!begun.rows) e.find_places();
-    if (sharer > 0) {
-        if (begun.rows) e.scan();
-    } else if (begun.tiles > 0) {
-        e.begin(begun.tiles, unit * phase.heads, begun.queries ? phase.heads : 0);
-    } else if (begun.rows) {
-        e.announce();
-        if (longer(a)) e.scan();
-    }
+    if (sharer == 0 && (begun.rows || begun.tiles > 0)) e.begin(begun, unit * phase.heads, begun.queries ? phase.heads : 0);
+    if (RARE && begun.rows && longer(a)) e.scan();
 }
 
+template <bool ONE, bool RARE>
 static __device__ __forceinline__ void attention_phase(int turn, int before) {
     const Attention& phase = payload<Attention>(turn);
     if (blockIdx.x / GROUP >= gridDim.x / GROUP) return;
-    const Begun begun = begun_behind(before, phase.a);
-    if (longer(phase.a)) {
+    const Begun begun = begun_behind<ONE, RARE>(before, phase.a);
+    if (RARE && longer(phase.a)) {
         if (phase.heads == 8) Unit<8>::all_long(phase, begun);
         else Unit<16>::all_long(phase, begun);
     } else {
-        if (phase.heads == 8) Unit<8>::all(phase, begun);
+        if (ONE && !RARE || phase.heads == 8) Unit<8>::all(phase, begun);
         else Unit<16>::all(phase, begun);
     }
 }

@@ -287,7 +287,7 @@ static __device__ __forceinline__ Units begin_experts(int turn, Stream& stream) 
     const Units units(a, head.x, head.z, head.w);
     list_units(a, units, low, high, 0, PIECES);
     Feed feed = {stream, work<ExpertsWork>().list[threadIdx.x / 32], units.all};
-    feed.fill(1);
+    feed.begin();
     return units;
 }
 

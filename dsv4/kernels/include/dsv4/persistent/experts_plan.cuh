@@ -259,6 +259,12 @@ struct Feed {
         stream.open(piece.from, piece.bytes, CHUNK);
         return true;
     }
+    // Asks for the first chunk of its pieces, if there is one, while nothing else is held.
+    __device__ __forceinline__ void begin() {
+        if (!open()) return;
+        stream.ask(stream.head, elected());
+        ++stream.held;
+    }
     __device__ __forceinline__ void fill(int most) {
         stream.fill(most, [&] { return open() || stream.open_next(); });
     }

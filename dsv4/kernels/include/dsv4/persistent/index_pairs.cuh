@@ -19,7 +19,7 @@ static __device__ __forceinline__ void meet_other(int pair) {
 }
 
 // As score_row's, of rows whose tiles are found for PAIRS warps. put(at, four): by the second warps.
-template <typename Put>
+template <bool RARE, typename Put>
 static __device__ __forceinline__ void score_row(const index::Arguments& a, index::Heads<4, WARPS>& s, Shared& shared,
                                                  int row, const int64_t* pages, int rank, const index::Tiles& tiles,
                                                  Put put) {
@@ -33,23 +33,31 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
     index::PackedShare key;
     const auto fetch = [&] {
         key = index::NO_KEY;
-        if (a.packed && page >= 0)
+        if ((!RARE || a.packed) && page >= 0)
             key = index::fetch_packed(index::key_at(a, page, i, half, g, index::PACKED_BYTES), t);
     };
     const auto bring = [&] {
         uint32_t b[16];
-        if (a.packed || page < 0) index::unpack(b, key);
+        if (!RARE || a.packed || page < 0) index::unpack(b, key);
         else index::load_plain(b, index::key_at(a, page, i, half, g, index::PLAIN_BYTES), t);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             shared.keys[warp][k][lane] = make_uint4(b[4 * k], b[4 * k + 1], b[4 * k + 2], b[4 * k + 3]);
     };
     fetch();
-    bring();  // while heads are on their way
-    index::treat_started(a, s);
-    if (threadIdx.x < 64) s.weights[threadIdx.x] = index::weight_of(a, weight);
-    __syncthreads();
-    while (i * ENTRIES < n) {
+    bool first = true;
+#pragma unroll 1
+    while (true) {
+        bring();  // at first while heads are on their way; then both have read the keys in front
+        if (first) {
+            index::treat_started(a, s);
+            if (threadIdx.x < 64) s.weights[threadIdx.x] = index::weight_of(a, weight);
+            __syncthreads();
+            first = false;
+        } else {
+            meet_other(pair);
+        }
+        if (i * ENTRIES >= n) break;
         uint32_t b[2][16];
 #pragma unroll
         for (int m = 0; m < 2; ++m)
@@ -88,8 +96,6 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
             put(at * (ENTRIES / 4) + t, index::four_keys(sum, n - at * ENTRIES - 4 * t));
         }
         if (!more) break;
-        bring();  // both have read the keys in front
-        meet_other(pair);
     }
 }
 

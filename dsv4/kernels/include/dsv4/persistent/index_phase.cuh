@@ -55,11 +55,12 @@ static __device__ __forceinline__ bool passes_over_next(int turn) {
 
 // After come() behind the phases in front, of kinds `before`: all that does not need them. Entries that they complete are
 // not read here.
+template <bool RARE>
 static __device__ __forceinline__ void index_ahead(int turn, int before) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
     if (among(before, SEAM)) __syncthreads();  // seam_rest has read
-    if (phase.blocks > 0) return ranges::ahead(a, phase.told, phase.blocks);
+    if (RARE && phase.blocks > 0) return ranges::ahead(a, phase.told, phase.blocks);
     const int row = index_row(phase), rank = blockIdx.x % GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row < 0) return;
     IndexWork& s = work<IndexWork>();
@@ -75,10 +76,11 @@ static __device__ __forceinline__ void index_ahead(int turn, int before) {
 }
 
 // First behind the meeting, as everything waits for them: the heads of a group's row are on their way.
+template <bool RARE>
 static __device__ __forceinline__ void start_index(int turn) {
     const Index& phase = payload<Index>(turn);
     const int row = index_row(phase);
-    if (phase.blocks > 0 || row < 0) return;
+    if (RARE && phase.blocks > 0 || row < 0) return;
     IndexWork& s = work<IndexWork>();
     if (s.tiles[0].n > 0) index::start_heads(phase.of, s.heads, row);
 }
@@ -109,10 +111,11 @@ static __device__ __forceinline__ void hear_keys(const index::Share<THREADS>& sh
 
 static_assert(sizeof(IndexWork) <= sizeof(ranges::Work), "the work area is no larger for it");
 
+template <bool RARE>
 static __device__ __forceinline__ void index_phase(int turn) {
     const Index& phase = payload<Index>(turn);
     const index::Arguments& a = phase.of;
-    if (phase.blocks > 0) return ranges::phase(a, phase.told, phase.blocks);
+    if (RARE && phase.blocks > 0) return ranges::phase(a, phase.told, phase.blocks);
     const int row = index_row(phase), rank = blockIdx.x % GROUP;
     if (row < 0) return;
     IndexWork& s = work<IndexWork>();
@@ -123,7 +126,7 @@ static __device__ __forceinline__ void index_phase(int turn) {
     }
     IndexWords& words = phase.words[row];
     const uint32_t number = s.turn;
-    pairs::score_row(a, s.heads, s.pairs, row, s.pages, rank, tiles, [&](int at, uint64_t four) {
+    pairs::score_row<RARE>(a, s.heads, s.pairs, row, s.pages, rank, tiles, [&](int at, uint64_t four) {
         const float values[exchange::PER_WORD] = {__uint_as_float(static_cast<uint32_t>(four)),
                                                   __uint_as_float(static_cast<uint32_t>(four >> 32)), 0.0f};
         if (threadIdx.x % 32 < 4) exchange::tell(&words.fours[at], values, number);
@@ -158,7 +161,7 @@ static cudaError_t describe_index(Phase* phase, INDEX_PARAMETERS, void* scratch,
         a.of.blocks = GROUP, a.words = static_cast<IndexWords*>(scratch), a.first = INDEX_GROUP % groups;
     }
     if (const cudaError_t error = fill_phase(phase, INDEX, a)) return error;
-    phase->joined = joined ? NEXT : 0;
+    phase->joined = (joined ? NEXT : 0) | (a.blocks > 0 || !a.of.packed ? RARE_PHASE : 0);
     return cudaSuccess;
 }
 

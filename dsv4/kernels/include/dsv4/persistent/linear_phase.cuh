@@ -112,6 +112,7 @@ struct Ahead {
     __device__ __forceinline__ int tiles() const { return block & 0xFFFF; }
     __device__ __forceinline__ int own() const { return block >> 16 & 0x7FFF; }
     __device__ __forceinline__ bool routes() const { return block < 0; }
+    __device__ __forceinline__ bool works() const { return tiles() > 0 || routes(); }
 };
 
 // Where a lane's sixteen columns of a slice of a token begin.
@@ -180,54 +181,18 @@ __device__ __forceinline__ void begin_unit(float (&sum)[1][4], const Ahead& ahea
     linear::block_product<linear::NVFP4>(sum, a, x + EARLY_BLOCKS * 128);
 }
 
-// Slices of tokens are staged as warps take units: every WARPS-th is a warp's, of several two are on their way at a time.
-// The first one has been looked at.
+// The first slice that a warp stages, which `ahead` has, is normed as norm_row does it: there are no more slices of tokens
+// than warps. shares [tokens][2 slices]: a row's sums of squares, by 256 columns.
 template <bool ONE>
-__device__ __forceinline__ void stage(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo) {
-    constexpr int AT_ONCE = ONE ? 1 : 2;
-    const int all = rows_of<ONE>(a.tokens);
-    const linear::Part& part = a.parts[ahead.own()];
-    const LinearUnit& unit = ahead.unit;
-    uint32_t pairs[AT_ONCE][8];
-    for (int k = 0; k < 8; ++k) pairs[0][k] = ahead.columns[k];
-    int token = unit.tile, slice = unit.slice;
-    bool first = true;
-#pragma unroll 1
-    while (token < all) {
-        int tokens[AT_ONCE], slices[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int column = slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
-            tokens[i] = token, slices[i] = slice;
-            if (i > 0 || !first)
-                load_columns(pairs[i], column_of(part, token, slice), token < all && column < a.columns);
-            LinearUnit::step(a, token, slice);
-        }
-        first = false;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            if (tokens[i] < all)
-                linear::put_slice(pairs[i], part.format == linear::PLAIN, x + tokens[i] * stride + slices[i] * 1024,
-                                  undo + slices[i] * TOKENS + tokens[i]);
-    }
-}
-
-// A warp's slice of a token, normed as norm_row does it and staged: there are no more slices of tokens than warps.
-// shares [tokens][2 slices]: a row's sums of squares, by 256 columns.
-template <bool ONE>
-__device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead, uint8_t* x, int stride, float* undo,
-                                             float* shares) {
+__device__ __forceinline__ void norm_columns(const Linear& a, Ahead& ahead, float* shares) {
     const int lane = threadIdx.x % 32, token = ahead.unit.tile, slice = ahead.unit.slice;
     const int column = slice * SLICE + lane * 16;
     const bool mine = token < rows_of<ONE>(a.tokens);
-    uint32_t pairs[8];
-    for (int k = 0; k < 8; ++k) pairs[k] = ahead.columns[k];
-    const auto values = [&](float (&v)[16]) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16);
-    };
+    uint32_t(&pairs)[8] = ahead.columns;
+    const auto value = [&](int i) { return __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000u : pairs[i / 2] << 16); };
     float v[16];
-    values(v);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) v[i] = value(i);
     const float share = norm_share(v);
     shares += token * 2 * a.slices;
     if (mine && lane % 16 == 0) shares[2 * slice + lane / 16] = share;
@@ -236,24 +201,52 @@ __device__ __forceinline__ void stage_normed(const Linear& a, const Ahead& ahead
     if (!mine) return;
     const float scale = norm_scale(shares, 2 * a.slices, a.columns, a.eps);
     for (uint32_t& pair : pairs) asm volatile("" : "+r"(pair));  // else the sixteen values would be kept until here
-    values(v);
     const float4* weights = reinterpret_cast<const float4*>(memory() + WORK_AT + a.norm_at + column * 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const float4 w = column < a.columns ? weights[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        pairs[2 * i] = bf16x2(normed(v[4 * i], scale, w.x), normed(v[4 * i + 1], scale, w.y));
-        pairs[2 * i + 1] = bf16x2(normed(v[4 * i + 2], scale, w.z), normed(v[4 * i + 3], scale, w.w));
+        const int k = 4 * i;
+        pairs[2 * i] = bf16x2(normed(value(k), scale, w.x), normed(value(k + 1), scale, w.y));
+        pairs[2 * i + 1] = bf16x2(normed(value(k + 2), scale, w.z), normed(value(k + 3), scale, w.w));
     }
-    linear::put_slice(pairs, a.parts[ahead.own()].format == linear::PLAIN, x + token * stride + slice * 1024,
-                      undo + slice * TOKENS + token);
+}
+
+// Slices of tokens are staged as warps take units: every WARPS-th is a warp's. The first one has been looked at; one row has
+// no more, of more rows two are on their way at a time.
+template <bool ONE>
+__device__ __forceinline__ void stage(const Linear& a, Ahead& ahead, uint8_t* x, int stride, float* undo) {
+    constexpr int AT_ONCE = 2;
+    const int all = rows_of<ONE>(a.tokens);
+    const linear::Part& part = a.parts[ahead.own()];
+    const auto put = [&](uint32_t (&pairs)[8], int token, int slice) {
+        if (token < all)
+            linear::put_slice(pairs, part.format == linear::PLAIN, x + token * stride + slice * 1024,
+                              undo + slice * TOKENS + token);
+    };
+    int token = ahead.unit.tile, slice = ahead.unit.slice;
+    put(ahead.columns, token, slice);
+    if (ONE) return;
+    LinearUnit::step(a, token, slice);
+#pragma unroll 1
+    while (token < all) {
+        uint32_t pairs[AT_ONCE][8];
+        int tokens[AT_ONCE], slices[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int column = slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
+            tokens[i] = token, slices[i] = slice;
+            load_columns(pairs[i], column_of(part, token, slice), token < all && column < a.columns);
+            LinearUnit::step(a, token, slice);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) put(pairs[i], tokens[i], slices[i]);
+    }
 }
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
-// In a block with tiles. meanwhile(): what the speaker's warp does when it has multiplied; behind(): what is done when all
-// have, before sums are added up.
-template <bool ONE, typename Meanwhile, typename Behind>
-__device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahead& ahead, Meanwhile&& meanwhile,
-                                             Behind&& behind) {
+// The products of a block with tiles, which it has sums of behind a barrier.
+template <bool ONE, bool RARE>
+__device__ __forceinline__ void linear_products(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int tiles = ahead.tiles();
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -261,10 +254,8 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
     uint8_t* const x = memory() + WORK_AT;
     float* const undo = reinterpret_cast<float*>(x + tokens * stride);
     float* const slots = reinterpret_cast<float*>(x + a.slots_at);
-    if (a.norm != nullptr)
-        stage_normed<ONE>(a, ahead, x, stride, undo, slots);
-    else
-        stage<ONE>(a, ahead, x, stride, undo);
+    if (a.norm != nullptr) norm_columns<ONE>(a, ahead, slots);
+    stage<ONE>(a, ahead, x, stride, undo);
     const uint8_t* const mine = x + linear::lane_columns(tokens, stride);
     LinearUnit unit = ahead.unit;
     asm volatile("" : "+r"(unit.part));  // else where the part lies would be kept since it was looked at ahead
@@ -286,7 +277,7 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         };
 #pragma unroll 1
         while (true) {
-            linear::slice_product(
+            linear::slice_product<1, RARE>(
                 sum, format, 1, unit.blocks(unit.slice, blocks) - begun, mine + unit.slice * 1024 + begun * 128, lane,
                 stream, which, [](Stream& s) { return s.replace(); }, [](Stream& s) { s.release(); }, least);
             begun = 0;
@@ -306,8 +297,17 @@ __device__ __forceinline__ void linear_phase(int turn, Stream& stream, const Ahe
         __syncthreads();
     }
     stream.park();
-    if (threadIdx.x / 32 == SPEAKER / 32) meanwhile();
+}
+
+// Their sums are added up. before(): what the speaker's warp does when it has multiplied; behind(): what is done when all
+// have. In a block without tiles no more than these.
+template <bool ONE, typename Before, typename Behind>
+__device__ __forceinline__ void linear_sums(int turn, const Ahead& ahead, Before&& before, Behind&& behind) {
+    const Linear& a = payload<Linear>(turn);
+    if (threadIdx.x / 32 == SPEAKER / 32) before();
     constexpr int AT_ONCE = 8;
+    const int tokens = rows_of<ONE>(a.tokens), step = tokens * linear::TILE_ROWS, tiles = ahead.tiles();
+    const float* const slots = reinterpret_cast<const float*>(memory() + WORK_AT + a.slots_at);
     const int row = threadIdx.x % linear::TILE_ROWS, slices = a.slices, ranks = a.peers.size;
     int made_at = WORK_AT + a.made_at;
     asm volatile("" : "+r"(made_at));  // else it would be looked up behind the barrier
@@ -366,6 +366,8 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     a.peers = mhc::peers_of(inboxes, turns, nullptr, 0, rank, size);
     fill_phase(phase, LINEAR, a);
     phase->joined = joined || size > 0 ? NEXT : 0;
+    for (int i = 0; i < count; ++i)
+        if (parts[i].format == linear::FP8) phase->joined |= RARE_PHASE;
     return cudaSuccess;
 }
 

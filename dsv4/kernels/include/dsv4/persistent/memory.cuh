@@ -9,9 +9,13 @@ namespace dsv4::persistent {
 
 // A warp's stream of weights (stream.cuh) between phases.
 struct alignas(16) StreamState {
-    const Segment* list;
     const uint8_t* from;
-    int head, held, parity, place, left, chunk, stages;  // stages: what is read here need not be asked for anew
+    int head, held, parity, place, left, chunk;
+};
+struct alignas(16) StreamPlace {
+    StreamState state;
+    const Segment* list;
+    int stages;  // what is read here need not be asked for anew
 };
 
 // Where a block is. A register that lives through all phases would be kept in local memory, far away.
@@ -26,7 +30,7 @@ constexpr int HALF = 8;                    // segments of a list that are loaded
 constexpr int BARRIERS = MAX_STAGES + 2;   // of a warp: of its stages and of the halves
 constexpr int PHASES_AT = 0, SEGMENTS_AT = 2 * PHASE_BYTES, BARRIERS_AT = SEGMENTS_AT + WARPS * 2 * HALF * 16;
 constexpr int PARKED_AT = BARRIERS_AT + WARPS * BARRIERS * 8;
-constexpr int POSITION_AT = PARKED_AT + WARPS * static_cast<int>(sizeof(StreamState));
+constexpr int POSITION_AT = PARKED_AT + WARPS * static_cast<int>(sizeof(StreamPlace));
 constexpr int ROUTED_AT = POSITION_AT + static_cast<int>(sizeof(Position)), ROUTED_BYTES = 720;
 constexpr int WORK_AT = (ROUTED_AT + ROUTED_BYTES + 127) / 128 * 128;
 

@@ -16,7 +16,8 @@ constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 
 enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, ROUTE, KINDS };
 
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
-enum Joined : int { NEXT = 1, LAST = 2 };  // needs nothing of this phase; this one needs nothing of it: they do not meet
+// NEXT: the next one needs nothing of this phase, LAST: this one nothing of the last; they do not meet. RARE: see below.
+enum Joined : int { NEXT = 1, LAST = 2, RARE_PHASE = 4 };
 
 // Registers are scarce: what a block has to know of where it is in the program stands here.
 struct alignas(16) Phase {
@@ -27,7 +28,12 @@ struct alignas(16) Phase {
 };
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");
 
-// Of a step's rows. The kernel for ONE row knows that there is no more: what is done per row is then no loop.
+// Code that is not in an SM's caches takes three times as long, and a layer of all phases is more than those hold. So there
+// are kernels that are small. RARE: what few programs need is there: FP8 weights, rows with more entries than a stage of
+// attention, or than a group of blocks selects from, keys that are not packed, or of one row more heads than go in eights to
+// groups. A phase that needs any of it says so.
+//
+// The kernel for ONE row knows that there is no more: what is done per row is then no loop.
 template <bool ONE>
 __device__ __forceinline__ constexpr int rows_of(int tokens) {
     return ONE ? 1 : tokens;

@@ -33,7 +33,7 @@ static __device__ __forceinline__ const Route& route_of(const Linear& product) {
 // The product's input, behind its own work area, where find_work() has it lie. The phase behind is known then.
 template <bool ONE>
 static __device__ __forceinline__ void activate(int turn) {
-    constexpr int AT_ONCE = 8;
+    constexpr int AT_ONCE = ONE ? 2 : 8;
     const Linear& product = payload<Linear>(turn);
     const Route& a = route_of(product);
     bf16* const activated = work_at<bf16>(a.activated);
@@ -43,7 +43,7 @@ static __device__ __forceinline__ void activate(int turn) {
         uint32_t gate[AT_ONCE] = {}, up[AT_ONCE] = {};
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            const int at = begin + j * THREADS, token = moe::quotient(at, across), column = 2 * (at - token * across);
+            const int at = begin + j * THREADS, token = ONE ? 0 : moe::quotient(at, across), column = 2 * (at - token * across);
             if (at >= pairs) break;
             gate[j] = *reinterpret_cast<const uint32_t*>(a.gate + token * a.gate_stride + column);
             up[j] = *reinterpret_cast<const uint32_t*>(a.up + token * a.up_stride + column);
@@ -157,25 +157,14 @@ static __device__ __forceinline__ void route_ahead(int turn) {
     __syncthreads();
 }
 
-// By the speaker's warp, when it has nothing else to do: EXPERTS begins with the plan.
+// By the speaker's warp, when it has nothing else to do: EXPERTS begins with the plan. The block that routes has met nobody:
+// before it comes to the next meeting all must have come to the last one, and they have long.
 template <bool ONE>
-static __device__ __forceinline__ void hear_plan(int turn) {
+static __device__ __forceinline__ void hear_plan(int turn, const Meetings& meetings) {
+    if (routes()) meetings.see_all();
     const Linear& product = payload<Linear>(turn);
     const Route& a = route_of(product);
     receive_plan(a.plan, rows_of<ONE>(product.tokens) * a.route.topk, a.rows, told_by(phase_at(turn).number));
-}
-
-// Of a block without tiles. The one that routes has met nobody: before it comes to the next meeting all must have come to
-// the last one, and they have long. The plan and the phase behind are known then.
-template <bool ONE>
-static __device__ __forceinline__ void route_phase(int turn, const Meetings& meetings) {
-    if (routes()) pick<ONE>(turn);
-    if (threadIdx.x / 32 == SPEAKER / 32) {
-        if (routes()) meetings.see_all();
-        hear_plan<ONE>(turn);
-    }
-    wait_for_copies();
-    __syncthreads();
 }
 
 __host__ __device__ constexpr int keys_of(int experts) { return experts <= 256 ? 256 : 384; }

@@ -96,25 +96,15 @@ static __device__ __forceinline__ void hear_totals(const Seam& seam, const SeamS
     __syncthreads();
 }
 
-// The phase in front has told all ranks its parts of y, row by row, and blocks have not met behind it.
-template <bool ONE>
-static __device__ __forceinline__ void seam_phase(int turn) {
+// What the block's columns have in the sums of its tokens, told to all that have columns of these. The phase in front has
+// told all ranks its parts of y, row by row, and blocks have not met behind it.
+static __device__ __forceinline__ void tell_sums(const Seam& seam, const SeamShare& mine) {
     using namespace mhc;
     using mhc::SEAM;
     using S = SeamWork::S;
-    const Seam& seam = payload<Seam>(turn);
-    const SeamShare mine(seam, rows_of<ONE>(seam.args.tokens));
-    if (mine.count <= 0) return;
     const Args<bf16>& a = seam.args;
     SeamWork& s = work<SeamWork>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = mine.count;
-    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
-    if (mine.closes) {
-        __syncthreads();  // the number of the turn is there
-        hear_totals(seam, mine);
-        if (warp == 0) s.mixes[0][lane] = mix<SEAM>(a, s.totals[0], scale, base);
-        return;
-    }
     Place p(mine.slice, a.D, true);
     p.wide = true, p.left = W;
     const bool hears = WARPS - 1 - warp < count;  // a token's parts
@@ -144,21 +134,36 @@ static __device__ __forceinline__ void seam_phase(int turn) {
 #pragma unroll 1
     for (int t = 0; t < count; ++t) part_of_sums<SEAM>(f, p, s.streams[t], s.parts[t][warp]);
     __syncthreads();
-    Words<SEAM>& words = *seam.words;
     if (warp < count && lane < S::WORDS) {
         float values[exchange::PER_WORD];
         shares_of_word<SEAM>(s.parts[warp], lane, values);
-        exchange::tell(&words.sums[mine.first + warp][lane][mine.slice], values, position().seams[mine.first + warp]);
+        exchange::tell(&seam.words->sums[mine.first + warp][lane][mine.slice], values, position().seams[mine.first + warp]);
     }
+}
+
+template <bool ONE>
+static __device__ __forceinline__ void seam_phase(int turn) {
+    using namespace mhc;
+    using mhc::SEAM;
+    const Seam& seam = payload<Seam>(turn);
+    const SeamShare mine(seam, rows_of<ONE>(seam.args.tokens));
+    if (mine.count <= 0) return;
+    const Args<bf16>& a = seam.args;
+    SeamWork& s = work<SeamWork>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = mine.count;
+    const float scale = scale_of<SEAM>(a, lane), base = a.base[row_of<SEAM>(lane)];
+    if (mine.closes) __syncthreads();  // the number of the turn is there
+    else tell_sums(seam, mine);
     hear_totals(seam, mine);
     // Every block has told its shares of these tokens. By an idle warp.
-    if (mine.slice == 0 && warp == TOKENS && lane < count) {
-        words.turns[mine.first + lane] = position().seams[mine.first + lane];
+    if (mine.slice == 0 && !mine.closes && warp == TOKENS && lane < count) {
+        seam.words->turns[mine.first + lane] = position().seams[mine.first + lane];
         a.peers.turns[mine.first + lane] = position().numbers[mine.first + lane];
     }
     if (warp >= count) return;
     const float z = mix<SEAM>(a, s.totals[warp], scale, base);
     if (mine.ends) s.mixes[warp][lane] = z;
+    if (mine.closes) return;
     const auto& weight = *reinterpret_cast<const float(*)[W]>(s.weight + lane % QUADS * W);
     const int d = mine.slice * COLUMNS + lane * W;
     collapse<SEAM>(a, mine.first + warp, z, s.totals[warp], s.streams[warp], weight, d, lane < QUADS ? W : 0, true);

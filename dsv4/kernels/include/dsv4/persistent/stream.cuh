@@ -17,7 +17,6 @@ struct Stream {
     int stages;
     int head = 0, held = 0;  // the stage to be read, and how many are asked for, from that one on
     uint32_t parity = 0;     // of the head's barrier
-    const Segment* list;
     unsigned place = 0;  // in the list, in bytes: of the segment that comes next
     const uint8_t* from = nullptr;
     int left = 0, chunk = 0;  // of the segment that is being asked for
@@ -26,16 +25,17 @@ struct Stream {
     __device__ __forceinline__ explicit Stream(const Program& program)
         : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
           segments(SEGMENTS_AT + warp() * 2 * HALF_BYTES) {
-        const StreamState parked = *reinterpret_cast<const StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState));
+        const StreamState parked = place_of().state;
         head = parked.head, held = parked.held, parity = parked.parity;
-        list = parked.list, place = parked.place, from = parked.from, left = parked.left, chunk = parked.chunk;
-        stages = parked.stages;
+        place = parked.place, from = parked.from, left = parked.left, chunk = parked.chunk;
+        stages = place_of().stages;
         __syncwarp();  // every lane has read it
     }
     // At the beginning of its list.
     __device__ __forceinline__ Stream(const Program& program, const Segment* list)
         : data(WORK_AT + program.work_bytes + warp() * program.stages * CHUNK), full(BARRIERS_AT + warp() * BARRIERS * 8),
-          segments(SEGMENTS_AT + warp() * 2 * HALF_BYTES), stages(program.stages), list(list) {
+          segments(SEGMENTS_AT + warp() * 2 * HALF_BYTES), stages(program.stages) {
+        if (threadIdx.x % 32 == 0) place_of().list = list, place_of().stages = stages;
         if (threadIdx.x % 32 < BARRIERS) {
             barrier_init(shared_address(memory()) + full + threadIdx.x % 32 * 8, 1);
             barriers_ready();
@@ -47,18 +47,20 @@ struct Stream {
     // Until a phase needs it again: registers are scarce.
     __device__ __forceinline__ void park() const {
         if (threadIdx.x % 32 == 0)
-            *reinterpret_cast<StreamState*>(memory() + PARKED_AT + warp() * sizeof(StreamState)) = {
-                list, from, head, held, static_cast<int>(parity), static_cast<int>(place), left, chunk, stages};
+            place_of().state = {from, head, held, static_cast<int>(parity), static_cast<int>(place), left, chunk};
         __syncwarp();
     }
 
     static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+    static __device__ __forceinline__ StreamPlace& place_of() {
+        return *reinterpret_cast<StreamPlace*>(memory() + PARKED_AT + warp() * sizeof(StreamPlace));
+    }
     __device__ __forceinline__ uint32_t half_barrier(unsigned number) const {
         return shared_address(memory()) + full + (MAX_STAGES + number % 2) * 8;
     }
     __device__ __forceinline__ void load_half(unsigned number) const {
         const uint32_t to = shared_address(memory()) + segments + number % 2 * HALF_BYTES;
-        if (elected()) bulk_load(to, list + number * HALF, HALF_BYTES, half_barrier(number));
+        if (elected()) bulk_load(to, place_of().list + number * HALF, HALF_BYTES, half_barrier(number));
     }
     __device__ __forceinline__ void wait_half(unsigned number) const { barrier_wait(half_barrier(number), number / 2 % 2); }
 
