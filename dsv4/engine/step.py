@@ -17,7 +17,7 @@ from dsv4.layers.persistent import Persistent
 from dsv4.model import Model
 
 _STAGES = 8  # staging buffers in turn: a copy from one has long been made when its turn comes again
-_FASTER_AT_ONCE = 8  # rows up to which all layers in one launch are faster than op by op (docs/measured.md)
+FASTER_AT_ONCE = 8  # rows up to which all layers in one launch are faster than op by op (docs/measured.md)
 _LINES = 4  # steps whose tokens the host may still read
 
 
@@ -49,7 +49,8 @@ class DecodeStep:
         longest = min(cache.max_tokens, model.config.max_position_embeddings)
         vocab = model.config.vocab_size
         self.model, self.cache, self.rows, self.device = model, cache, rows, torch.device(model.device)
-        self.static, self._step = model.rotaries.static(cache, rows, max_length or longest)
+        self.max_length = max_length or longest
+        self.static, self._step = model.rotaries.static(cache, rows, self.max_length)
         self.sampler = sampler or SamplerBuffers(rows, vocab, self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._pool, on_gpu = pool, self.device.type == "cuda"
@@ -67,7 +68,7 @@ class DecodeStep:
         self._stages = self._runs = 0
 
     def _persistent(self, wanted: bool | None) -> Persistent | None:
-        if wanted is False or (wanted is None and (self.device.type != "cuda" or self.rows > _FASTER_AT_ONCE)):
+        if wanted is False or (wanted is None and (self.device.type != "cuda" or self.rows > FASTER_AT_ONCE)):
             return None
         try:
             return self.model.at_once(self._step, self.cache)

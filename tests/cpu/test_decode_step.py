@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.decoder import Decoder, buckets
+from dsv4.config import ModelConfig
+from dsv4.engine import decoder as decoder_module
+from dsv4.engine.decoder import SHORT, Decoder, buckets
 from dsv4.engine.step import DecodeStep
 from dsv4.errors import CapacityError, KernelError
+from dsv4.kernels.index_topk.index_topk import TOGETHER
+from dsv4.kernels.sparse_attention.sparse_attention import longer
+from dsv4.kvcache.layout import PAGE_ENTRIES, entries, pages
 from dsv4.model import load
 
 
@@ -32,11 +37,15 @@ PARAMS = [
 PROMPTS = ["def read(self", "import os", "class A:\n", "The number of", "x = 1\n" * 30]
 
 
-def said(model, static: bool) -> list[tuple]:
+def said(model, static: bool, taken: list | None = None) -> list[tuple]:
+    """taken: the steps that ran, by rows and longest sequence."""
     with LLM(model, max_num_seqs=3, max_model_len=400) as llm:
         assert llm.engine.decoder is None  # on a CPU
         if static:
-            llm.engine.decoder = Decoder(model, llm.engine.cache, llm.engine.limits)
+            llm.engine.decoder = decoder = Decoder(model, llm.engine.cache, llm.engine.limits)
+            for step in decoder._steps if taken is not None else []:
+                run, kind = step.run, (step.rows, step.max_length)
+                step.run = lambda run=run, kind=kind: (taken.append(kind), run())
         outputs = llm.generate(PROMPTS, PARAMS)
     return [
         (o.token_ids, o.text, o.finish_reason, o.cumulative_logprob and round(o.cumulative_logprob, 3))
@@ -48,6 +57,20 @@ def said(model, static: bool) -> list[tuple]:
 def test_an_engine_says_the_same_on_fixed_buffers(nano):
     """Six sequences in three slots: rows change hands, buckets change, every sampling rule is met."""
     assert said(nano, static=True) == said(nano, static=False)
+
+
+def test_short_sequences_have_steps_of_their_own_until_one_is_longer(nano, monkeypatch):
+    monkeypatch.setattr(decoder_module, "SHORT", 24)
+    taken = []
+    assert said(nano, static=True, taken=taken) == said(nano, static=False)
+    assert {most for _, most in taken} == {24, 400} and all(rows in (1, 2, 4) for rows, _ in taken)
+    assert (4, 400) in taken and taken[-1][1] == 24
+
+
+def test_so_many_tokens_are_short_for_the_kernels():
+    flash = ModelConfig.from_name("random:flash")
+    assert pages(SHORT, 4) * PAGE_ENTRIES <= TOGETHER < entries(SHORT + 4, 4)
+    assert not longer(flash.sliding_window, entries(SHORT, 128)) and not longer(flash.sliding_window, flash.index_topk)
 
 
 def test_steps_go_on_by_themselves(nano):
