@@ -39,7 +39,10 @@ def test_a_rank_has_its_part_and_the_model_stays_whole() -> None:
 def test_one_launch_and_op_by_op_are_compared(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     assert rank_layers.main([*TINY, "--compare"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["differing"] == {"1": 0, "3": 0}
-    run = DecodeStep.run
+    run, made = DecodeStep.run, []
+    monkeypatch.setattr(rank_layers, "DecodeStep", lambda *given, **how: made.append(how) or DecodeStep(*given, **how))
+    assert rank_layers.main([*TINY, "--compare", "--longest", "2000"]) == 0
+    assert {how["max_length"] for how in made} == {2000} and '"longest": 2000' in capsys.readouterr().out
 
     def off(step: DecodeStep) -> None:
         run(step)

@@ -17,9 +17,13 @@ def model() -> dsv4.model.Model:
     return dsv4.load("nano", device="cuda")
 
 
-def walked(model, rows: int, live: int, longest: int, *, persistent: bool, graph: bool) -> list[torch.Tensor]:
-    """What each of the steps leaves, then the cache; rows beyond `live` are padding."""
-    cache = model.new_cache(live, live * longest)
+def walked(
+    model, rows: int, live: int, longest: int, *, persistent: bool, graph: bool, held: int = 0
+) -> list[torch.Tensor]:
+    """What each of the steps leaves, then the cache; rows beyond `live` are padding. held: tokens of a sequence that the
+    cache has room for, if more than `longest`.
+    """
+    cache = model.new_cache(live, live * max(longest, held))
     slots = [cache.acquire() for _ in range(live)]
     generator = torch.Generator().manual_seed(rows)
     for slot, length in zip(slots, LENGTHS, strict=False):
@@ -56,9 +60,10 @@ def test_one_launch_is_the_chain(model, rows, live, longest):
 def test_one_launch_is_the_chain_planned_for_long_rows(model, monkeypatch, rows, live):
     monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=1 << 16))
     chain = walked(model, rows, live, 40000, persistent=False, graph=False)
-    found = walked(model, rows, live, 40000, persistent=True, graph=True)
-    for place, (a, b) in enumerate(zip(chain, found, strict=True)):
-        assert torch.equal(a, b), f"result {place} of {len(chain)}"
+    for longest in (40000, 1024):  # a step for short sequences leaves the same
+        found = walked(model, rows, live, longest, persistent=True, graph=True, held=40000)
+        for place, (a, b) in enumerate(zip(chain, found, strict=True)):
+            assert torch.equal(a, b), f"result {place} of {len(chain)}, made for {longest}"
 
 
 @pytest.mark.parametrize("rows", [1, 4])
