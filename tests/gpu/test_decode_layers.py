@@ -20,8 +20,8 @@ def model() -> dsv4.model.Model:
 def walked(
     model, rows: int, live: int, longest: int, *, persistent: bool, graph: bool, held: int = 0
 ) -> list[torch.Tensor]:
-    """What each of the steps leaves, then the cache; rows beyond `live` are padding. held: tokens of a sequence that the
-    cache has room for, if more than `longest`.
+    """What each of the steps leaves, then the cache; rows beyond `live` are padding. held: tokens of a sequence that
+    the cache has room for, if more than `longest`.
     """
     cache = model.new_cache(live, live * max(longest, held))
     slots = [cache.acquire() for _ in range(live)]
