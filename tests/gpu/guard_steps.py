@@ -30,23 +30,6 @@ def cudart() -> ctypes.CDLL:
     return ctypes.CDLL(re.findall(r"\s(/\S*libcudart\.so\S*)$", maps, re.MULTILINE)[0])
 
 
-def added(x):
-    """x [B, n, ..] -> [B, ..]. torch.sum would leave bytes of its kernel's arguments as they were on the stack."""
-    while x.shape[1] > 1:
-        half = x.shape[1] // 2
-        halves = x[:, :half] + x[:, half : 2 * half]
-        if x.shape[1] % 2:
-            halves[:, :1] += x[:, -1:]
-        x = halves
-    return x[:, 0]
-
-
-def chosen(values, which):
-    """values [n, ..], which [B] -> [B, ..]. So would values[which]."""
-    found = which.unsqueeze(-1) == torch.arange(len(values), device=CUDA)
-    return added(torch.where(found.view(*found.shape, *[1] * (values.dim() - 1)), values, 0.0))
-
-
 class QuietStep:
     """Writes its token's vector beside its slot's earlier ones and answers with their sum; counts on by itself."""
 
@@ -66,14 +49,13 @@ class QuietStep:
 
     def body(self):
         slots, tokens, positions = self.inputs
-        every, places = self.subject.spare_and_past, torch.arange(ROOM, device=CUDA)
-        vectors = chosen(self.subject.table, tokens)
-        for row in range(self.rows):
-            here = (torch.arange(SLOTS + 1, device=CUDA) == slots[row]).unsqueeze(-1) & (places == positions[row])
-            every.copy_(torch.where(here.unsqueeze(-1), vectors[row], every))
-        seen = places <= positions.unsqueeze(-1)
-        left = torch.where(seen.unsqueeze(-1), chosen(every, slots), 0.0)
-        self.sums.copy_(added(left))
+        self.subject.spare_and_past[slots, positions] = self.subject.table[tokens]
+        seen = torch.arange(ROOM, device=CUDA) <= positions.unsqueeze(-1)
+        past = self.subject.spare_and_past[slots]
+        left = torch.where(seen.unsqueeze(-1), past, 0.0)
+        while left.shape[1] > 1:  # torch.sum would leave bytes of its kernel's arguments as they were on the stack
+            left = left[:, : left.shape[1] // 2] + left[:, left.shape[1] // 2 :]
+        self.sums.copy_(left[:, 0])
         self.inputs[2] += 1
 
     def capture(self):
