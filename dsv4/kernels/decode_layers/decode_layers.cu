@@ -235,7 +235,8 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
     return cudaSuccess;
 }
 
-// words: of the seams. rare: a phase says RARE_PHASE. times [count, grid, 2]: when each block began and ended each phase, in ns; or null.
+// words: of the seams. rare: a phase says RARE_PHASE. times [count, grid, 2]: when each block began and ended each phase,
+// in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
                                   const void* words, uint64_t* times, int count, int rows, int rare, int grid, int stages,
                                   int work_bytes, cudaStream_t stream) {

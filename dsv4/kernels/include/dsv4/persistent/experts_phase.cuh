@@ -360,8 +360,8 @@ static __device__ __forceinline__ void experts_phase(int turn, const Meetings& m
     stream.fill();
 }
 
-// shared and plan: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit into
-// work_bytes. size > 0: the ranks, of mhc_seam, whom the result is told; the next phase is that seam.
+// shared and plan: what ROUTE leaves; out [T, D]; mid: scratch [T topk, F]. grid: the launch's. Refuses what does not fit
+// into work_bytes. size > 0: the ranks, of mhc_seam, whom the result is told; the next phase is that seam.
 static cudaError_t describe_experts(Phase* phase, const void* shared, const void* plan, const void* x,
                                     int64_t x_row, const void* w13_tiles, const float* w13_alpha, const void* w2_tiles, const float* w2_alpha,
                                     void* mid, void* out, int out_f32, int tokens, int topk, int D, int F, float limit,

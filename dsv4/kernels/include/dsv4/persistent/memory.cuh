@@ -12,6 +12,7 @@ struct alignas(16) StreamState {
     const uint8_t* from;
     int head, held, parity, place, left, chunk;
 };
+// The same, and what stays as it was at the beginning.
 struct alignas(16) StreamPlace {
     StreamState state;
     const Segment* list;

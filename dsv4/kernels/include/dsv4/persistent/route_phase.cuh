@@ -1,7 +1,7 @@
 // ROUTE: what is behind the first projections of a layer's feed-forward part and in front of EXPERTS. The last block is told
-// the logits one by one, routes all tokens, sorts the pairs and tells them to all, and then their weights; meanwhile the others multiply what the
-// shared expert makes, as LINEAR does it, of an input that each makes for itself, and work out who has to do what. The
-// arithmetic is that of router.cuh and swiglu.cuh, and so are the bits.
+// the logits one by one, routes all tokens, sorts the pairs and tells them to all, and then their weights; meanwhile the
+// others multiply what the shared expert makes, as LINEAR does it, of an input that each makes for itself, and work out who
+// has to do what. The arithmetic is that of router.cuh and swiglu.cuh, and so are the bits.
 #pragma once
 #include <dsv4/persistent/experts_plan.cuh>
 #include <dsv4/persistent/linear_phase.cuh>
