@@ -52,7 +52,7 @@ class Decoder:
     def __call__(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
         """One token more for each: its ids [B] i64 on the CPU, -1 where logits are not finite, and logits [B, V]."""
         grown = 1 + max(self.cache.length(s.slot) for s in sequences if s.slot is not None)
-        step = next(s for s in self._steps if s.rows >= len(sequences) and s.max_length >= grown)
+        step = next(s for s in self._steps if s.rows >= len(sequences) and s.static.max_length >= grown)
         if self._staged is None or self._staged[0] is not step or self._staged[1] != sequences:
             self._stage(step, sequences)
         step.run()

@@ -49,8 +49,7 @@ class DecodeStep:
         longest = min(cache.max_tokens, model.config.max_position_embeddings)
         vocab = model.config.vocab_size
         self.model, self.cache, self.rows, self.device = model, cache, rows, torch.device(model.device)
-        self.max_length = max_length or longest
-        self.static, self._step = model.rotaries.static(cache, rows, self.max_length)
+        self.static, self._step = model.rotaries.static(cache, rows, max_length or longest)
         self.sampler = sampler or SamplerBuffers(rows, vocab, self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self._pool, on_gpu = pool, self.device.type == "cuda"

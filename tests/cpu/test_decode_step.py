@@ -44,7 +44,7 @@ def said(model, static: bool, taken: list | None = None) -> list[tuple]:
         if static:
             llm.engine.decoder = decoder = Decoder(model, llm.engine.cache, llm.engine.limits)
             for step in decoder._steps if taken is not None else []:
-                run, kind = step.run, (step.rows, step.max_length)
+                run, kind = step.run, (step.rows, step.static.max_length)
                 step.run = lambda run=run, kind=kind: (taken.append(kind), run())
         outputs = llm.generate(PROMPTS, PARAMS)
     return [

@@ -16,7 +16,8 @@ constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 
 enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, ROUTE, KINDS };
 
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
-// NEXT: the next one needs nothing of this phase, LAST: this one nothing of the last; they do not meet. RARE: see below.
+// NEXT: the next one needs nothing of this phase, LAST: this one nothing of the last; they do not meet. RARE_PHASE:
+// see RARE below.
 enum Joined : int { NEXT = 1, LAST = 2, RARE_PHASE = 4 };
 
 // Registers are scarce: what a block has to know of where it is in the program stands here.
