@@ -14,10 +14,6 @@ struct Shared {
     float4 sums[PAIRS][32];    // of the first warps' heads
 };
 
-static __device__ __forceinline__ void meet_other(int pair) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + pair), "r"(64) : "memory");
-}
-
 // As score_row's, of rows whose tiles are found for PAIRS warps. put(at, four): by the second warps.
 template <bool RARE, typename Put>
 static __device__ __forceinline__ void score_row(const index::Arguments& a, index::Heads<4, WARPS>& s, Shared& shared,
@@ -25,7 +21,6 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
                                                  Put put) {
     using index::ENTRIES;
     const int n = tiles.n;
-    if (rank * ENTRIES >= n) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int pair = warp % PAIRS, half = warp / PAIRS, stride = PAIRS * a.blocks;
     const uint32_t weight = threadIdx.x < 64 ? index::weight_bits(a, row, threadIdx.x) : 0;
@@ -47,17 +42,14 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
     fetch();
     bool first = true;
 #pragma unroll 1
-    while (true) {
-        bring();  // at first while heads are on their way; then both have read the keys in front
+    for (int of_first = rank; of_first * ENTRIES < n; of_first += stride) {  // whoever has no tile meets the others
+        bring();  // at first while heads are on their way; then all have read the keys in front
         if (first) {
             index::treat_started(a, s);
             if (threadIdx.x < 64) s.weights[threadIdx.x] = index::weight_of(a, weight);
-            __syncthreads();
             first = false;
-        } else {
-            meet_other(pair);
         }
-        if (i * ENTRIES >= n) break;
+        __syncthreads();
         uint32_t b[2][16];
 #pragma unroll
         for (int m = 0; m < 2; ++m)
@@ -66,14 +58,10 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
                 const uint4 x = shared.keys[pair + m * PAIRS][k][lane];
                 b[m][4 * k] = x.x, b[m][4 * k + 1] = x.y, b[m][4 * k + 2] = x.z, b[m][4 * k + 3] = x.w;
             }
-        const int at = i, next = i + stride;
-        const bool more = next * ENTRIES < n;
-        if (more) {
-            i = next, page = next_page;
-            fetch();
-            const int after = next + stride;
-            next_page = after * ENTRIES < n ? static_cast<int>(pages[after / (index::PAGE / ENTRIES)]) : -1;
-        }
+        const int at = i, after = i + 2 * stride;
+        i += stride, page = next_page;
+        fetch();
+        next_page = after * ENTRIES < n ? static_cast<int>(pages[after / (index::PAGE / ENTRIES)]) : -1;
         uint32_t shares[2][2][2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -82,20 +70,18 @@ static __device__ __forceinline__ void score_row(const index::Arguments& a, inde
         }
         float sum[2][2] = {};
         float4& sums = shared.sums[pair][lane];
-        if (half == 1) {
-            meet_other(pair);
-            sum[0][0] = sums.x, sum[0][1] = sums.y, sum[1][0] = sums.z, sum[1][1] = sums.w;
+        if (half == 0) {
+            index::add_shares(sum, shares[0]);
+            index::add_shares(sum, shares[1]);
+            sums = make_float4(sum[0][0], sum[0][1], sum[1][0], sum[1][1]);
         }
+        __syncthreads();
+        if (half == 0 || at * ENTRIES >= n) continue;
+        sum[0][0] = sums.x, sum[0][1] = sums.y, sum[1][0] = sums.z, sum[1][1] = sums.w;
         index::add_shares(sum, shares[0]);
         index::add_shares(sum, shares[1]);
-        if (half == 0) {
-            sums = make_float4(sum[0][0], sum[0][1], sum[1][0], sum[1][1]);
-            meet_other(pair);
-        } else {
-            index::add_heads(sum);
-            put(at * (ENTRIES / 4) + t, index::four_keys(sum, n - at * ENTRIES - 4 * t));
-        }
-        if (!more) break;
+        index::add_heads(sum);
+        put(at * (ENTRIES / 4) + t, index::four_keys(sum, n - at * ENTRIES - 4 * t));
     }
 }
 
