@@ -30,7 +30,7 @@ def main() -> int:
         command.add_argument("--rows", default="1,2,5,8")
         command.add_argument("--padding", type=int, default=0, help="rows of padding, where there are more rows")
         command.add_argument("--formats", default="nvfp4", help="of nvfp4, fp8, bf16")
-        command.add_argument("--lists", default="short,long", help="short: small kernels will do, unless of fp8")
+        command.add_argument("--lists", default="short,long", help="short: small kernels will do")
         command.add_argument("--entries", default="0", help="of the indexer's rows; 0: few, 8193 and more: LONG")
         command.add_argument("--ranks", default="1", help="1: a rank that tells itself; 2: two side by side")
         command.add_argument("--grid", type=int, default=40, help="blocks; at least 8 for each row")

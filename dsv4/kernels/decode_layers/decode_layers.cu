@@ -59,7 +59,7 @@ __device__ __forceinline__ void ask(const Program& program, int turn, bool passe
     fetch_phase(program, phase_at(turn).number + (passes_over_next ? 2 : 1), turn ^ 1);
 }
 
-template <bool ONE, bool RARE>
+template <bool ONE, bool EIGHT, bool RARE>
 __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constant__ Program program) {
     {
         Stream stream(program, program.segments + program.starts[blockIdx.x * WARPS + Stream::warp()]);
@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
             Ahead ahead = {};
             const bool early = !among(phase_at(turn).before, SEAM);  // seam_rest reads the phase in front
             if (kind == ROUTE) route_ahead<ONE>(turn);
-            find_work<ONE>(turn, ahead);
+            find_work<ONE, EIGHT>(turn, ahead);
             linear_ahead<ONE>(turn);
             if (early) ask(program, turn);
             const bool speaks = threadIdx.x / 32 == SPEAKER / 32;  // looks out for others instead
-            if (!speaks) prepare_linear(turn, stream, ahead);
+            if (!speaks) prepare_linear<EIGHT>(turn, stream, ahead);
             if (meets && !(kind == ROUTE && routes())) meetings.wait_for_all();
             if (kind == LINEAR) look_at_tokens(ahead);
             note_time(program, turn, 0);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_layers(const __grid_constan
                     stream = Stream(program);
                     look_at_tokens(ahead);
                 }
-                linear_products<ONE, RARE>(turn, stream, ahead);
+                linear_products<ONE, EIGHT>(turn, stream, ahead);
             } else if (ahead.routes()) {
                 if (routes()) pick<ONE>(turn);
                 wait_for_copies();  // the phase behind is known then
@@ -235,10 +235,17 @@ extern "C" int dsv4_decode_layers_sizes(int* sizes, int grid, int rows, int D, i
     return cudaSuccess;
 }
 
-// words: of the seams. rare: a phase says RARE_PHASE. times [count, grid, 2]: when each block began and ended each phase,
-// in ns; or null.
+// The smallest kernel that has what phases need: bits of Joined.
+template <bool ONE>
+static auto kernel_for(int needs) {
+    if (needs & RARE_PHASE) return decode_layers<ONE, true, true>;
+    return needs & EIGHT_PHASE ? decode_layers<ONE, true, false> : decode_layers<ONE, false, false>;
+}
+
+// words: of the seams. needs: what any phase says that it needs. times [count, grid, 2]: when each block began and ended
+// each phase, in ns; or null.
 extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, const uint32_t* starts, State* state,
-                                  const void* words, uint64_t* times, int count, int rows, int rare, int grid, int stages,
+                                  const void* words, uint64_t* times, int count, int rows, int needs, int grid, int stages,
                                   int work_bytes, cudaStream_t stream) {
     if (count < 1 || grid < 1 || grid > MAX_BLOCKS || stages < 2 || stages > MAX_STAGES || work_bytes % 128)
         return cudaErrorInvalidValue;
@@ -247,8 +254,7 @@ extern "C" int dsv4_decode_layers(const Phase* phases, const Segment* segments, 
     program.seams = static_cast<const mhc::Words<mhc::SEAM>*>(words)->turns;
     program.times = times, program.count = count, program.stages = stages, program.work_bytes = work_bytes;
     const int bytes = WORK_AT + work_bytes + WARPS * stages * CHUNK;
-    const auto kernel = rows == 1 ? rare ? decode_layers<true, true> : decode_layers<true, false>
-                        : rare ? decode_layers<false, true> : decode_layers<false, false>;
+    const auto kernel = rows == 1 ? kernel_for<true>(needs) : kernel_for<false>(needs);
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     return launch_dependent(kernel, grid, 1, THREADS, bytes, stream, program);

@@ -31,6 +31,6 @@ def decode_layers(h: Tensor, program: Program, *, times: Tensor | None = None) -
             "blocks, two times each"
         )
     tensors = tables.phases, tables.segments, tables.starts, tables.state, tables.words, times
-    sizes = tables.count, len(h), tables.rare, tables.grid, tables.stages, tables.work_bytes
+    sizes = tables.count, len(h), tables.needs, tables.grid, tables.stages, tables.work_bytes
     _KERNEL(h.device, *tensors, *sizes)
     return program.y

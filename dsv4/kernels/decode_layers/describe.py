@@ -35,7 +35,7 @@ MADE_LEAST, MADE_BYTES = 8192, 16  # of linear_phase.cuh: constant; of a tile
 PHASE_BYTES, PLAN_BYTES = 2048, 1024  # constant of program.cuh; at least what experts_plan.cuh has
 _TOLD = 2  # of Results in linear_phase.cuh
 _HEADER = struct.Struct("<4i")  # of Phase in program.cuh: kind, joined, number, before
-_NEXT, _LAST, _RARE = 1, 2, 4  # Joined there
+_NEXT, _LAST, _NEEDS = 1, 2, 4 | 8  # Joined there
 _SCORES, _PARTS = 7, 9  # of index_topk's arguments; of sparse_attention's
 _SIZES = Kernel("decode_layers", "piiiiii", "sizes")
 _LINEAR = Kernel("decode_layers", "p" + "pipiiipfi" + "ppii", "linear")
@@ -284,9 +284,9 @@ def in_order(phases: Sequence[bytes]) -> list[bytes]:
     return found
 
 
-def is_rare(phase: bytes) -> bool:
-    """Whether it needs what a small kernel does not have."""
-    return bool(_HEADER.unpack_from(phase)[1] & _RARE)
+def needs(phase: bytes) -> int:
+    """What it needs that the smallest kernels do not have: bits of Joined."""
+    return _HEADER.unpack_from(phase)[1] & _NEEDS
 
 
 def _filled(kernel: Kernel, device: torch.device, *given: Any) -> bytes:

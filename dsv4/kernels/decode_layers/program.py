@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -39,7 +41,7 @@ class Tables:
     state: Tensor
     words: Tensor
     count: int
-    rare: bool  # a phase needs what a small kernel does not have
+    needs: int  # of a kernel: what the smallest do not have, by bits
     grid: int
     stages: int  # of a warp's ring
     work_bytes: int
@@ -124,5 +126,5 @@ def make_tables(phases: tuple[Phase, ...], h: Tensor, grid: int, shared: int) ->
     segments, starts = segments_on(device, tuple(runs))
     table = torch.frombuffer(bytearray(b"".join(describe.in_order(made))), dtype=torch.uint8).to(device)
     state = torch.zeros(room.state_bytes, dtype=torch.uint8, device=device)
-    rare = any(map(describe.is_rare, made))
-    return Tables(table, segments, starts, state, room.words, len(made), rare, grid, stages, work, (room, phases))
+    needs = functools.reduce(operator.or_, map(describe.needs, made))
+    return Tables(table, segments, starts, state, room.words, len(made), needs, grid, stages, work, (room, phases))

@@ -116,10 +116,10 @@ JOINED = {  # whether C lets the next phase begin without a meeting, by what it 
 class Filled:
     """What is asked of decode_layers.cu: the functions by name with their arguments, each of the type that C takes.
     `cuts`, `told`: of each LINEAR, and the words that it tells; `shared`: where each ROUTE leaves what the shared
-    expert makes. rare: the functions whose phases say that they need a large kernel.
+    expert makes. needs: what the phases of some functions say that they need of a kernel, as bits.
     """
 
-    def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096), rare=()):
+    def __init__(self, monkeypatch, sizes=(64, 64, 64, 96, 20000, 4096), needs=None):
         self.calls, self.cuts, self.told, self.shared = [], [], [], []
 
         def call(kernel, device, *given):
@@ -130,7 +130,7 @@ class Filled:
             if kernel.part == "sizes":
                 (ctypes.c_int * 6).from_address(values[0])[:] = sizes
             else:
-                joined = int(JOINED.get(kernel.part, lambda values: False)(values)) | 4 * (kernel.part in rare)
+                joined = int(JOINED.get(kernel.part, lambda values: False)(values)) | (needs or {}).get(kernel.part, 0)
                 (ctypes.c_int * 2).from_address(values[0])[:] = KINDS.index(kernel.part), joined
             if kernel.part == "linear":
                 self.cuts.append([*(ctypes.c_uint16 * (values[4] + 1)).from_address(values[3])])
@@ -228,18 +228,18 @@ def test_tables_of_a_program(monkeypatch, rows, padding, grid):
     assert all((read["chunk"][a:b] == 0).sum() >= 1 + 2 for a, b in pairwise(bounds))
 
 
-@pytest.mark.parametrize("rare", [(), ("linear",), ("attention",)])
-def test_one_phase_is_enough_for_a_large_kernel(monkeypatch, rare):
+@pytest.mark.parametrize("needs", [{}, {"linear": 4}, {"attention": 8}, {"linear": 4, "index": 8}])
+def test_one_phase_is_enough_for_a_large_kernel(monkeypatch, needs):
     on_tiles(monkeypatch)
     small = Small(Maker(CPU), 1, 0, "nvfp4")
-    Filled(monkeypatch, rare=rare)
+    Filled(monkeypatch, needs=needs)
     tables = small.program.tables = make_tables(small.program.phases, small.h, 24, 231424)
-    assert tables.rare == bool(rare)
+    assert tables.needs == sum(needs.values())
     launched = []
     kernel = sys.modules[decode_layers.__module__]
     monkeypatch.setattr(kernel, "_KERNEL", lambda device, *given: launched.append(given))
     inspect.unwrap(decode_layers)(small.h, small.program)
-    assert launched[0][6:9] == (tables.count, 1, bool(rare))
+    assert launched[0][6:9] == (tables.count, 1, tables.needs)
 
 
 @pytest.mark.parametrize(("rows", "grid"), [(1, 40), (2, 72), (2, 104), (4, 132)])

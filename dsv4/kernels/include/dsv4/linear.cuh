@@ -15,6 +15,7 @@
 namespace dsv4::linear {
 
 constexpr int TILE_ROWS = 16, BLOCK_COLUMNS = 64, SLICE_BLOCKS = SLICE / BLOCK_COLUMNS;
+constexpr int SLICE_SCALES = SLICE / 128;  // of FP8
 constexpr int CHUNK = 2304;  // bytes of a stage of a warp's ring: 4 NVFP4 blocks, 2 of FP8 or 1 of BF16
 constexpr int MAX_PARTS = 16, MAX_GRID = 256;
 
@@ -193,11 +194,8 @@ __device__ __forceinline__ void plain_block(float (&sum)[TILES][4], const uint8_
 }
 
 template <int TILES>
-__device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* x,
-                                          const float (&scale)[TILES]) {
-    uint32_t a[TILES][4][4];
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) fp8_operands(a[i], codes + i * CHUNK);
+__device__ __forceinline__ void fp8_product(float (&sum)[TILES][4], const uint32_t (&a)[TILES][4][4], const uint8_t* x,
+                                            const float (&scale)[TILES]) {
     float part[TILES][4] = {};
     block_product<FP8>(part, a, x);
 #pragma unroll
@@ -206,26 +204,33 @@ __device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t*
         for (int k = 0; k < 4; ++k) sum[i][k] = fmaf(part[i][k], scale[i], sum[i][k]);
 }
 
-// A slice: of so many blocks, of a part, and the first of the tiles that are multiplied.
-struct Slice {
-    const Part& part;
-    int number, blocks, tile;
-};
+template <int TILES>
+__device__ __forceinline__ void fp8_block(float (&sum)[TILES][4], const uint8_t* codes, const uint8_t* x,
+                                          const float (&scale)[TILES]) {
+    uint32_t a[TILES][4][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) fp8_operands(a[i], codes + i * CHUNK);
+    fp8_product(sum, a, x, scale);
+}
+
+// FP8: the scale of 128 columns of a tile of a part, which are its `column`-th; 0 where there are none.
+__device__ __forceinline__ float scale_of(const Part& part, int tile, int column) {
+    const int row = (part.first_row + tile * TILE_ROWS) / 128;
+    return column < part.scale_columns ? part.block_scale[row * part.scale_columns + column] : 0.0f;
+}
 
 // How many blocks make a chunk that slice_product multiplies without a loop.
 __device__ __forceinline__ int least_of(int format) { return format == NVFP4 ? 4 : SLICE_BLOCKS + 1; }
 
 // sum += a slice, of which `left` blocks are left, of `tiles` tiles of `format`, times up to eight tokens. x: the lane's
-// columns of the staged slice, from those blocks on. least: least_of the format. which(): the slice, of which only some
-// formats need to know. The caller refills the ring, a Ring or what is like it, after each chunk: through next(), or, behind
-// four blocks of NVFP4, through quickly() where that is true.
+// columns of the staged slice, from those blocks on. least: least_of the format. scales(scale, left): of FP8, those of the
+// next two blocks of each tile, when so many are left. The caller refills the ring, a Ring or what is like it, after each
+// chunk: through next(), or, behind four blocks of NVFP4, through quickly() where that is true.
 // Where fewer tiles are left than a warp multiplies at once, what the ring holds in the place of the others reaches only
 // sums that nobody takes. EIGHT: there are FP8 weights.
-template <int TILES, bool EIGHT = true, typename Which, typename Ring, typename Quickly, typename Next>
-__device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format, int tiles, int left,
-                                              const uint8_t* x, int lane, Ring& ring, Which&& which, Quickly&& quickly,
-                                              Next&& next, int least) {
-    float scales[TILES] = {};
+template <int TILES, bool EIGHT = true, typename Scales, typename Ring, typename Quickly, typename Next>
+__device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format, int left, const uint8_t* x, int lane,
+                                              Ring& ring, Scales&& scales, Quickly&& quickly, Next&& next, int least) {
     const auto whole = [&] {  // four blocks, and as many more as can be
         do {
             ring.wait();
@@ -253,19 +258,8 @@ __device__ __forceinline__ void slice_product(float (&sum)[TILES][4], int format
                     nvfp4_block(sum, codes + k * w4::BLOCK_BYTES, scale + k * w4::BLOCK_BYTES, x + k * 128);
                 left -= 4, x += 4 * 128;
             } else if (EIGHT && format == FP8) {
-                const Slice slice = which();
-                if (left == slice.blocks) {
-                    const int column = slice.number * (SLICE / 128) + lane;
-#pragma unroll
-                    for (int i = 0; i < TILES; ++i) {
-                        const int row = (slice.part.first_row + (slice.tile + min(i, tiles - 1)) * TILE_ROWS) / 128;
-                        const bool exists = lane < SLICE / 128 && column < slice.part.scale_columns;
-                        scales[i] = exists ? slice.part.block_scale[row * slice.part.scale_columns + column] : 0.0f;
-                    }
-                }
                 float scale[TILES];
-#pragma unroll
-                for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, scales[i], (slice.blocks - left) / 2);
+                scales(scale, left);
 #pragma unroll 1
                 for (int k = 0; k < min(left, 2); ++k) fp8_block(sum, codes + k * 1024, x + k * 128, scale);
                 left -= 2, x += 2 * 128;

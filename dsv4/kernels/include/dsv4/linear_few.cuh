@@ -164,9 +164,17 @@ __global__ void __launch_bounds__(FEW_THREADS, OWN ? 1 : 2) linear_few(const __g
         const int count = min(task.blocks - slice * SLICE_BLOCKS, real ? SLICE_BLOCKS : chunk_blocks(format));
 #pragma unroll
         for (auto& tile : sum) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
+        float all[TILES] = {};  // scales of FP8, a lane those of 128 columns
+        if (format == FP8 && lane < SLICE_SCALES)
+#pragma unroll
+            for (int i = 0; i < TILES; ++i)
+                all[i] = scale_of(part, run.tile + group * TILES + min(i, tiles - 1), slice * SLICE_SCALES + lane);
+        const auto scales = [&](float (&scale)[TILES], int left) {
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) scale[i] = __shfl_sync(0xFFFFFFFFu, all[i], (count - left) / 2);
+        };
         slice_product(
-            sum, format, tiles, count, x + place * 1024 + columns, lane, ring,
-            [&] { return Slice{part, slice, count, run.tile + group * TILES}; }, [](Ring<TILES>&) { return false; }, refill,
+            sum, format, count, x + place * 1024 + columns, lane, ring, scales, [](Ring<TILES>&) { return false; }, refill,
             least_of(format));
         undo_scaling(sum, undo_of(format), undo + place * FEW_TOKENS + 2 * t);
     };

@@ -13,6 +13,7 @@ namespace dsv4::persistent {
 
 constexpr int MOST_PARTS = 16;
 constexpr int EARLY_BLOCKS = 3;  // are unpacked early, of a chunk's four: as many as there are registers for
+constexpr int EIGHT_BLOCKS = 2;  // the same of FP8: a chunk's both
 
 static_assert(CHUNK == linear::CHUNK, "slice_product takes a ring's stages");
 
@@ -98,10 +99,14 @@ struct LinearUnit {
     }
 };
 
+// FP8: scales of so many of a warp's units are a lane's each, one behind the other.
+constexpr int SCALED_UNITS = 32 / linear::SLICE_SCALES;
+
 // What is known before the tokens are: the block's tiles, the part of the first one, what a lane reads first of x, the
-// warp's first unit, and the first blocks of that, unpacked, if it is a whole slice of NVFP4.
+// warp's first unit, and the first blocks of that, unpacked, if it is a whole slice of NVFP4 or FP8.
 struct Ahead {
     bool ready;
+    float scale;          // of FP8, of the first units: the lane's
     int block;            // its tiles, from bit 16 on the part of the first one; below 0: the phase is ROUTE
     const bf16* x;        // or null
     uint32_t columns[8];  // what lies there: read as soon as the tokens are known
@@ -120,14 +125,28 @@ __device__ __forceinline__ const bf16* column_of(const linear::Part& part, int t
     return part.x + token * part.x_stride + slice * SLICE + threadIdx.x % 32 * 16;
 }
 
+// The lane's scale of FP8 for the warp's units from `unit` on; 0 where it has none.
+__device__ __forceinline__ float unit_scale(const Linear& a, LinearUnit unit, int tiles) {
+    const int lane = threadIdx.x % 32, first = a.cuts[blockIdx.x];
+#pragma unroll 1
+    for (int i = 0; i < lane / linear::SLICE_SCALES; ++i) unit.step(a, unit.tile, unit.slice);
+    if (unit.tile >= tiles) return 0.0f;
+    if (unit.tile >= unit.end) unit.find_part(a, first, tiles);
+    const linear::Part& part = a.parts[unit.part];
+    if (part.format != linear::FP8) return 0.0f;
+    const int column = unit.slice * linear::SLICE_SCALES + lane % linear::SLICE_SCALES;
+    return linear::scale_of(part, first + unit.tile - part.first_tile, column);
+}
+
 // Every thread calls, after come() behind the phase in front: what the block and the warp have to do.
-template <bool ONE>
+template <bool ONE, bool EIGHT>
 __device__ __forceinline__ void find_work(int turn, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int first = a.cuts[blockIdx.x], tiles = a.cuts[blockIdx.x + 1] - first;
     const Starts starts(a);
     ahead.block = tiles | starts.part_of(first) << 16 | (phase_at(turn).kind == ROUTE) << 31;
     ahead.unit.begin(a, starts, first, tiles);
+    if (EIGHT) ahead.scale = unit_scale(a, ahead.unit, tiles);
     const int column = ahead.unit.slice * SLICE + static_cast<int>(threadIdx.x % 32) * 16;
     const bool reads = tiles > 0 && ahead.unit.tile < rows_of<ONE>(a.tokens) && column < a.columns;
     ahead.x = reads ? column_of(a.parts[ahead.own()], ahead.unit.tile, ahead.unit.slice) : nullptr;
@@ -156,14 +175,23 @@ __device__ __forceinline__ void look_at_tokens(Ahead& ahead) {
     load_columns(ahead.columns, ahead.x, ahead.x != nullptr);
 }
 
+template <bool EIGHT>
 __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const LinearUnit& unit = ahead.unit;
     if (unit.tile >= ahead.tiles()) return;
-    ahead.ready = a.parts[unit.part].format == linear::NVFP4 && unit.blocks(unit.slice, a.blocks) == linear::SLICE_BLOCKS;
+    const int lane = threadIdx.x % 32, format = a.parts[unit.part].format;
+    ahead.ready = (EIGHT ? format != linear::PLAIN : format == linear::NVFP4) &&
+                  unit.blocks(unit.slice, a.blocks) == linear::SLICE_BLOCKS;
     if (!ahead.ready) return;
-    const int lane = threadIdx.x % 32;
     stream.wait();
+    if (EIGHT && format == linear::FP8) {
+        const uint8_t* const codes = stream.byte(lane * 16);
+#pragma unroll
+        for (int k = 0; k < EIGHT_BLOCKS; ++k) linear::fp8_operands(ahead.a[k][0], codes + k * 1024);
+        if (!stream.replace()) stream.release();
+        return;
+    }
     const uint8_t *const codes = stream.byte(lane * 16), *const scales = stream.byte(lane * 2 + w4::CODE_BYTES);
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k)
@@ -172,13 +200,21 @@ __device__ __forceinline__ void prepare_linear(int turn, Stream& stream, Ahead& 
     if (!stream.replace()) stream.release();
 }
 
-// sum += the first chunk of the unit, which `ahead` has.
-__device__ __forceinline__ void begin_unit(float (&sum)[1][4], const Ahead& ahead, const uint8_t* x) {
+// sum += the first chunk of the unit, which `ahead` has; how many blocks that are.
+template <bool EIGHT>
+__device__ __forceinline__ int begin_unit(float (&sum)[1][4], const Ahead& ahead, int format, const uint8_t* x) {
+    if (EIGHT && format == linear::FP8) {
+        const float scale[1] = {__shfl_sync(0xFFFFFFFFu, ahead.scale, 0)};
+#pragma unroll
+        for (int k = 0; k < EIGHT_BLOCKS; ++k) linear::fp8_product(sum, ahead.a[k], x + k * 128, scale);
+        return EIGHT_BLOCKS;
+    }
 #pragma unroll
     for (int k = 0; k < EARLY_BLOCKS; ++k) linear::block_product<linear::NVFP4>(sum, ahead.a[k], x + k * 128);
     uint32_t a[1][4][4];
     linear::nvfp4_operands(a[0], ahead.last);
     linear::block_product<linear::NVFP4>(sum, a, x + EARLY_BLOCKS * 128);
+    return EARLY_BLOCKS + 1;
 }
 
 // The first slice that a warp stages, which `ahead` has, is normed as norm_row does it: there are no more slices of tokens
@@ -245,7 +281,7 @@ __device__ __forceinline__ void stage(const Linear& a, Ahead& ahead, uint8_t* x,
 
 // Work area: x [tokens][slices] | undo [slices][8] | slots [tile][slice][tokens][16] | Made [tile] | the norm's weights.
 // The products of a block with tiles, which it has sums of behind a barrier.
-template <bool ONE, bool RARE>
+template <bool ONE, bool EIGHT>
 __device__ __forceinline__ void linear_products(int turn, Stream& stream, Ahead& ahead) {
     const Linear& a = payload<Linear>(turn);
     const int tiles = ahead.tiles();
@@ -265,21 +301,20 @@ __device__ __forceinline__ void linear_products(int turn, Stream& stream, Ahead&
         float sum[1][4] = {};
         int back = static_cast<int>(reinterpret_cast<uint8_t*>(undo + 2 * t) - memory());
         asm volatile("" : "+r"(back));  // else its sum with what comes in front would be made in two steps, each time
-        int begun = ahead.ready ? EARLY_BLOCKS + 1 : 0, format = a.parts[unit.part].format, least = linear::least_of(format);
+        int begun = 0, format = a.parts[unit.part].format, least = linear::least_of(format);
         float scale = linear::undo_of(format);
         __syncthreads();
-        if (ahead.ready) begin_unit(sum, ahead, mine + unit.slice * 1024);
-        const auto which = [&] {
-            int number = unit.slice, tile = unit.tile, place = unit.part;
-            asm volatile("" : "+r"(number), "+r"(tile), "+r"(place));  // else what follows would be computed for every format
-            const linear::Part& part = a.parts[place];
-            return linear::Slice{part, number, unit.blocks(number, blocks), a.cuts[blockIdx.x] + tile - part.first_tile};
+        if (ahead.ready) begun = begin_unit<EIGHT>(sum, ahead, format, mine + unit.slice * 1024);
+        int number = 0;  // of the unit, in turn
+        const auto scales = [&](float (&of_tile)[1], int left) {
+            const int at = (unit.blocks(unit.slice, blocks) - left) / 2 + number % SCALED_UNITS * linear::SLICE_SCALES;
+            of_tile[0] = __shfl_sync(0xFFFFFFFFu, ahead.scale, at);
         };
 #pragma unroll 1
         while (true) {
-            linear::slice_product<1, RARE>(
-                sum, format, 1, unit.blocks(unit.slice, blocks) - begun, mine + unit.slice * 1024 + begun * 128, lane,
-                stream, which, [](Stream& s) { return s.replace(); }, [](Stream& s) { s.release(); }, least);
+            linear::slice_product<1, EIGHT>(
+                sum, format, unit.blocks(unit.slice, blocks) - begun, mine + unit.slice * 1024 + begun * 128, lane,
+                stream, scales, [](Stream& s) { return s.replace(); }, [](Stream& s) { s.release(); }, least);
             begun = 0;
             linear::undo_scaling(sum, scale, reinterpret_cast<const float*>(memory() + (back + unit.slice * TOKENS * 4)));
 #pragma unroll
@@ -288,8 +323,10 @@ __device__ __forceinline__ void linear_products(int turn, Stream& stream, Ahead&
             asm volatile("mov.b64 {%0, %1}, 0; mov.b64 {%2, %3}, 0;"
                          : "=f"(sum[0][0]), "=f"(sum[0][1]), "=f"(sum[0][2]), "=f"(sum[0][3]));
             slot += WARPS * step;
-            if (!unit.advance(a)) continue;
-            if (unit.tile >= tiles) break;
+            const bool other = unit.advance(a);
+            if (other && unit.tile >= tiles) break;
+            if (EIGHT && ++number % SCALED_UNITS == 0) ahead.scale = unit_scale(a, unit, tiles);
+            if (!other) continue;
             unit.find_part(a, a.cuts[blockIdx.x], tiles);
             format = a.parts[unit.part].format, scale = linear::undo_of(format), least = linear::least_of(format);
         }
@@ -367,7 +404,7 @@ static cudaError_t describe_linear(Phase* phase, const linear::Part* parts, int 
     fill_phase(phase, LINEAR, a);
     phase->joined = joined || size > 0 ? NEXT : 0;
     for (int i = 0; i < count; ++i)
-        if (parts[i].format == linear::FP8) phase->joined |= RARE_PHASE;
+        if (parts[i].format == linear::FP8) phase->joined |= EIGHT_PHASE;
     return cudaSuccess;
 }
 

@@ -16,9 +16,9 @@ constexpr int CHUNK = 2304;       // bytes of a stage: 4 NVFP4 blocks, 2 of FP8 
 enum Kind : int { LINEAR, SEAM, EXPERTS, INPUTS, INDEX, ATTENTION, ROUTE, KINDS };
 
 // One phase: what it does, and its arguments, whose type follows from that (the headers of the phases).
-// NEXT: the next one needs nothing of this phase, LAST: this one nothing of the last; they do not meet. RARE_PHASE:
-// see RARE below.
-enum Joined : int { NEXT = 1, LAST = 2, RARE_PHASE = 4 };
+// NEXT: the next one needs nothing of this phase, LAST: this one nothing of the last; they do not meet. EIGHT_PHASE and
+// RARE_PHASE: see EIGHT and RARE below.
+enum Joined : int { NEXT = 1, LAST = 2, EIGHT_PHASE = 4, RARE_PHASE = 8 };
 
 // Registers are scarce: what a block has to know of where it is in the program stands here.
 struct alignas(16) Phase {
@@ -30,9 +30,9 @@ struct alignas(16) Phase {
 static_assert(sizeof(Phase) == PHASE_BYTES, "dsv4/kernels/decode_layers/describe.py lays programs out");
 
 // Code that is not in an SM's caches takes three times as long, and a layer of all phases is more than those hold. So there
-// are kernels that are small. RARE: what few programs need is there: FP8 weights, rows with more entries than a stage of
-// attention, or than a group of blocks selects from, keys that are not packed, or of one row more heads than go in eights to
-// groups. A phase that needs any of it says so.
+// are kernels that are small. EIGHT: there are FP8 weights. RARE: what few programs need is there: rows with more entries
+// than a stage of attention, or than a group of blocks selects from, keys that are not packed, or of one row more heads than
+// go in eights to groups. A phase that needs any of it says so.
 //
 // The kernel for ONE row knows that there is no more: what is done per row is then no loop.
 template <bool ONE>
